@@ -1,0 +1,1 @@
+"""Programs built on the suite: the command line, the renderer, the contact sheet, the demo."""

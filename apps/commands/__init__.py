@@ -1,0 +1,1 @@
+"""Commands of the `accel` program, one file each; `apps/cli.py` registers them."""
