@@ -1,0 +1,221 @@
+"""Calibration results on disk: one safetensors file with a JSON header, tied to its model.
+
+The header says which method wrote it, for which model (a fingerprint that survives half precision
+and LoRA), sampling grid, guidance and inputs, and with which versions. Never pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+HEADER_KEY = "accel"
+
+# bf16 keeps 8 significant bits, so a rounded copy differs by at most 2^-9 relative; 2^-7 leaves
+# room for two roundings (fp32 -> bf16 -> fp16) and none for another training run.
+WEIGHT_TOLERANCE = 2.0**-7
+# Below the smallest normal fp16 number (2^-14) a half-precision copy has absolute error 2^-25.
+WEIGHT_FLOOR = 2.0**-24
+SAMPLED_PARAMETERS = 16
+SAMPLED_VALUES = 8
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """Where an artifact lies and what it must contain (SHA-256 of the file)."""
+
+    path: str
+    sha256: str
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ArtifactRef:
+        """``{"path": ..., "sha256": ...}``. Raises ``ValueError`` for anything else."""
+        good = set(value) == {"path", "sha256"} and all(isinstance(v, str) for v in value.values())
+        if not good:
+            raise ValueError(f"an artifact is {{path, sha256}}, both strings; got {dict(value)!r}")
+        return cls(value["path"], value["sha256"])
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a denoiser is: class, configuration, and a few of its weights."""
+
+    model_class: str
+    config_sha256: str
+    weights: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: Any) -> Fingerprint:
+        """Of a diffusers model, before or after LoRA (adapter weights are looked through)."""
+        config = {k: v for k, v in dict(module.config).items() if not k.startswith("_")}
+        text = json.dumps(config, sort_keys=True, default=str)
+        return cls(
+            type(module).__name__,
+            hashlib.sha256(text.encode()).hexdigest(),
+            _sample_weights(module),
+        )
+
+    def mismatch(self, other: Fingerprint, match: Literal["architecture", "weights"]) -> str | None:
+        """Why ``other`` is not this model, in words, or ``None``."""
+        if self.model_class != other.model_class:
+            return f"it is for {self.model_class}, this is {other.model_class}"
+        if self.config_sha256 != other.config_sha256:
+            return f"it is for a {self.model_class} of another configuration"
+        if match == "architecture":
+            return None
+        for name, values in self.weights.items():
+            if name not in other.weights:
+                return f"this model has no floating-point parameter {name!r} (quantised?)"
+            for (i, a), (_, b) in zip(values, other.weights[name], strict=True):
+                if abs(a - b) > WEIGHT_TOLERANCE * max(abs(a), abs(b)) + WEIGHT_FLOOR:
+                    return f"weight {name}[{i}] is {b:.6g}, not {a:.6g}"
+        return None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Fingerprint:
+        weights = {k: [(int(i), float(x)) for i, x in v] for k, v in value["weights"].items()}
+        return cls(value["model_class"], value["config_sha256"], weights)
+
+
+def _sample_weights(module: Any) -> dict[str, list[tuple[int, float]]]:
+    parameters = {
+        name.replace(".base_layer.", "."): p
+        for name, p in module.named_parameters()
+        if "lora_" not in name and p.is_floating_point() and p.numel() and p.device.type != "meta"
+    }
+    names = sorted(parameters)
+    stride = max(1, len(names) // SAMPLED_PARAMETERS)
+    sampled = {}
+    for name in names[::stride]:
+        flat = parameters[name].detach().flatten()
+        places = [k * flat.numel() // SAMPLED_VALUES for k in range(SAMPLED_VALUES)]
+        sampled[name] = [(i, float(flat[i])) for i in sorted(set(places))]
+    return sampled
+
+
+@dataclass
+class Artifact:
+    """Tensors with the conditions under which they hold.
+
+    ``match``: "architecture" for schedules (fine-tunes welcome), "weights" for tables tied to
+    weights. ``grid``: the sampler's noise levels, high to low. ``inputs_sha256``: of the
+    calibration inputs.
+    """
+
+    method: str
+    fingerprint: Fingerprint
+    tensors: dict[str, Tensor]
+    match: Literal["architecture", "weights"] = "weights"
+    grid: tuple[float, ...] = ()
+    guidance: bool | None = None
+    inputs_sha256: str = ""
+    seed: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> ArtifactRef:
+        """Write atomically (temporary name, fsync, rename); returns the reference to it."""
+        from safetensors.torch import save
+
+        target = Path(path)
+        header = {k: v for k, v in vars(self).items() if k not in ("tensors", "fingerprint")}
+        header |= {"format": FORMAT, "fingerprint": asdict(self.fingerprint)}
+        header["versions"] = self.versions or versions()
+        data = save(
+            {k: v.contiguous().cpu() for k, v in self.tensors.items()},
+            metadata={HEADER_KEY: json.dumps(header, sort_keys=True)},
+        )
+        write_atomically(target, data)
+        return ArtifactRef(str(target), hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def load(cls, ref: ArtifactRef | str | os.PathLike[str]) -> Artifact:
+        """Read an artifact; a reference is checked against its SHA-256.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: other content than the reference says, or not an artifact.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        path = Path(ref.path if isinstance(ref, ArtifactRef) else ref)
+        data = path.read_bytes()
+        if isinstance(ref, ArtifactRef):
+            found = hashlib.sha256(data).hexdigest()
+            if found != ref.sha256:
+                raise ValueError(f"{path}: SHA-256 is {found[:12]}…, expected {ref.sha256[:12]}…")
+        try:
+            header = _read_header(data)
+            tensors = load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} is not an accel artifact: {error}") from error
+        if header.pop("format") != FORMAT:
+            raise ValueError(f"{path} was written by another major version of accel")
+        fingerprint = Fingerprint.from_json(header.pop("fingerprint"))
+        header["grid"] = tuple(header["grid"])
+        return cls(fingerprint=fingerprint, tensors=tensors, **header)
+
+    def check_model(self, module: Any) -> None:
+        """Raises ``ValueError`` saying why this artifact is not for ``module``."""
+        reason = self.fingerprint.mismatch(Fingerprint.of(module), self.match)
+        if reason is not None:
+            raise ValueError(f"artifact of {self.method} does not fit: {reason}; calibrate again")
+
+
+def _read_header(data: bytes) -> dict[str, Any]:
+    size = int.from_bytes(data[:8], "little")
+    if size > len(data) - 8:
+        raise ValueError("truncated")
+    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    if HEADER_KEY not in metadata:
+        raise ValueError("it has no accel header")
+    return json.loads(metadata[HEADER_KEY])
+
+
+def inputs_digest(inputs: list[dict[str, Any]]) -> str:
+    """SHA-256 of pipeline-call arguments (JSON values only). Raises ``TypeError`` for others."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a result depends on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("accel", "torch", "diffusers", "transformers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """Put ``data`` under ``target`` whole or not at all, and durably."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

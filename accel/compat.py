@@ -1,0 +1,163 @@
+"""Every private or unstable diffusers name the project touches, and nothing else.
+
+``CONTRACT`` lists them by what they are for; ``tests/accel/test_compat.py`` resolves each one and
+fails by name when a diffusers release moves it. Checked against diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# what we use it for -> "module:attribute" (or "module:Class.attribute")
+CONTRACT: dict[str, str] = {
+    "hook chain of a module": "diffusers.hooks.hooks:HookRegistry.register_hook",
+    "links of a hook chain": "diffusers.hooks.hooks:HookFunctionReference",
+    "per-branch cache state": "diffusers.hooks.hooks:StateManager.set_context",
+    "name of the branch being computed": "diffusers.hooks.hooks:CacheContext",
+    "block metadata": "diffusers.hooks._helpers:TransformerBlockRegistry.get",
+    "names of block lists": "diffusers.hooks._common:_ALL_TRANSFORMER_BLOCK_IDENTIFIERS",
+    "first-block cache": "diffusers.hooks.first_block_cache:apply_first_block_cache",
+    "first-block cache head": "diffusers.hooks.first_block_cache:FBCHeadBlockHook.new_forward",
+    "first-block cache block": "diffusers.hooks.first_block_cache:FBCBlockHook.new_forward",
+    "MagCache": "diffusers.hooks.mag_cache:apply_mag_cache",
+    "MagCache head": "diffusers.hooks.mag_cache:MagCacheHeadHook.new_forward",
+    "MagCache block": "diffusers.hooks.mag_cache:MagCacheBlockHook.new_forward",
+    "MagCache ratio interpolation": "diffusers.hooks.mag_cache:nearest_interp",
+    "TaylorSeer": "diffusers.hooks.taylorseer_cache:apply_taylorseer_cache",
+    "TaylorSeer module": "diffusers.hooks.taylorseer_cache:TaylorSeerCacheHook.new_forward",
+    "TaylorSeer state": "diffusers.hooks.taylorseer_cache:TaylorSeerState.predict",
+}
+
+
+def lookup(purpose: str) -> Any:
+    """The object behind one entry of ``CONTRACT``. Raises ``ImportError`` naming what moved."""
+    module_name, _, attribute = CONTRACT[purpose].partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        import diffusers
+
+        raise ImportError(
+            f"diffusers {diffusers.__version__} has no {CONTRACT[purpose]!r} ({purpose}); "
+            "accel is tested with 0.42"
+        ) from error
+    return found
+
+
+def is_compiling() -> bool:
+    """Whether the calling frame is being traced by ``torch.compile``."""
+    import torch
+
+    return torch.compiler.is_compiling()
+
+
+def compiled_entry(module: Any) -> Any:
+    """The module inside ``torch.compile``'s ``OptimizedModule``, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def wrapped_callable(call: Any) -> Any:
+    """The callable that ``call`` was put around, or ``None``.
+
+    accelerate and diffusers both mark it as ``__wrapped__``. diffusers' ``remove_hook`` rewires its
+    chain without renewing that mark, so for its wrappers the live link is read instead.
+    """
+    if isinstance(call, functools.partial) and getattr(call.func, "__closure__", None):
+        reference_type = lookup("links of a hook chain")
+        for cell in call.func.__closure__:
+            if isinstance(cell.cell_contents, reference_type):
+                reference = cell.cell_contents
+                return reference.original_forward or reference.forward
+    return getattr(call, "__wrapped__", None)
+
+
+def adopt_hooks(apply: Callable[[Any], None], module: Any) -> list[tuple[Any, Any]]:
+    """Run one of diffusers' ``apply_*_cache`` and take its hooks off again: ``[(module, hook)]``.
+
+    The hooks then run as our own layers (``run_hook``), because ``HookRegistry.remove_hook`` is
+    right only last-in-first-out and leaves attributes behind. ``module`` is left as it was.
+
+    Raises:
+        ValueError: a hook of the same name is on a module already (the cache is enabled).
+    """
+    modules = list(module.modules())
+    before = [{k: vars(m)[k] for k in _HOOK_ATTRIBUTES if k in vars(m)} for m in modules]
+    known = [_registry_state(b.get("_diffusers_hook")) for b in before]
+    adopted: list[tuple[Any, Any]] = []
+    try:
+        apply(module)
+        for m, (hooks, _, _) in zip(modules, known, strict=True):
+            registry = vars(m).get("_diffusers_hook")
+            if registry is not None:
+                adopted += [(m, h) for n, h in registry.hooks.items() if n not in hooks]
+    finally:
+        for m, attributes, state in zip(modules, before, known, strict=True):
+            for name in _HOOK_ATTRIBUTES:
+                vars(m).pop(name, None)
+            vars(m).update(attributes)
+            registry = attributes.get("_diffusers_hook")
+            if registry is not None:
+                registry.hooks, registry._hook_order, registry._fn_refs = state
+    return adopted
+
+
+_HOOK_ATTRIBUTES = ("forward", "_diffusers_hook")
+
+
+def _registry_state(registry: Any) -> tuple[dict[str, Any], list, list]:
+    if registry is None:
+        return {}, [], []
+    return dict(registry.hooks), list(registry._hook_order), list(registry._fn_refs)
+
+
+def run_hook(hook: Any, module: Any, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+    """One adopted hook around ``call_next``, as ``HookRegistry`` would run it."""
+    hook.fn_ref.original_forward = call_next
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return hook.post_forward(module, hook.new_forward(module, *args, **kwargs))
+
+
+def state_managers(hooks: list[tuple[Any, Any]]) -> list[Any]:
+    """The distinct ``StateManager`` objects of adopted hooks."""
+    manager_type = importlib.import_module("diffusers.hooks.hooks").StateManager
+    found = {id(v): v for _, h in hooks for v in vars(h).values() if isinstance(v, manager_type)}
+    return list(found.values())
+
+
+@contextmanager
+def branch_context(managers: list[Any], branch: str) -> Iterator[None]:
+    """Tell adopted hooks which guidance branch is being computed."""
+    context = lookup("name of the branch being computed")(branch)
+    for manager in managers:
+        manager.set_context(context)
+    try:
+        yield
+    finally:
+        for manager in managers:
+            manager.set_context(None)
+
+
+def has_block_metadata(block: Any) -> bool:
+    """Whether diffusers knows where this block's hidden states are."""
+    try:
+        lookup("block metadata")(type(compiled_entry(block)))
+    except ValueError:
+        return False
+    return True
+
+
+def call_point(module: Any) -> tuple[Any, str]:
+    """``(owner, attribute)`` that a call of ``module(...)`` goes through, outside compiled graphs.
+
+    ``torch.compile(module)`` gives a wrapper whose own ``forward`` is the way in;
+    ``module.compile()`` stores a compiled ``__call__`` on the instance.
+    """
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return module, "_compiled_call_impl"
+    return module, "forward"

@@ -1,0 +1,121 @@
+"""Pipelines and their recipes from and to folders, by stock diffusers means.
+
+``save`` writes what ``DiffusionPipeline.save_pretrained`` writes, plus ``accel_recipe.yaml``; stock
+diffusers still loads that folder. ``load`` attaches the recipe. Safetensors only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from accel.artifact import write_atomically
+from accel.method import Recipe, live_on
+from accel.recipe_file import read_recipe, write_recipe
+
+RECIPE_FILE = "accel_recipe.yaml"
+SHIM_FILE = "pipeline.py"
+ZOO_PREFIX = "zoo:"
+
+# The class keeps its stock name, so that saving the loaded pipeline stays stock.
+_SHIM = '''"""This folder with its acceleration recipe attached, for stock diffusers:
+
+    DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+"""
+
+import accel.loading
+import diffusers
+
+
+class {name}(diffusers.{name}):
+    __call__ = accel.loading.attached_call(diffusers.{name}.__call__)
+'''
+
+
+def load(
+    ref: str | os.PathLike[str],
+    *,
+    torch_dtype: Any = None,
+    device: Any = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """A diffusers pipeline from ``"zoo:NAME"``, a folder, or a hub id; its recipe attached.
+
+    Args:
+        torch_dtype: as in ``from_pretrained``; default float32 on CPU and for the zoo.
+        device: moved there before the recipe is attached.
+        trust_remote_code: passed on; off by default.
+
+    Raises:
+        ValueError: unknown zoo name, or a recipe that does not fit.
+        OSError: nothing there that diffusers can load.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    source = str(zoo_path(str(ref)) if str(ref).startswith(ZOO_PREFIX) else ref)
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} holds no diffusers pipeline (no model_index.json)")
+    pipe = DiffusionPipeline.from_pretrained(
+        source,
+        torch_dtype=torch_dtype or torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        local_files_only=folder.is_dir(),
+        **kwargs,
+    )
+    if device is not None:
+        pipe.to(device)
+    if (folder / RECIPE_FILE).is_file():
+        read_recipe(folder / RECIPE_FILE).recipe.attach(pipe)
+    return pipe
+
+
+def zoo_path(ref: str) -> Path:
+    """The folder of ``"zoo:NAME"``. Raises ``ValueError`` listing the known names."""
+    from accel import zoo
+
+    return zoo.path(ref.removeprefix(ZOO_PREFIX))
+
+
+def save(
+    pipe: Any,
+    recipe: Recipe,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    measured: dict[str, Any] | None = None,
+) -> Path:
+    """Write ``pipe`` as a stock folder plus its recipe, and the ``custom_pipeline`` shim.
+
+    Raises:
+        ValueError: something is attached to ``pipe`` (the folder must hold the stock pipeline),
+            or the recipe does not fit it.
+    """
+    if live_on(pipe):
+        names = ", ".join(live.method.name() for live in live_on(pipe))
+        raise ValueError(f"detach {names} before saving; the recipe is saved beside the pipeline")
+    recipe.attach(pipe).detach()
+    target = Path(folder)
+    pipe.save_pretrained(str(target), safe_serialization=True)
+    write_recipe(target / RECIPE_FILE, recipe, name=name or target.name, measured=measured)
+    shim = _SHIM.format(name=type(pipe).__name__)
+    write_atomically(target / SHIM_FILE, shim.encode())
+    return target
+
+
+def attached_call(call: Any) -> Any:
+    """``__call__`` of a ``custom_pipeline`` shim: attaches the folder's recipe at the first call."""
+    import functools
+
+    @functools.wraps(call)
+    def with_recipe(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        path = Path(pipe.config._name_or_path) / RECIPE_FILE
+        if not live_on(pipe) and path.is_file():
+            read_recipe(path).recipe.attach(pipe)
+        return call(pipe, *args, **kwargs)
+
+    return with_recipe

@@ -1,0 +1,539 @@
+"""Methods are frozen values; attaching one to a pipeline returns the live state.
+
+``Method`` is what a user writes down (it prints, compares, hashes and round-trips as JSON).
+``Attached`` is what runs (it counts what it did, and gives the host back on ``detach``).
+``Recipe`` is a tuple of methods, attached in order, the first innermost. ``Search`` and ``Trainer``
+are the two other frozen kinds; they receive recipes as values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+import warnings
+import weakref
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Self
+
+from accel.artifact import Artifact, ArtifactRef
+from accel.clock import Clock, Now, Run, clock_of
+from accel.patch import Layer, Patch
+
+Claim = tuple[str, frozenset[str]]  # (slot, module or component paths)
+
+# Slots that one method holds alone, where the paths meet. Others stack in recipe order.
+EXCLUSIVE_SLOTS = frozenset({"scheduler", "block.skip", "attention", "linear", "tokens"})
+STACKING_SLOTS = frozenset({"denoiser.call", "initial_latents", "scheduler.modifier"})
+MAX_FIELDS = 8
+RUNS_KEPT = 64  # reports of the newest runs; older ones stay in the totals only
+
+
+class NoEffectWarning(UserWarning):
+    """A finished run in which an attached method changed nothing."""
+
+
+class NoEffectError(RuntimeError):
+    """``NoEffectWarning`` under ``strict=True``."""
+
+
+class FallbackWarning(UserWarning):
+    """Something unexpected inside a run; it was computed without the method."""
+
+
+class Settings(Mapping[str, Any]):
+    """A hashable, read-only mapping of JSON values, for a method's open-ended settings."""
+
+    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
+        self._json = json.dumps(dict(values), sort_keys=True)
+
+    def __getitem__(self, key: str) -> Any:
+        return json.loads(self._json)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(json.loads(self._json))
+
+    def __len__(self) -> int:
+        return len(json.loads(self._json))
+
+    def __hash__(self) -> int:
+        return hash(self._json)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and dict(self) == dict(other)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way to change how a pipeline computes. Subclasses are frozen dataclasses.
+
+    A subclass has at most eight fields (JSON scalars, tuples, ``Settings`` or ``ArtifactRef``),
+    says what it touches (``claims``) and how (``build``). Fields are checked strictly against their
+    annotations; range checks go into ``__post_init__`` after ``super().__post_init__()``.
+    """
+
+    SLOTS: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name, adapter in _field_adapters(type(self)).items():
+            _check_field(self, name, adapter)
+
+    @abstractmethod
+    def claims(self, pipe: Any) -> frozenset[Claim]:
+        """``(slot, paths)`` pairs this method takes on ``pipe``.
+
+        Raises:
+            ValueError: the pipeline is not supported; names class, value and remedy.
+        """
+
+    @abstractmethod
+    def build(self, pipe: Any, live: Attached) -> None:
+        """Put the method on ``pipe``, through ``live.patch`` only.
+
+        Called by ``attach``, which undoes everything if this raises.
+        """
+
+    def new_live(self, pipe: Any) -> Attached:
+        """The live state; override to return a subclass of ``Attached``."""
+        return Attached(self, pipe)
+
+    def attach(self, pipe: Any, *, strict: bool = False) -> Attached:
+        """Start to act on ``pipe``.
+
+        Raises:
+            ValueError: unsupported pipeline, or a claim that collides with what is attached
+                already. Nothing has been changed then.
+        """
+        if not hasattr(getattr(pipe, "scheduler", None), "set_timesteps"):
+            raise ValueError(
+                f"{type(pipe).__name__} has no diffusers scheduler as `.scheduler`; "
+                "accel attaches to diffusion pipelines"
+            )
+        claims = self.claims(pipe)
+        _refuse_collisions(self, claims, pipe)
+        live = self.new_live(pipe)
+        live.strict = strict
+        try:
+            self.build(pipe, live)
+            live.clock.acquire(live)
+        except BaseException:
+            live.patch.undo()
+            raise
+        live.claims = claims
+        _ATTACHED.setdefault(pipe, []).append(weakref.ref(live))
+        return live
+
+    def neutral(self) -> Method | None:
+        """The setting that equals the unmodified pipeline bit for bit, or ``None``."""
+        return None
+
+    # -- as a value --------------------------------------------------------------------------
+
+    @classmethod
+    def name(cls) -> str:
+        """``"caches.native:FirstBlockCache"``."""
+        return f"{cls.__module__}:{cls.__qualname__}"
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"method": name, "settings": {...}}``, JSON scalars, lists and dicts only."""
+        return {"method": self.name(), "settings": settings_json(self)}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_json()["settings"]``.
+
+        Raises:
+            ValueError: unknown, missing or ill-typed settings, each named.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {names}")
+        hints = _hints(cls)
+        try:
+            return cls(**{k: _revive(v, hints[k]) for k, v in settings.items()})
+        except TypeError as error:  # a missing required field
+            raise ValueError(f"{cls.__name__}: {error}") from error
+
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON; artifacts count by content, not by place."""
+        text = json.dumps(_without_paths(self.to_json()), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Attached:
+    """The live state of one method on one pipeline.
+
+    Counters: call ``count("computed" | "reused" | "skipped" | "changed", n)``, ``fallback(reason)``
+    and ``detail[...]`` from layers. Subclasses override ``on_run`` to reset their per-run state.
+    """
+
+    def __init__(self, method: Method, pipe: Any) -> None:
+        self.method = method
+        self.patch = Patch()
+        self.clock: Clock = clock_of(pipe)
+        self.strict = False
+        self.claims: frozenset[Claim] = frozenset()
+        self.counts: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+        self.detail: dict[str, Any] = {}
+        self._pipe = weakref.ref(pipe)
+        self._warned: set[str] = set()
+        self._runs: list[dict[str, Any]] = []
+        self._runs_ended = 0
+        self._had_effect = False
+        self._in_run = False
+        self._attached = True
+
+    # -- for methods -------------------------------------------------------------------------
+
+    @property
+    def now(self) -> Now | None:
+        """The denoiser call being computed; ``None`` outside a run this method has seen begin."""
+        return self.clock.now if self._in_run else None
+
+    def around_call(self, module: Any, layer: Layer) -> None:
+        """Run ``layer(call_next, *args, **kwargs)`` around calls of ``module`` within runs.
+
+        Calls outside a run, and calls being traced by ``torch.compile``, go straight through.
+        """
+
+        def guarded(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+            if self.clock.now is None or not self._in_run:
+                return call_next(*args, **kwargs)
+            return layer(call_next, *args, **kwargs)
+
+        self.patch.around_call(module, guarded)
+
+    def count(self, what: str, n: int = 1) -> None:
+        """Add to a counter of this run."""
+        self.counts[what] += n
+
+    def fallback(self, reason: str) -> None:
+        """Note that something unexpected was computed without the method; warns once a reason.
+
+        Raises:
+            RuntimeError: under ``strict``.
+        """
+        self.fallbacks[reason] += 1
+        if self.strict:
+            raise RuntimeError(f"{self.method.name()}: {reason}")
+        if reason not in self._warned:
+            self._warned.add(reason)
+            text = f"{self.method.name()}: {reason}; computed in full"
+            warnings.warn(text, FallbackWarning, stacklevel=3)
+
+    def on_run(self, run: Run) -> None:
+        """A run begins: forget everything about the last one."""
+
+    def on_run_end(self, run: Run) -> None:
+        """A run ended, finished or not: add what is only known now; let memory go."""
+
+    def has_effect(self) -> bool:
+        """Whether the run so far differs from the unmodified pipeline; counted, not configured."""
+        return self.counts["reused"] + self.counts["skipped"] + self.counts["changed"] > 0
+
+    def memory(self) -> dict[str, int]:
+        """Peak bytes this method held in the run: ``{"bytes_device": n, "bytes_host": n}``."""
+        return {"bytes_device": 0, "bytes_host": 0}
+
+    # -- called by the clock -----------------------------------------------------------------
+
+    def run_began(self, run: Run) -> None:
+        self.counts, self.fallbacks, self.detail = Counter(), Counter(), {}
+        self._in_run = True
+        self.on_run(run)
+
+    def run_ended(self, run: Run) -> None:
+        if not self._in_run:
+            return
+        self._in_run = False
+        self.on_run_end(run)
+        if run.calls == 0:
+            return
+        self._runs.append(self._run_report(run))
+        del self._runs[:-RUNS_KEPT]
+        self._runs_ended += 1
+        effect = self.has_effect()
+        self._had_effect |= effect
+        if run.finished and not effect and self.method != self.method.neutral():
+            self._no_effect()
+
+    def _no_effect(self) -> None:
+        text = f"{self.method.name()} changed nothing in this run"
+        if self.fallbacks:
+            text += f" ({', '.join(self.fallbacks)})"
+        if self.strict:
+            raise NoEffectError(text)
+        if "no effect" not in self._warned:
+            self._warned.add("no effect")
+            warnings.warn(text, NoEffectWarning, stacklevel=2)
+
+    def _run_report(self, run: Run) -> dict[str, Any]:
+        return {
+            "steps": run.steps_done,
+            "calls": run.calls,
+            "nfe": run.nfe,
+            "branches": list(run.branches),
+            "finished": run.finished,
+            "computed": self.counts["computed"],
+            "reused": self.counts["reused"],
+            "skipped": self.counts["skipped"],
+            "fallbacks": dict(self.fallbacks),
+            **self.memory(),
+            "syncs": run.syncs + self.counts["syncs"],
+            "detail": dict(self.detail),
+        }
+
+    # -- for users ---------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """What really happened, counted, as plain JSON; the newest 64 runs in full."""
+        return {
+            "method": self.method.name(),
+            "effect": "some" if self._had_effect else "none",
+            "runs_ended": self._runs_ended,
+            "runs": [dict(run) for run in self._runs],
+        }
+
+    def detach(self) -> None:
+        """Give the host back, attribute for attribute. Safe to call twice, in any order."""
+        if not self._attached:
+            return
+        self._attached = False
+        self.patch.undo()
+        self.clock.release(self)
+        pipe = self._pipe()
+        if pipe is not None:
+            _ATTACHED[pipe] = [r for r in _ATTACHED[pipe] if r() not in (None, self)]
+
+
+@dataclass(frozen=True)
+class Recipe(Method):
+    """Methods in attach order, the first innermost. Itself a ``Method``.
+
+    ``Recipe(())`` attaches nothing but the clock: its report counts the plain pipeline.
+    """
+
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if not isinstance(method, Method):
+                raise ValueError(f"Recipe holds methods, got {type(method).__name__}: {method!r}")
+
+    def claims(self, pipe: Any) -> frozenset[Claim]:
+        taken: list[tuple[Method, frozenset[Claim]]] = []
+        for method in self.methods:
+            claims = method.claims(pipe)
+            for other, held in taken:
+                _refuse_overlap(method, claims, other, held)
+            taken.append((method, claims))
+        return frozenset().union(*(claims for _, claims in taken))
+
+    def new_live(self, pipe: Any) -> Attached:
+        return _AttachedRecipe(self, pipe)
+
+    def build(self, pipe: Any, live: Attached) -> None:
+        assert isinstance(live, _AttachedRecipe)
+        try:
+            for method in self.methods:
+                live.members.append(method.attach(pipe, strict=live.strict))
+        except BaseException:
+            live.detach_members()
+            raise
+
+    def neutral(self) -> Recipe | None:
+        neutrals = [m.neutral() for m in self.methods]
+        return None if None in neutrals else Recipe(tuple(m for m in neutrals if m is not None))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"methods": [m.to_json() for m in self.methods]}
+
+
+class _AttachedRecipe(Attached):
+    def __init__(self, method: Recipe, pipe: Any) -> None:
+        super().__init__(method, pipe)
+        self.members: list[Attached] = []
+
+    def has_effect(self) -> bool:
+        return True  # each member answers for itself
+
+    def report(self) -> dict[str, Any]:
+        members = [member.report() for member in self.members]
+        effect = "some" if any(m["effect"] == "some" for m in members) else "none"
+        return {**super().report(), "effect": effect, "members": members}
+
+    def detach(self) -> None:
+        self.detach_members()
+        super().detach()
+
+    def detach_members(self) -> None:
+        for member in reversed(self.members):
+            member.detach()
+
+
+@contextmanager
+def attached(
+    method: Method | Iterable[Method], pipe: Any, *, strict: bool = False
+) -> Iterator[Attached]:
+    """Attach a method, a recipe or several methods to ``pipe`` for the length of a ``with`` block.
+
+    ``strict`` turns the warnings about runs without effect and about fallbacks into errors.
+    """
+    recipe = method if isinstance(method, Method) else Recipe(tuple(method))
+    live = recipe.attach(pipe, strict=strict)
+    try:
+        yield live
+    finally:
+        live.detach()
+
+
+def live_on(pipe: Any) -> tuple[Attached, ...]:
+    """Everything attached to ``pipe`` now, in attach order (recipes after their members)."""
+    found = (reference() for reference in _ATTACHED.get(pipe, []))
+    return tuple(live for live in found if live is not None)
+
+
+@dataclass(frozen=True)
+class Search(ABC):
+    """A frozen strategy that spends compute on better noise."""
+
+    @abstractmethod
+    def run(
+        self, pipe: Any, inputs: list[dict[str, Any]], verifier: Any, budget: Any, recipe: Recipe
+    ) -> Any:
+        """Search, under ``budget``, with ``recipe`` attached; returns a ``SearchResult``."""
+
+
+@dataclass(frozen=True)
+class Trainer(ABC):
+    """Frozen training settings that turn a pipeline and inputs into an artifact."""
+
+    @abstractmethod
+    def fit(
+        self, pipe: Any, inputs: list[dict[str, Any]], out: str, student_recipe: Recipe
+    ) -> Artifact:
+        """Train, resumable under ``out``; the student's forward runs ``student_recipe``."""
+
+
+# -- claims ----------------------------------------------------------------------------------
+
+_ATTACHED: weakref.WeakKeyDictionary[Any, list[weakref.ref[Attached]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _refuse_collisions(method: Method, claims: frozenset[Claim], pipe: Any) -> None:
+    for live in live_on(pipe):
+        _refuse_overlap(method, claims, live.method, live.claims)
+
+
+def _refuse_overlap(
+    one: Method, claims: frozenset[Claim], other: Method, held: frozenset[Claim]
+) -> None:
+    for slot, paths in claims:
+        if slot not in EXCLUSIVE_SLOTS | STACKING_SLOTS:
+            known = sorted(EXCLUSIVE_SLOTS | STACKING_SLOTS)
+            raise ValueError(f"{one.name()} claims unknown slot {slot!r}; known: {known}")
+        if slot not in EXCLUSIVE_SLOTS:
+            continue
+        for other_slot, other_paths in held:
+            meet = _meeting_path(paths, other_paths) if other_slot == slot else None
+            if meet is not None:
+                raise ValueError(
+                    f"{one.name()} and {other.name()} both claim {slot!r} at {meet!r}; "
+                    "leave one of them out"
+                )
+
+
+def _meeting_path(paths: frozenset[str], others: frozenset[str]) -> str | None:
+    """A path of ``paths`` that equals, contains or lies in one of ``others``."""
+    for path in sorted(paths):
+        for other in others:
+            if path == other or path.startswith(other + ".") or other.startswith(path + "."):
+                return path
+    return None
+
+
+# -- JSON ------------------------------------------------------------------------------------
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+@cache
+def _field_adapters(cls: type) -> dict[str, Any]:
+    from pydantic import ConfigDict, TypeAdapter
+
+    hints = _hints(cls)
+    config = ConfigDict(arbitrary_types_allowed=True)
+    adapters = {}
+    for f in dataclasses.fields(cls):
+        plain = dataclasses.is_dataclass(hints[f.name])
+        adapters[f.name] = TypeAdapter(hints[f.name], config=None if plain else config)
+    return adapters
+
+
+def _check_field(method: Method, name: str, adapter: Any) -> None:
+    from pydantic import ValidationError
+
+    value = getattr(method, name)
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{type(method).__name__}.{name} = {value!r}: {first['msg'].lower()}"
+        ) from None
+
+
+def settings_json(value: Any) -> dict[str, Any]:
+    """The fields of a frozen dataclass as JSON values."""
+    return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, ArtifactRef):
+        return {"path": value.path, "sha256": value.sha256}
+    return value
+
+
+def _revive(value: Any, hint: Any) -> Any:
+    """A JSON value as the field's type: lists are tuples, mappings are what the hint says."""
+    if isinstance(value, list):
+        return tuple(_revive(v, None) for v in value)
+    if isinstance(value, Mapping):
+        if _mentions(hint, ArtifactRef):
+            return ArtifactRef.from_json(value)
+        return Settings(value)
+    return value
+
+
+def _mentions(hint: Any, cls: type) -> bool:
+    return hint is cls or any(_mentions(h, cls) for h in typing.get_args(hint))
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"path", "sha256"}:
+            return value["sha256"]
+        return {k: _without_paths(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(v) for v in value]
+    return value

@@ -1,0 +1,220 @@
+"""The only file that changes a host object. Everything is undone, in any order.
+
+Two kinds of change, both on instances, never on classes:
+
+* ``Patch.around(owner, "forward", layer)`` puts ``layer(call_next, *args, **kwargs)`` around a
+  callable attribute. All layers on one attribute share one ``Trampoline``.
+* ``Patch.swap(owner, "scheduler", value)`` replaces an attribute.
+
+Other libraries also replace ``forward`` (offloading, diffusers' caches) and restore what they found
+whenever they like. So a trampoline that somebody captured stays as an empty pass-through until it is
+topmost again, and one that somebody threw away is put back by ``Patch.ensure`` (called at the start
+of every run).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from accel import compat
+
+Layer = Callable[..., Any]
+_MISSING = object()
+
+# owner -> {attribute: weak reference to its trampoline}. Weak on both sides: the owner (or whoever
+# captured the callable) keeps the trampoline alive, and a trampoline refers to its owner.
+_TRAMPOLINES: weakref.WeakKeyDictionary[Any, dict[str, weakref.ref[Trampoline]]] = (
+    weakref.WeakKeyDictionary()
+)
+_SWAPS: weakref.WeakKeyDictionary[Any, dict[str, _SwapStack]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One layer with its place: outer layers (the clock's) run before all inner ones."""
+
+    layer: Layer
+    outer: bool
+
+
+class Trampoline:
+    """The callable standing in ``vars(owner)[name]``; runs its layers around ``original``."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner_ref = weakref.ref(owner)
+        self.name = name
+        self.entries: list[_Entry] = []
+        self.install()
+
+    def install(self) -> None:
+        """Become the topmost callable, around whatever is there now."""
+        owner = self.owner_ref()
+        self.shadowed = vars(owner).get(self.name, _MISSING)
+        self.original = getattr(owner, self.name)
+        functools.update_wrapper(self, self.original)  # signature() and capture checks follow this
+        object.__setattr__(owner, self.name, self)
+        self.compose()
+
+    def compose(self) -> None:
+        """Fold the layers into one callable, so that a call costs one frame per layer."""
+        call = self.original if self.entries else self._pass_through
+        for entry in sorted(self.entries, key=lambda e: e.outer):  # stable: keeps attach order
+            call = functools.partial(entry.layer, call)
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def _pass_through(self, *args: Any, **kwargs: Any) -> Any:
+        if not compat.is_compiling():
+            self.remove_if_topmost()
+        return self.original(*args, **kwargs)
+
+    def remove_if_topmost(self) -> bool:
+        """Give the attribute back if no other wrapper stands on top of this one."""
+        owner = self.owner_ref()
+        if owner is None or vars(owner).get(self.name) is not self:
+            return False
+        if self.shadowed is _MISSING:
+            object.__delattr__(owner, self.name)
+        else:
+            object.__setattr__(owner, self.name, self.shadowed)
+        return True
+
+    def is_reachable(self) -> bool:
+        """Whether a call of the owner's attribute still comes through here."""
+        current = vars(self.owner_ref()).get(self.name)
+        seen: set[int] = set()
+        while current is not None and id(current) not in seen:
+            if current is self:
+                return True
+            seen.add(id(current))
+            current = compat.wrapped_callable(current)
+        return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A deep copy of the owner gets its plain method back, bound to the copy."""
+        owner = self.owner_ref()
+        method = getattr(type(owner), self.name)
+        return types.MethodType(method, memo.get(id(owner), owner))
+
+    def __reduce__(self) -> Any:
+        owner = self.owner_ref()
+        return (getattr, (owner, self.name)) if owner is None else (_unpatched, (owner, self.name))
+
+
+def _unpatched(owner: Any, name: str) -> Any:
+    return types.MethodType(getattr(type(owner), name), owner)
+
+
+@dataclass
+class _SwapStack:
+    """All swaps of one attribute, oldest first, over what the host had."""
+
+    base: Any
+    entries: list[tuple[Patch, Any]] = field(default_factory=list)
+
+
+class Patch:
+    """A set of reversible changes, undone together.
+
+    Patches of several methods may sit on the same attribute and be undone in any order; after the
+    last one ``vars(owner)`` holds exactly what it held before the first.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[Trampoline, _Entry]] = []
+        self._calls: list[tuple[Any, Layer, bool]] = []
+        self._swaps: list[tuple[Any, str]] = []
+
+    def around(self, owner: Any, name: str, layer: Layer, *, outer: bool = False) -> None:
+        """Run ``layer(call_next, *args, **kwargs)`` instead of ``owner.name(*args, **kwargs)``.
+
+        Later layers run outside earlier ones; ``outer=True`` keeps a layer outside all others.
+        """
+        trampoline = _trampoline(owner, name)
+        entry = _Entry(layer, outer)
+        trampoline.entries.append(entry)
+        trampoline.compose()
+        self._layers.append((trampoline, entry))
+
+    def around_call(self, module: Any, layer: Layer, *, outer: bool = False) -> None:
+        """``around`` for calls of a ``torch.nn.Module``, outside its compiled graph if it has one.
+
+        Compiling the module later moves the layer along (at the next ``ensure``).
+        """
+        owner, name = compat.call_point(module)
+        self.around(owner, name, layer, outer=outer)
+        self._calls.append((module, layer, outer))
+
+    def swap(self, owner: Any, name: str, value: Any) -> None:
+        """Set ``owner.name = value`` until undone (through the owner's own ``__setattr__``)."""
+        stacks = _SWAPS.setdefault(owner, {})
+        stack = stacks.get(name)
+        if stack is None:
+            stack = stacks[name] = _SwapStack(base=vars(owner).get(name, _MISSING))
+        stack.entries.append((self, value))
+        self._swaps.append((owner, name))
+        setattr(owner, name, value)
+
+    def ensure(self) -> None:
+        """Put back what the host threw away, and follow modules that were compiled since."""
+        for module, layer, outer in self._calls:
+            owner, name = compat.call_point(module)
+            trampoline, entry = next(x for x in self._layers if x[1].layer is layer)
+            if trampoline.name != name:
+                self._remove(trampoline, entry)
+                self._layers.remove((trampoline, entry))
+                self.around(owner, name, layer, outer=outer)
+        for trampoline, _ in self._layers:
+            if trampoline.owner_ref() is not None and not trampoline.is_reachable():
+                trampoline.install()
+
+    def undo(self) -> None:
+        """Take all changes of this patch back. Safe to call twice."""
+        for trampoline, entry in reversed(self._layers):
+            self._remove(trampoline, entry)
+        self._layers.clear()
+        self._calls.clear()
+        for owner, name in reversed(self._swaps):
+            _unswap(self, owner, name)
+        self._swaps.clear()
+
+    @staticmethod
+    def _remove(trampoline: Trampoline, entry: _Entry) -> None:
+        trampoline.entries.remove(entry)
+        trampoline.compose()
+        if not trampoline.entries:
+            trampoline.remove_if_topmost()
+
+
+def _trampoline(owner: Any, name: str) -> Trampoline:
+    known = _TRAMPOLINES.setdefault(owner, {})
+    trampoline = known[name]() if name in known else None
+    if trampoline is None or not trampoline.is_reachable():
+        if trampoline is not None and trampoline.entries:
+            trampoline.install()  # thrown away by the host while layers were on it
+        else:
+            trampoline = Trampoline(owner, name)
+            known[name] = weakref.ref(trampoline)
+    return trampoline
+
+
+def _unswap(patch: Patch, owner: Any, name: str) -> None:
+    stack = _SWAPS[owner][name]
+    index = next(i for i, (p, _) in reversed(list(enumerate(stack.entries))) if p is patch)
+    _, value = stack.entries.pop(index)
+    is_top = index == len(stack.entries)
+    if is_top and vars(owner).get(name) is value:  # else: someone assigned it since; theirs stays
+        below = stack.entries[-1][1] if stack.entries else stack.base
+        if below is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, below)
+    if not stack.entries:
+        del _SWAPS[owner][name]
