@@ -1,0 +1,105 @@
+"""The denoiser of digits-dit: a small DiTTransformer2DModel that predicts noise in latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch import Tensor, nn
+
+from accel.zoo.loop import step_generator
+from accel.zoo.world import NULL_CLASS
+
+CLASS_DROPOUT = 0.1
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting"
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Size of the transformer. 8x8 latents in patches of 2 are 16 tokens."""
+
+    layers: int = 6
+    heads: int = 3
+    head_dim: int = 32
+    latent_channels: int = 4
+    latent_size: int = 8
+    patch: int = 2
+
+    def build(self) -> DiTTransformer2DModel:
+        """A fresh transformer, initialised as in the DiT paper: every block is the identity."""
+        model = DiTTransformer2DModel(
+            num_attention_heads=self.heads,
+            attention_head_dim=self.head_dim,
+            in_channels=self.latent_channels,
+            out_channels=self.latent_channels,
+            num_layers=self.layers,
+            sample_size=self.latent_size,
+            patch_size=self.patch,
+            num_embeds_ada_norm=NULL_CLASS,
+        )
+        for block in model.transformer_blocks:
+            nn.init.zeros_(block.norm1.linear.weight)
+            nn.init.zeros_(block.norm1.linear.bias)
+            nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
+        for module in (model.proj_out_1, model.proj_out_2):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        # Not .train(): its only effect here is that each block would drop class labels on its own,
+        # from the global generator. The loss drops them once for the whole network.
+        return model.eval()
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The linear schedule the model is trained and shipped with."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=False,
+    )
+
+
+class NoiseLoss:
+    """Min-SNR weighted squared error of the predicted noise, over a fixed pool of latents.
+
+    means, stds: (count, c, h, w) scaled latents; classes (count,). The step decides the pictures
+    (a new order every pass), the noise, the timesteps and the dropped classes.
+    """
+
+    def __init__(self, pool: tuple[Tensor, Tensor, Tensor], batch: int, seed: int, device):
+        self.means, self.stds, self.classes = pool
+        self.batch, self.seed, self.device = batch, seed, device
+        alphas = build_scheduler().alphas_cumprod
+        self.alphas = alphas
+        snr = alphas / (1 - alphas)
+        self.weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def rows(self, step: int) -> Tensor:
+        """Rows of the pool used at a step, (batch,)."""
+        per_pass = len(self.classes) // self.batch
+        epoch, at = divmod(step, per_pass)
+        if self._order[0] != epoch:
+            generator = step_generator(self.seed + 1, epoch)
+            self._order = (epoch, torch.randperm(len(self.classes), generator=generator))
+        return self._order[1][at * self.batch : (at + 1) * self.batch]
+
+    def __call__(self, model: nn.Module, step: int) -> Tensor:
+        rows, g = self.rows(step), step_generator(self.seed, step)
+        shape = (self.batch, *self.means.shape[1:])
+        x0 = self.means[rows] + self.stds[rows] * torch.randn(shape, generator=g)
+        eps = torch.randn(shape, generator=g)
+        # One timestep in each of `batch` equal parts of the schedule: same mean, less variance.
+        part = (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch
+        t = (part * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
+        dropped = torch.rand(self.batch, generator=g) < CLASS_DROPOUT
+        y = torch.where(dropped, NULL_CLASS, self.classes[rows])
+        a = self.alphas[t][:, None, None, None]
+        xt = a.sqrt() * x0 + (1 - a).sqrt() * eps
+        predicted = model(
+            xt.to(self.device), timestep=t.to(self.device), class_labels=y.to(self.device)
+        ).sample
+        error = (predicted.float() - eps.to(self.device)).square().mean(dim=(1, 2, 3))
+        return (self.weights[t].to(self.device) * error).mean()

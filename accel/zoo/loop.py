@@ -1,0 +1,236 @@
+"""The one training loop: Accelerate, EMA, cosine learning rate, checkpoints that survive kill -9.
+
+A model brings `loss_of(model, step)`, a pure function of the weights and the step: it draws its own
+batch and noise from the step number. So the data position is one integer, and a run that was killed
+and resumed takes the same steps as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+POSITION = "position.json"
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how fast to train. At least one of `steps` and `minutes` must be given.
+
+    steps: stop after this many; minutes: stop after this much time in the loop (both counted from
+    the start or the last warm restart); the learning rate follows whichever is nearer its end, so
+    only a run limited by steps alone is repeatable to the bit. Raises ValueError for settings that
+    cannot train.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    lr: float = 1e-3
+    warmup: int = 200  # steps
+    weight_decay: float = 0.0
+    ema_decay: float = 0.999
+    checkpoint_seconds: float = 60.0
+    checkpoint_steps: int | None = None  # as well; for tests
+    log_steps: int = 50
+
+    def __post_init__(self):
+        if self.steps is None and self.minutes is None:
+            raise ValueError("LoopSettings: give steps or minutes")
+        if (self.steps is not None and self.steps < 1) or (
+            self.minutes is not None and self.minutes <= 0
+        ):
+            raise ValueError(f"LoopSettings: steps={self.steps}, minutes={self.minutes} train none")
+
+
+@dataclass
+class Position:
+    """Where a run is: the next step, seconds spent in the loop, and the losses so far.
+
+    The next step is the data position, too. `origin_*` say where the last warm restart was.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    origin_step: int = 0
+    origin_seconds: float = 0.0
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss since last)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(vars(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Position:
+        return cls(**json.loads(path.read_text()))
+
+
+class Ema:
+    """Exponential moving average of a model's weights; `min(decay, (1 + t) / (10 + t))` early on.
+
+    Has the `state_dict` pair that Accelerate's checkpoints ask for.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, updates: int = 0):
+        self.decay = decay
+        self.updates = updates
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in model.state_dict().items():
+            mean = self.weights[name]
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), rate)
+            else:
+                mean.copy_(value)
+
+    def state_dict(self) -> dict:
+        return {"updates": torch.tensor(self.updates), **self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = int(state["updates"])
+        for name, mean in self.weights.items():
+            mean.copy_(state[name])
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """CPU generator that depends on (seed, step) only."""
+    return torch.Generator().manual_seed((seed << 40) + step)
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, int], Tensor],
+    settings: LoopSettings,
+    out: Path,
+    *,
+    accelerator: Accelerator,
+    resume: bool = False,
+    start: Position | None = None,
+) -> tuple[dict[str, Tensor], Position]:
+    """Trains `model` in place; returns its EMA weights and the final position.
+
+    `out` receives `checkpoint-<step>` folders (the last two are kept). `resume` continues from the
+    newest, or from the beginning where there is none. `start` is the position of a warm restart:
+    the model already has its weights, the optimiser is new. Raises FloatingPointError when the
+    loss is no longer finite; the checkpoints before that remain.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    position = start or Position()
+    ema = Ema(accelerator.unwrap_model(model), settings.ema_decay, position.step)
+    accelerator.register_for_checkpointing(ema)
+    newest = newest_checkpoint(out) if resume else None
+    if newest is not None:
+        accelerator.load_state(str(newest))
+        position = Position.read(newest / POSITION)
+        print(f"{name}: resumed at step {position.step} from {newest.name}", flush=True)
+    began = _Clock(position.seconds)
+    first, losses, saved = position.step, [], time.monotonic()
+    while _progress(settings, position) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, position)
+        loss = loss_of(model, position.step)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(accelerator.unwrap_model(model))
+        position.step += 1
+        position.seconds = began.seconds()
+        losses.append(loss.detach())
+        if position.step % settings.log_steps == 0:
+            mean = torch.stack(losses).mean().item()
+            losses.clear()
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"{name}: loss {mean} at step {position.step}")
+            position.curve.append((position.step, float(f"{mean:.5g}")))
+            _report(name, settings, position, mean, first, began)
+        every = settings.checkpoint_steps
+        due = time.monotonic() - saved > settings.checkpoint_seconds
+        if due or (every and position.step % every == 0):
+            _save(accelerator, position, out)
+            saved = time.monotonic()
+    _save(accelerator, position, out)
+    accelerator.free_memory()
+    accelerator._custom_objects.clear()
+    return ema.weights, position
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint folder below `out`."""
+    found = [p for p in out.glob("checkpoint-*") if p.suffix != ".tmp"]
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+class _Clock:
+    """Seconds in the loop, those of the killed runs before it included."""
+
+    def __init__(self, earlier: float):
+        self.earlier, self.start = earlier, time.monotonic()
+
+    def here(self) -> float:
+        return time.monotonic() - self.start
+
+    def seconds(self) -> float:
+        return self.earlier + self.here()
+
+
+def learning_rate(settings: LoopSettings, position: Position) -> float:
+    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    warmup = min(1.0, (position.step - position.origin_step + 1) / settings.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * _progress(settings, position)))
+    return settings.lr * warmup * (0.02 + 0.98 * cosine)
+
+
+def _progress(settings: LoopSettings, position: Position) -> float:
+    """Share of the run that is done, 0 to 1."""
+    steps = position.step - position.origin_step
+    seconds = position.seconds - position.origin_seconds
+    by_steps = steps / settings.steps if settings.steps else 0.0
+    by_time = seconds / (60 * settings.minutes) if settings.minutes else 0.0
+    return max(by_steps, by_time)
+
+
+def _report(name, settings, position, loss, first, clock) -> None:
+    done = _progress(settings, position)
+    rate = (position.step - first) / max(clock.here(), 1e-9)
+    left = (position.seconds - position.origin_seconds) * (1 - done) / max(done, 1e-9)
+    print(
+        f"{name}: step {position.step} {100 * done:.1f} % loss {loss:.4f} "
+        f"{rate:.2f} steps/s ETA {left / 60:.1f} min",
+        flush=True,
+    )
+
+
+def _save(accelerator: Accelerator, position: Position, out: Path) -> None:
+    """Written under a temporary name and renamed, so that a kill never leaves half a checkpoint."""
+    final = out / f"checkpoint-{position.step}"
+    if final.exists():
+        return
+    partial = final.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    accelerator.save_state(str(partial))
+    position.write(partial / POSITION)
+    os.replace(partial, final)
+    kept = sorted(
+        (p for p in out.glob("checkpoint-*") if p.suffix != ".tmp"),
+        key=lambda p: int(p.name.split("-")[1]),
+    )
+    for old in kept[:-2]:
+        shutil.rmtree(old)
