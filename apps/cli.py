@@ -1,0 +1,37 @@
+"""The `accel` program. Commands live in `apps/commands/`, one file each, and are registered here.
+
+Nothing heavy is imported until a command runs, so that `accel --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+COMMANDS = ("render", "folder", "rerender", "catalogue", "sheet")
+
+app = typer.Typer(
+    name="accel",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Accelerate diffusers pipelines, and render jobs with them without losing one.",
+)
+for _name in COMMANDS:
+    importlib.import_module(f"apps.commands.{_name}").register(app)
+
+
+def main() -> None:
+    """Entry point; errors a person can act on are one line on stderr and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

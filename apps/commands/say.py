@@ -1,0 +1,36 @@
+"""How commands end: in one line on stderr and an exit code, never in a traceback of ours."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import typer
+
+MAX_PROBLEMS = 50
+
+
+def fail(lines: str | Sequence[str], code: int = 2) -> typer.Exit:
+    """Print problems on stderr, one per line; raise what is returned."""
+    listed = [lines] if isinstance(lines, str) else list(lines)
+    for line in listed[:MAX_PROBLEMS]:
+        typer.echo(line, err=True)
+    if len(listed) > MAX_PROBLEMS:
+        typer.echo(f"... and {len(listed) - MAX_PROBLEMS} more problems", err=True)
+    return typer.Exit(code)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Turn the errors that a person can act on into one line and exit code 2."""
+    from apps.render.faults import StorageFault
+    from apps.render.jobs import JobFileError
+    from apps.render.ledger import LedgerCorrupt
+    from apps.render.lock import FolderBusy
+
+    try:
+        yield
+    except JobFileError as error:
+        raise fail(error.problems) from None
+    except (StorageFault, FolderBusy, LedgerCorrupt, FileNotFoundError, ValueError) as error:
+        raise fail(" ".join(str(error).split())) from None

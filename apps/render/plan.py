@@ -1,0 +1,153 @@
+"""From checked jobs to tasks: models and recipes resolved, identities and file stems fixed.
+
+A plan is complete: its payloads say everything a worker needs, so that a render can be resumed from
+the folder alone. It is kept as `plan.jsonl` beside the ledger, from which a lost ledger is rebuilt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apps.render import strict_json
+from apps.render.files import write_atomically
+from apps.render.identity import identity, model_folder, model_revision
+from apps.render.jobs import JobFileError, PlacedJob
+from apps.render.naming import default_stem, folded
+
+PLAN_FILE = "plan.jsonl"
+STAGES = ("denoise", "decode", "write")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says about a whole render, and what of it decides pixels."""
+
+    model: str | None = None
+    recipe: str | None = None
+    threads: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    strict: bool = False
+    metadata: bool = True
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """One task: its identity, its file stem, and a payload that says everything."""
+
+    id: str
+    stem: str
+    payload: dict[str, Any]
+
+    @property
+    def bucket(self) -> str:
+        """Tasks in one bucket share a loaded model and an attached recipe."""
+        return strict_json.canonical([self.payload["model_revision"], self.payload["recipe"]])
+
+
+def plan(jobs: Sequence[PlacedJob], settings: Settings, folder: Path) -> list[PlannedTask]:
+    """Resolve jobs into tasks. `folder` is the job file's, for recipes named in it.
+
+    Raises:
+        JobFileError: a model or recipe that is missing or broken, one line each; two jobs that
+            would render the same pixels or write the same file.
+    """
+    tasks: list[PlannedTask] = []
+    problems: list[str] = []
+    places: dict[str, str] = {}
+    for index, placed in enumerate(jobs, start=1):
+        try:
+            task = _task(index, placed, settings, folder)
+        except (ValueError, OSError) as error:
+            problems.append(f"{placed.where}: {' '.join(str(error).split())}")
+            continue
+        for key in (task.id, folded(task.stem)):
+            first = places.setdefault(key, placed.where)
+            if first != placed.where:
+                problems.append(f"{placed.where}: the same job or file name as {first}")
+        tasks.append(task)
+    if problems:
+        raise JobFileError(problems)
+    return tasks
+
+
+def save_plan(folder: Path, tasks: Sequence[PlannedTask]) -> None:
+    """Write the plan file atomically."""
+    lines = [strict_json.canonical({"id": t.id, "stem": t.stem, "payload": t.payload}) for t in tasks]
+    write_atomically(folder / PLAN_FILE, ("\n".join(lines) + "\n").encode())
+
+
+def load_plan(folder: Path) -> list[PlannedTask]:
+    """Read the plan file; FileNotFoundError when the folder holds no render."""
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no render (no {PLAN_FILE})")
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [PlannedTask(row["id"], row["stem"], row["payload"]) for row in rows]
+
+
+def merge_plans(old: Sequence[PlannedTask], new: Sequence[PlannedTask]) -> list[PlannedTask]:
+    """Add a plan to what a folder already holds: same identity stays, same stem is replaced."""
+    known = {task.id for task in old}
+    stems = {folded(task.stem) for task in new if task.id not in known}
+    return [task for task in old if folded(task.stem) not in stems] + [
+        task for task in new if task.id not in known
+    ]
+
+
+def _task(index: int, placed: PlacedJob, settings: Settings, folder: Path) -> PlannedTask:
+    job = placed.job
+    model = job.model or settings.model
+    if model is None:
+        raise ValueError("no model: give the job one, or use --model")
+    revision = model_revision(model)
+    recipe, sha256 = _recipe(placed, settings, folder, model)
+    payload = {
+        "job": job.asked(),
+        "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
+        "model_revision": revision,
+        "recipe": recipe,
+        "recipe_sha256": sha256,
+        "threads": settings.threads,
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "strict": settings.strict,
+        "metadata": settings.metadata,
+    }
+    own = identity(payload)
+    stem = job.name or default_stem(index, own, job.inputs)
+    return PlannedTask(own, stem, payload | {"stem": stem})
+
+
+def _recipe(
+    placed: PlacedJob, settings: Settings, folder: Path, model: str
+) -> tuple[str | None, str | None]:
+    """The recipe of a job as (path, sha256): its own, else --recipe, else the model folder's."""
+    if placed.job.chooses_recipe():
+        path = None if placed.job.recipe is None else folder / placed.job.recipe
+    elif settings.recipe is not None:
+        path = Path(settings.recipe)
+    else:
+        local = model_folder(model)
+        path = None if local is None else local / "accel_recipe.yaml"
+        path = path if path is not None and path.is_file() else None
+    if path is None:
+        return None, None
+    return str(path.resolve()), recipe_sha256(str(path.resolve()))
+
+
+def recipe_sha256(path: str) -> str:
+    """Content hash of a recipe file; ValueError or OSError with one line when it is broken."""
+    import accel
+
+    key = (path, Path(path).stat().st_mtime_ns if Path(path).exists() else 0)
+    if key not in _RECIPES:
+        _RECIPES[key] = accel.read_recipe(path).sha256
+    return _RECIPES[key]
+
+
+_RECIPES: dict[tuple[str, int], str] = {}

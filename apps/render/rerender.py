@@ -1,0 +1,131 @@
+"""Make a finished output again from the record it carries, and compare raw frames by SHA-256."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from apps.render.driver import RunOptions, Summary, submit
+from apps.render.environment import versions
+from apps.render.identity import identity, model_revision
+from apps.render.jobs import Job
+from apps.render.media import embedded_record
+from apps.render.outputs import read_sidecar
+from apps.render.plan import PlannedTask, recipe_sha256
+from apps.render.progress import Progress
+
+_PAYLOAD = {"job", "model", "model_revision", "recipe", "recipe_sha256", "threads", "dtype", "device"}
+
+
+@dataclass
+class Verdict:
+    """Whether the frames came out the same, and what has changed since if they did not."""
+
+    expected: list[str]
+    made: list[str]
+    changes: list[str] = field(default_factory=list)
+    kept: str | None = None
+
+    @property
+    def same(self) -> bool:
+        return bool(self.made) and all(digest in self.made for digest in self.expected)
+
+    def lines(self) -> list[str]:
+        told = [f"kept in {self.kept}"] if self.kept else []
+        told += [f"changed since: {change}" for change in self.changes]
+        if self.same:
+            return [*told, f"the same frames (SHA-256 {self.expected[0][:16]})"]
+        return [*told, f"the frames differ: {self.expected} then, {self.made} now"]
+
+
+def again(file: Path, out: Path | None, progress: Progress, trust: bool) -> Verdict:
+    """Render `file` again, into `out` or a temporary folder.
+
+    Raises:
+        ValueError: the file carries no record, its model or recipe is gone, or rendering failed.
+    """
+    record = read_record(file)
+    payload, changes = _current(record)
+    task_id = identity(payload)
+    task = PlannedTask(task_id, payload["stem"], payload)
+    with tempfile.TemporaryDirectory(prefix="accel-rerender-") as scratch:
+        folder = out or Path(scratch)
+        options = RunOptions(trust_remote_code=trust)
+        summary = submit(folder, [task], options, progress)
+        made = read_sidecar(folder / f"{task.stem}.json")
+        if made is None or made["identity"] != task_id:
+            raise ValueError(f"it could not be rendered: {_why(summary)}")
+    digests = [entry["frames_sha256"] for entry in made["files"]]
+    return Verdict(record["expected"], digests, changes, None if out is None else str(out))
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """The record of an output: from inside it, else from the sidecar next to it.
+
+    Returns a dict with payload, versions and `expected` (SHA-256 of the frames of this file, or of
+    all files for a sidecar). ValueError when there is none, or it is not one of ours.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    found = None if file.suffix == ".json" else embedded_record(file)
+    if found is not None:
+        found = {**found, "expected": [found.get("frames_sha256")]}
+    else:
+        found = _from_sidecar(file)
+    if found is None:
+        raise ValueError(f"{file}: carries no record of how it was made, and has no sidecar")
+    payload = found.get("payload")
+    if not isinstance(payload, dict) or not payload.keys() >= _PAYLOAD:
+        raise ValueError(f"{file}: its record is incomplete")
+    try:
+        Job.model_validate(payload["job"])
+    except ValidationError as error:
+        raise ValueError(f"{file}: its record holds no valid job: {error.error_count()} errors") from None
+    return found
+
+
+def _from_sidecar(file: Path) -> dict[str, Any] | None:
+    stem = file.stem
+    for name in (f"{stem}.json", f"{stem.rpartition('.')[0]}.json"):
+        content = read_sidecar(file.with_name(name))
+        if content is not None:
+            wanted = [f for f in content["files"] if file.name in (f["name"], name)]
+            return {**content, "expected": [f["frames_sha256"] for f in wanted or content["files"]]}
+    return None
+
+
+def _current(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The payload with today's model and recipe, and what is different from then."""
+    payload = dict(record["payload"])
+    changes = [
+        f"{name} {then} -> {versions().get(name, 'not installed')}"
+        for name, then in record.get("versions", {}).items()
+        if versions().get(name) != then
+    ]
+    revision = model_revision(payload["model"])
+    if revision != payload["model_revision"]:
+        changes.append(f"model {payload['model']}")
+        payload["model_revision"] = revision
+    if payload["recipe"] is not None:
+        try:
+            sha256 = recipe_sha256(payload["recipe"])
+        except OSError as error:
+            raise ValueError(f"its recipe cannot be read: {error}") from None
+        if sha256 != payload["recipe_sha256"]:
+            changes.append(f"recipe {payload['recipe']}")
+            payload["recipe_sha256"] = sha256
+    payload.setdefault("strict", False)
+    payload.setdefault("metadata", True)
+    if not isinstance(payload.get("stem"), str):
+        payload["stem"] = "rerender"
+    return payload, changes
+
+
+def _why(summary: Summary) -> str:
+    if summary.failures:
+        return summary.failures[0].error or "unknown"
+    return summary.stopped or "it was interrupted"

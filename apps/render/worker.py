@@ -1,0 +1,248 @@
+"""The worker: holds one loaded pipeline and renders tasks with it, one at a time.
+
+The same object serves every executor. It knows no ledger: it gets a payload, reports events, and
+either has committed the files and returns their result, or raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import accel
+from apps.render import latents as latents_file
+from apps.render import stages
+from apps.render.environment import versions
+from apps.render.faults import InvalidJob, NotFinite, classify
+from apps.render.files import remove
+from apps.render.identity import model_revision
+from apps.render.outputs import commit, encode_all, result_of
+from apps.render.plan import recipe_sha256
+from apps.render.sentinels import suspicion
+from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class Worker:
+    """Renders tasks.
+
+    Attributes:
+        emit: gets events while a task runs.
+        check: called between two steps; may raise Stopped.
+    """
+
+    def __init__(self, settings: WorkerSettings):
+        self.emit: Emit = lambda event: None
+        self.check: Callable[[], None] = lambda: None
+        self._out = Path(settings.out)
+        self._settings = settings
+        self._pipe: Any = None
+        self._loaded: tuple[Any, ...] | None = None
+        self._uncut: set[tuple[Any, ...]] = set()
+
+    def run(self, task_id: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """Render one task to finished files; return what the ledger keeps of it.
+
+        Raises:
+            Stopped: `check` asked for it; nothing is lost.
+            Exception: any failure, to be sorted by `faults.classify`.
+        """
+        started = time.perf_counter()
+        kept = self._out / WORK_FOLDER / f"{task_id}.safetensors"
+        with _threads(payload["threads"]):
+            latents = latents_file.read(kept)
+            if latents is None:
+                latents = self._denoise(payload, kept, accelerated=True)
+            self.emit({"event": "stage", "stage": "denoise"})
+            frames, story = self._decode(payload, latents, kept)
+            self.emit({"event": "stage", "stage": "decode"})
+            story["timings"]["total"] = time.perf_counter() - started
+            content = self._write(task_id, payload, frames, story)
+        remove(kept)
+        return result_of(content)
+
+    def close(self) -> None:
+        self._pipe = self._loaded = None
+        gc.collect()
+
+    # stages
+
+    def _denoise(self, payload: dict, kept: Path, *, accelerated: bool) -> latents_file.Latents:
+        """Denoise and keep the latents; a recipe that yields NaN is left out once."""
+        pipe = self._pipeline(payload)
+        inputs = payload["job"]["inputs"]
+        stages.check_inputs(pipe, inputs)
+        recipe = self._recipe(payload) if accelerated else None
+        latents, story = self._call(pipe, inputs, payload, recipe)
+        latents = latents_file.Latents(latents.mode, latents.args, latents.kwargs, story)
+        if not latents.is_finite():
+            if recipe is None:
+                raise NotFinite("the output is not finite (NaN), without acceleration too")
+            return self._without_recipe(payload, kept, "nan")
+        with contextlib.suppress(latents_file.CannotKeep):  # then a failed decode costs a denoise
+            latents_file.write(kept, latents)
+        return latents
+
+    def _without_recipe(self, payload: dict, kept: Path, reason: str) -> latents_file.Latents:
+        latents = self._denoise(payload, kept, accelerated=False)
+        latents.story["fallback"] = {"reason": reason, "recipe": payload["recipe_sha256"]}
+        latents_file.write(kept, latents)
+        return latents
+
+    def _decode(
+        self, payload: dict, latents: latents_file.Latents, kept: Path
+    ) -> tuple[Any, dict[str, Any]]:
+        """Decode and judge the frames; a suspicious accelerated output is made again without."""
+        frames = self._decode_once(payload, latents)
+        wrong = suspicion(frames)
+        if wrong and payload["recipe"] is not None and "fallback" not in latents.story:
+            latents = self._without_recipe(payload, kept, wrong)
+            frames = self._decode_once(payload, latents)
+            wrong = suspicion(frames)
+        if wrong == "nan":
+            raise NotFinite("the decoded frames are not finite (NaN), without acceleration too")
+        if wrong:
+            latents.story["notes"].append(f"the output is {wrong}, without acceleration too")
+        return stages.quantise(frames), latents.story
+
+    def _decode_once(self, payload: dict, latents: latents_file.Latents) -> Any:
+        pipe = self._pipeline(payload)
+        started = time.perf_counter()
+        try:
+            frames = stages.decode(pipe, latents)
+        except Exception as error:  # noqa: BLE001  sorted below; only lack of memory is handled here
+            if classify(error).error_class != "memory" or latents.mode != "decode":
+                raise
+            frames = stages.decode_tiled(pipe, latents)
+            latents.story["notes"].append("decoded in tiles: the whole did not fit into memory")
+        latents.story["timings"]["decode"] = time.perf_counter() - started
+        return frames
+
+    def _write(self, task_id: str, payload: dict, frames: Any, story: dict) -> dict[str, Any]:
+        job, stem = payload["job"], payload["stem"]
+        record = {"identity": task_id, "stem": stem, "payload": payload, "versions": versions()}
+        media = encode_all(
+            frames,
+            stem=stem,
+            kind=job["format"],
+            fps=job["fps"],
+            record=record if payload["metadata"] else None,
+        )
+        return commit(self._out, stem, media, record | story)
+
+    # the pipeline
+
+    def _call(
+        self, pipe: Any, inputs: dict, payload: dict, recipe: accel.Recipe | None
+    ) -> tuple[latents_file.Latents, dict[str, Any]]:
+        """One denoise under a recipe; returns latents and their story (report, timings, notes)."""
+        marks = {"start": time.perf_counter()}
+
+        def on_event(event: Any) -> None:
+            marks.setdefault(event.kind, time.perf_counter())
+            if event.kind == "step":
+                self.emit({"event": "step", "step": event.step + 1, "steps": event.steps})
+                self.check()
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            latents, report = self._attached_call(pipe, inputs, payload, recipe, on_event)
+        now = time.perf_counter()
+        first = marks.get("run", marks["start"])
+        notes = [f"{w.category.__name__}: {w.message}" for w in caught if _is_ours(w)]
+        return latents, {
+            "report": report,
+            "notes": notes + latents.story.get("notes", []),
+            "timings": {"encode": first - marks["start"], "denoise": now - first},
+        }
+
+    def _attached_call(
+        self, pipe: Any, inputs: dict, payload: dict, recipe: Any, on_event: Callable
+    ) -> tuple[latents_file.Latents, dict[str, Any] | None]:
+        seed, count = payload["job"]["seed"], stages.sample_count(inputs)
+        for cut in (True, False):
+            if cut and self._loaded in self._uncut:
+                continue
+            arguments = {**inputs, "generator": stages.generators(seed, count)}
+            try:
+                with _attached(recipe, pipe, payload["strict"], on_event) as live:
+                    latents = stages.denoise(pipe, arguments, cut=cut)
+                return latents, None if live is None else live.report()
+            except stages.Uncut:
+                self._uncut.add(self._loaded or ())
+            except accel.NoEffectError as error:
+                raise InvalidJob(str(error)) from error
+        raise AssertionError("an uncut call never raises Uncut")
+
+    def _pipeline(self, payload: dict[str, Any]) -> Any:
+        """The pipeline of a payload, loaded once; the model must be what was planned with."""
+        key = (payload["model"], payload["model_revision"], payload["dtype"], payload["device"])
+        if self._loaded == key:
+            return self._pipe
+        self.close()
+        self.emit({"event": "loading", "model": payload["model"]})
+        revision = model_revision(payload["model"])
+        if revision != payload["model_revision"]:
+            raise InvalidJob(
+                f"model {payload['model']} has changed since this job was submitted; submit it again"
+            )
+        pipe = accel.load(
+            payload["model"],
+            torch_dtype=getattr(torch, payload["dtype"]),
+            device=payload["device"],
+            trust_remote_code=self._settings.trust_remote_code,
+        )
+        for live in reversed(accel.live_on(pipe)):
+            live.detach()  # a folder's own recipe is one of the payload, so that it can be left out
+        pipe.set_progress_bar_config(disable=True)
+        self._pipe, self._loaded = pipe, key
+        return pipe
+
+    def _recipe(self, payload: dict[str, Any]) -> accel.Recipe | None:
+        if payload["recipe"] is None:
+            return None
+        if recipe_sha256(payload["recipe"]) != payload["recipe_sha256"]:
+            raise InvalidJob(
+                f"recipe {payload['recipe']} has changed since this job was submitted; "
+                "submit it again"
+            )
+        return accel.read_recipe(payload["recipe"]).recipe
+
+
+@contextlib.contextmanager
+def _attached(recipe: Any, pipe: Any, strict: bool, on_event: Callable) -> Iterator[Any]:
+    """Attach a recipe and listen to its clock; without a recipe the clock alone, if it can."""
+    with contextlib.ExitStack() as stack:
+        live = None
+        try:
+            attached = accel.attached(recipe or accel.Recipe(()), pipe, strict=strict)
+            live = stack.enter_context(attached)
+        except ValueError as error:  # without a recipe: no clock for this pipeline, no step progress
+            if recipe is not None:
+                raise InvalidJob(str(error)) from error
+        if live is not None:
+            stack.callback(live.clock.subscribe(on_event))
+        yield live
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _is_ours(caught: warnings.WarningMessage) -> bool:
+    return issubclass(caught.category, (accel.NoEffectWarning, accel.FallbackWarning))
+

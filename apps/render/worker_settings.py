@@ -1,0 +1,15 @@
+"""What a worker needs besides the tasks themselves; plain values, so that it travels, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WORK_FOLDER = ".work"  # below the output folder: latents of unfinished tasks
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """`out` is the output folder; remote code runs only if a person's flag said so."""
+
+    out: str
+    trust_remote_code: bool = False
