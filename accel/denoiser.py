@@ -303,7 +303,7 @@ def _text(after: Callable[[Any, Call, str], Grid] | None = None) -> Callable[[An
     return span
 
 
-# UNets: stages whose wiring the functions below describe. Others differ in it: KUpBlock2D takes only one
+# UNets: the stages whose wiring the functions below describe. Others differ: KUpBlock2D takes one
 # skip, AttnSkipDownBlock2D returns three values, SimpleCrossAttn* mixes text into self-attention.
 _STAGES = {
     "unet.down": ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"),
