@@ -22,7 +22,7 @@ from accel import zoo
 from accel.zoo.autoencoder import AutoencoderConfig, AutoencoderLoss, encode_pool, measure_scaling
 from accel.zoo.dit import DiTConfig, NoiseLoss
 from accel.zoo.judge import Judge, JudgeLoss
-from accel.zoo.loop import LoopSettings, Position, fit, newest_checkpoint
+from accel.zoo.loop import POSITION, LoopSettings, Position, fit, newest_checkpoint
 from accel.zoo.ship import SETTINGS, TRAINING, ship
 from accel.zoo.world import DigitWorld
 
@@ -53,7 +53,7 @@ PRESETS = {
         pool=65_536,
         stages={
             "judge": Stage(64, LoopSettings(minutes=5, lr=2e-3)),
-            "autoencoder": Stage(32, LoopSettings(minutes=12, lr=2e-3)),
+            "autoencoder": Stage(32, LoopSettings(minutes=16, lr=2e-3)),
             "denoiser": Stage(128, LoopSettings(minutes=60, lr=1.5e-3, warmup=500)),
         },
     ),
@@ -97,7 +97,7 @@ class Training:
 
     def stage(self, stage: str, model: nn.Module, loss) -> dict[str, torch.Tensor]:
         """Runs one stage; returns its EMA weights."""
-        start = self._shipped_position(stage)
+        start = self.shipped_position(stage)
         weights, position = fit(
             stage,
             model,
@@ -111,7 +111,8 @@ class Training:
         draw_curve(stage, position, self.out / f"{stage}.png")
         return weights
 
-    def _shipped_position(self, stage: str) -> Position | None:
+    def shipped_position(self, stage: str) -> Position | None:
+        """Where the shipped weights stopped; None where this run starts from nothing."""
         if self.shipped is None:
             return None
         record = json.loads((self.shipped / TRAINING).read_text())["stages"][stage]
@@ -125,6 +126,7 @@ class Training:
         torch.manual_seed(self.seed)
 
     def batch(self, stage: str) -> int:
+        """Pictures per step."""
         return self.preset.stages[stage].batch
 
 
@@ -182,9 +184,9 @@ def _keep_record(run: Training, stage: str) -> None:
     """Carries the position of a stage that is not trained again into this run's folder."""
     folder = run.out / stage / "checkpoint-0"
     folder.mkdir(parents=True, exist_ok=True)
-    position = run._shipped_position(stage)
+    position = run.shipped_position(stage)
     assert position is not None
-    position.write(folder / "position.json")
+    position.write(folder / POSITION)
 
 
 def draw_curve(name: str, position: Position, path: Path) -> None:

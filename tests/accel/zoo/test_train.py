@@ -1,0 +1,193 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from accel import zoo
+from accel.zoo import loop, train
+from accel.zoo.dit import DiTConfig, NoiseLoss, build_scheduler
+from accel.zoo.loop import Ema, LoopSettings, Position, newest_checkpoint
+from accel.zoo.ship import ema_weights
+from accel.zoo.world import NULL_CLASS
+
+ROOT = Path(__file__).parents[3]
+STEPS = 24
+
+
+def arguments(out: Path, *more: str) -> list[str]:
+    return ["digits-judge", "--preset", "smoke", "--steps", str(STEPS), "--out", str(out), *more]
+
+
+@pytest.fixture
+def one_thread():
+    """Here and in the child, because the thread count changes the last bits of a sum."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_training_resumes_and_ends_where_an_uninterrupted_one_does(tmp_path, capsys):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "accel.zoo.train", *arguments(killed)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while newest_checkpoint(killed / "judge") is None and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    found = newest_checkpoint(killed / "judge")
+    at = Position.read(found / loop.POSITION).step
+    assert 0 < at < STEPS
+    then = ema_weights(found)
+
+    train.main(arguments(killed, "--resume"))
+    assert f"resumed at step {at}" in capsys.readouterr().out
+    train.main(arguments(whole))
+    ends = [newest_checkpoint(out / "judge") for out in (killed, whole)]
+    positions = [Position.read(end / loop.POSITION) for end in ends]
+    assert [p.step for p in positions] == [STEPS, STEPS]
+    assert positions[0].curve == positions[1].curve
+    a, b = (ema_weights(end) for end in ends)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    # Control: the comparison can fail; the weights did move after the kill.
+    assert not all(torch.equal(then[name], b[name]) for name in b)
+
+
+def test_warm_restart_goes_on_from_the_shipped_weights_and_position(tmp_path):
+    record = json.loads((zoo.path("digits-judge") / "training.json").read_text())
+    began = record["stages"]["judge"]["step"]
+    train.main([*arguments(tmp_path, "--start", "shipped"), "--steps", "1"])
+    end = newest_checkpoint(tmp_path / "judge")
+    assert Position.read(end / loop.POSITION).step == began + 1
+    shipped = train.Judge.load(zoo.path("digits-judge")).state_dict()
+    for name, weight in ema_weights(end).items():
+        assert torch.allclose(weight, shipped[name], atol=1e-4)
+
+
+def test_a_second_training_does_not_overwrite_the_first(tmp_path):
+    (tmp_path / "judge" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="holds a training already"):
+        train.main(arguments(tmp_path))
+
+
+def test_gpu_preset_without_a_gpu_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    with pytest.raises(ValueError, match="needs a CUDA device; use --preset cpu"):
+        train.main(["digits-judge", "--preset", "gpu", "--out", str(tmp_path)])
+
+
+def test_half_a_checkpoint_is_never_taken(tmp_path):
+    for name in ("checkpoint-4", "checkpoint-20", "checkpoint-30.tmp"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
+    assert newest_checkpoint(tmp_path / "checkpoint-4") is None
+
+
+@pytest.mark.parametrize("wrong", [{}, {"steps": 0}, {"minutes": -1}])
+def test_settings_that_cannot_train_are_refused(wrong):
+    with pytest.raises(ValueError, match="LoopSettings"):
+        LoopSettings(**wrong)
+
+
+def test_learning_rate_warms_up_and_falls():
+    settings = LoopSettings(steps=100, lr=1.0, warmup=10)
+    rates = [loop.learning_rate(settings, Position(step=i)) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0, abs=0.05)
+    assert rates[-1] < 0.03
+    late = Position(step=1050, origin_step=1000)  # after a warm restart
+    assert loop.learning_rate(settings, late) == pytest.approx(rates[50])
+
+
+def test_loss_that_is_not_finite_stops_training(tmp_path):
+    settings = LoopSettings(steps=5, log_steps=1)
+    model = nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="broken: loss nan at step 1"):
+        loop.fit(
+            "broken",
+            model,
+            lambda m, step: m(torch.ones(1)).sum() * float("nan"),
+            settings,
+            tmp_path,
+            accelerator=train.Accelerator(cpu=True),
+        )
+
+
+def test_average_lags_behind_the_weights():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average = Ema(model, decay=0.9, updates=10_000)
+    nn.init.ones_(model.weight)
+    average.update(model)
+    assert average.weights["weight"].item() == pytest.approx(0.1)
+
+
+def pool(count: int):
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(count, 4, 8, 8, generator=generator)
+    return means, torch.full_like(means, 0.1), torch.arange(count) % 100
+
+
+class Recorder(nn.Module):
+    """Stands for the transformer; keeps what it was called with."""
+
+    def forward(self, x, timestep, class_labels):
+        self.x, self.t, self.y = x, timestep, class_labels
+        return type("Output", (), {"sample": torch.zeros_like(x)})
+
+
+def test_noise_loss_is_a_function_of_the_step():
+    recorder = Recorder()
+    losses = [NoiseLoss(pool(64), 16, 0, "cpu")(recorder, step) for step in (5, 6, 5)]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_noise_loss_sees_every_picture_once_a_pass_in_a_new_order():
+    loss = NoiseLoss(pool(64), 16, 0, "cpu")
+    first, second = (torch.cat([loss.rows(4 * e + i) for i in range(4)]) for e in (0, 1))
+    assert torch.equal(first.sort().values, torch.arange(64))
+    assert torch.equal(second.sort().values, torch.arange(64))
+    assert not torch.equal(first, second)
+
+
+def test_noise_loss_drops_one_class_in_ten_and_covers_the_schedule():
+    loss, recorder = NoiseLoss(pool(2000), 2000, 0, "cpu"), Recorder()
+    loss(recorder, 0)
+    dropped = (recorder.y == NULL_CLASS).float().mean().item()
+    assert dropped == pytest.approx(0.1, abs=5 * (0.09 / 2000) ** 0.5)
+    assert torch.bincount(recorder.t, minlength=1000).max() <= 3
+    assert recorder.t.min() == 0
+    assert recorder.t.max() == 999
+    # Unit variance in, unit variance out: the schedule preserves it, at both ends.
+    for part in (recorder.x[:200], recorder.x[-200:]):
+        assert part.var().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_noise_loss_weights_follow_min_snr():
+    loss = NoiseLoss(pool(16), 16, 0, "cpu")
+    alphas = build_scheduler().alphas_cumprod
+    snr = alphas / (1 - alphas)
+    assert torch.equal(loss.weights[snr < 5], torch.ones_like(loss.weights[snr < 5]))
+    assert loss.weights[0].item() == pytest.approx(5 / snr[0].item())
+
+
+def test_fresh_transformer_predicts_zero():
+    model = DiTConfig(layers=1).build()
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = model(x, timestep=torch.tensor([3, 700]), class_labels=torch.tensor([0, NULL_CLASS]))
+    assert out.sample.abs().max() == 0
