@@ -19,12 +19,11 @@ from typing import Any, Literal, NamedTuple
 from accel import compat
 from accel.patch import Patch
 
-
 DENOISER_SLOTS = ("unet", "transformer", "transformer_2")
 
 
 def denoiser_modules(pipe: Any) -> tuple[tuple[str, Any], ...]:
-    """``(component name, module)`` of the denoisers that ``pipe`` has, as the pipeline calls them."""
+    """``(component name, module)`` of the denoisers of ``pipe``, as the pipeline calls them."""
     found = ((slot, getattr(pipe, slot, None)) for slot in DENOISER_SLOTS)
     return tuple((slot, module) for slot, module in found if module is not None)
 
@@ -263,9 +262,11 @@ class Clock:
     def _locate_begin(self, run: Run, args: tuple, kwargs: dict, module: Any) -> None:
         begin = getattr(self._scheduler, "begin_index", None)
         if begin is None:
-            begin = run.timesteps.index(t) if (t := _timestep(module, args, kwargs)) in (
-                run.timesteps
-            ) else 0
+            begin = (
+                run.timesteps.index(t)
+                if (t := _timestep(module, args, kwargs)) in (run.timesteps)
+                else 0
+            )
             run.syncs += 1
         run.begin = run.position = begin
 

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch.compiler import is_compiling as is_compiling
+
 # what we use it for -> "module:attribute" (or "module:Class.attribute")
 CONTRACT: dict[str, str] = {
     "hook chain of a module": "diffusers.hooks.hooks:HookRegistry.register_hook",
@@ -50,16 +53,15 @@ def lookup(purpose: str) -> Any:
     return found
 
 
-def is_compiling() -> bool:
-    """Whether the calling frame is being traced by ``torch.compile``."""
-    import torch
-
-    return torch.compiler.is_compiling()
-
-
 def compiled_entry(module: Any) -> Any:
     """The module inside ``torch.compile``'s ``OptimizedModule``, or the module itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether calls of ``module`` enter one compiled graph (or several) as a whole."""
+    compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled_in_place or compiled_entry(module) is not module
 
 
 def wrapped_callable(call: Any) -> Any:
@@ -161,3 +163,39 @@ def call_point(module: Any) -> tuple[Any, str]:
     if getattr(module, "_compiled_call_impl", None) is not None:
         return module, "_compiled_call_impl"
     return module, "forward"
+
+
+def branch_states(managers: list[Any]) -> list[Any]:
+    """The per-branch state objects of adopted hooks."""
+    return [state for manager in managers for state in manager._state_cache.values()]
+
+
+def state_bytes(managers: list[Any]) -> tuple[int, int]:
+    """Bytes of all tensors in the hooks' states: ``(on an accelerator, on the host)``."""
+    tensors: dict[int, torch.Tensor] = {}
+
+    def collect(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[value.untyped_storage().data_ptr()] = value
+        elif isinstance(value, dict):
+            collect(list(value.values()))
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                collect(item)
+
+    for state in branch_states(managers):
+        collect(vars(state))
+    host = sum(t.nbytes for t in tensors.values() if t.device.type == "cpu")
+    return sum(t.nbytes for t in tensors.values()) - host, host
+
+
+def hooked_blocks(module: Any) -> list[tuple[str, Any]]:
+    """The top-level blocks that diffusers' block caches hook, in order: ``[(path, block)]``."""
+    names = lookup("names of block lists")
+    lists = ((n, m) for n, m in compiled_entry(module).named_children() if n in names)
+    return [
+        (f"{name}.{i}", block)
+        for name, blocks in lists
+        if isinstance(blocks, torch.nn.ModuleList)
+        for i, block in enumerate(blocks)
+    ]

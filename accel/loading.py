@@ -108,7 +108,7 @@ def save(
 
 
 def attached_call(call: Any) -> Any:
-    """``__call__`` of a ``custom_pipeline`` shim: attaches the folder's recipe at the first call."""
+    """``__call__`` of a ``custom_pipeline`` shim: attaches the folder's recipe, once."""
     import functools
 
     @functools.wraps(call)

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
 
+from accel import compat
 from accel.artifact import Artifact, ArtifactRef
-from accel.clock import Clock, Now, Run, clock_of
+from accel.clock import Clock, Now, Run, clock_of, denoiser_modules
 from accel.patch import Layer, Patch
 
 Claim = tuple[str, frozenset[str]]  # (slot, module or component paths)
@@ -193,6 +194,7 @@ class Attached:
         self._had_effect = False
         self._in_run = False
         self._attached = True
+        self._layered: set[int] = set()
 
     # -- for methods -------------------------------------------------------------------------
 
@@ -208,11 +210,12 @@ class Attached:
         """
 
         def guarded(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-            if self.clock.now is None or not self._in_run:
+            if compat.is_compiling() or self.clock.now is None or not self._in_run:
                 return call_next(*args, **kwargs)
             return layer(call_next, *args, **kwargs)
 
         self.patch.around_call(module, guarded)
+        self._layered.add(id(compat.compiled_entry(module)))
 
     def count(self, what: str, n: int = 1) -> None:
         """Add to a counter of this run."""
@@ -252,6 +255,18 @@ class Attached:
         self.counts, self.fallbacks, self.detail = Counter(), Counter(), {}
         self._in_run = True
         self.on_run(run)
+        if self._hidden_by_compile() and self.method != self.method.neutral():
+            self.fallback("the denoiser is compiled as one graph, which hides its blocks")
+
+    def _hidden_by_compile(self) -> bool:
+        """Whether layers lie inside a graph; compiling block by block leaves them outside."""
+        for _, module in denoiser_modules(self._pipe()):
+            inner = compat.compiled_entry(module)
+            if compat.is_compiled(module) and any(
+                id(m) in self._layered for m in inner.modules() if m is not inner
+            ):
+                return True
+        return False
 
     def run_ended(self, run: Run) -> None:
         if not self._in_run:
@@ -428,9 +443,7 @@ class Trainer(ABC):
 
 # -- claims ----------------------------------------------------------------------------------
 
-_ATTACHED: weakref.WeakKeyDictionary[Any, list[weakref.ref[Attached]]] = (
-    weakref.WeakKeyDictionary()
-)
+_ATTACHED: weakref.WeakKeyDictionary[Any, list[weakref.ref[Attached]]] = weakref.WeakKeyDictionary()
 
 
 def _refuse_collisions(method: Method, claims: frozenset[Claim], pipe: Any) -> None:

@@ -7,9 +7,9 @@ Two kinds of change, both on instances, never on classes:
 * ``Patch.swap(owner, "scheduler", value)`` replaces an attribute.
 
 Other libraries also replace ``forward`` (offloading, diffusers' caches) and restore what they found
-whenever they like. So a trampoline that somebody captured stays as an empty pass-through until it is
-topmost again, and one that somebody threw away is put back by ``Patch.ensure`` (called at the start
-of every run).
+whenever they like. So a trampoline that somebody captured stays as an empty pass-through until it
+is topmost again, and one that somebody threw away is put back by ``Patch.ensure`` (called at the
+start of every run).
 """
 
 from __future__ import annotations

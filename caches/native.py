@@ -1,0 +1,378 @@
+"""The feature caches that diffusers ships, with their defects turned into errors or mended.
+
+FirstBlockCache (ParaAttention), TaylorSeer (arXiv 2503.06923) and MagCache (arXiv 2506.09045) run
+unchanged as diffusers 0.42 has them, but as layers of our patch instead of its hooks. Different: a
+model without hookable modules is refused; TaylorSeer's modules come from the table of denoisers
+(its own patterns match nothing in DiT, PixArt, Wan, CogVideoX, LTX); pipelines that name no
+guidance branch work (they raise there, or mix branches); state is cleared when a run starts;
+MagCache knows the run's true length and place. Left as it is: FirstBlockCache decides on a mean
+over the batch, so samples depend on batch mates, and waits for the device every call.
+Memory: two to three activations a branch; TaylorSeer (max_order + 1) for every cached module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from accel import compat
+from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
+from accel.clock import Run
+from accel.denoiser import Denoiser, denoisers
+from accel.method import Attached, Claim, Method, attached
+
+MAG_EXTRA_STEPS = 1  # diffusers prints and clears the ratios at the last step; never get there
+
+
+def mean_ratios(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Mean of magnitude-ratio curves of equal length, position by position."""
+    return [sum(values) / len(values) for values in zip(*curves, strict=True)]
+
+
+@dataclass(frozen=True)
+class FirstBlockCache(Method):
+    """Skip the other blocks while the first block's residual changes by less than ``threshold``.
+
+    threshold: relative mean absolute change; 0 never reuses. 0.05 to 0.2 are usual.
+    """
+
+    SLOTS = ("block.skip", "denoiser.call")
+
+    threshold: float = 0.08
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.threshold < float("inf"):
+            raise ValueError(f"FirstBlockCache.threshold = {self.threshold}: must be 0 or more")
+
+    def neutral(self) -> FirstBlockCache:
+        return FirstBlockCache(threshold=0.0)
+
+    def claims(self, pipe: Any) -> frozenset[Claim]:
+        return _block_claims(pipe, "FirstBlockCache")
+
+    def new_live(self, pipe: Any) -> Attached:
+        return _LiveHooks(self, pipe)
+
+    def build(self, pipe: Any, live: Attached) -> None:
+        from diffusers.hooks import FirstBlockCacheConfig
+
+        assert isinstance(live, _LiveHooks)
+        live.syncs_per_call = 1
+        config = FirstBlockCacheConfig(threshold=self.threshold or -1.0)  # it reuses on equality
+        for denoiser in denoisers(pipe):
+            live.adopt(denoiser, "first-block cache", config)
+
+
+@dataclass(frozen=True)
+class TaylorSeer(Method):
+    """Compute modules every ``interval`` steps, extrapolate their outputs in between.
+
+    interval: 1 always computes. warmup: first steps computed in full. max_order: of the Taylor
+    expansion. modules: which outputs are extrapolated; "lite" skips whole blocks and extrapolates
+    the last projection only.
+    """
+
+    SLOTS = ("block.skip", "denoiser.call")
+
+    interval: int = 3
+    warmup: int = 3
+    max_order: int = 1
+    modules: Literal["attention", "attention+ff", "lite"] = "attention+ff"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("interval", 1), ("warmup", 1), ("max_order", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"TaylorSeer.{name} = {getattr(self, name)}: at least {least}")
+
+    def neutral(self) -> TaylorSeer:
+        return TaylorSeer(1, self.warmup, self.max_order, self.modules)
+
+    def claims(self, pipe: Any) -> frozenset[Claim]:
+        if self.modules == "lite":
+            return _block_claims(pipe, "TaylorSeer(modules='lite')")
+        paths = [f"{d.slot}.{p}" for d in denoisers(pipe) for p in self._paths(d)]
+        return frozenset({("block.skip", frozenset(paths)), _call_claim(pipe)})
+
+    def _paths(self, denoiser: Denoiser) -> list[str]:
+        paths: list[str] = []
+        for block in denoiser.blocks:
+            paths += [p for p in (block.self_attn, block.self_attn_2, block.cross_attn) if p]
+            paths += block.ff if self.modules == "attention+ff" else ()
+        if not paths:
+            raise ValueError(
+                f"TaylorSeer finds no {self.modules} module in {denoiser.cls}; use a transformer"
+            )
+        return list(dict.fromkeys(paths))
+
+    def new_live(self, pipe: Any) -> Attached:
+        return _LiveHooks(self, pipe)
+
+    def build(self, pipe: Any, live: Attached) -> None:
+        import torch
+        from diffusers.hooks import TaylorSeerCacheConfig
+
+        assert isinstance(live, _LiveHooks)
+        for denoiser in denoisers(pipe):
+            lite = self.modules == "lite"
+            patterns = None if lite else [re.escape(p) for p in self._paths(denoiser)]
+            config = TaylorSeerCacheConfig(
+                cache_interval=self.interval,
+                disable_cache_before_step=self.warmup,
+                max_order=self.max_order,
+                taylor_factors_dtype=torch.float32,  # bf16 differences lose up to 8 bits
+                cache_identifiers=patterns,
+                use_lite_mode=lite,
+            )
+            live.adopt(denoiser, "TaylorSeer", config)
+
+
+@dataclass(frozen=True)
+class MagCache(Method):
+    """Skip all blocks while the predicted error of reusing the last residual stays small.
+
+    threshold: on the accumulated error. max_skip: consecutive steps; 0 never skips. retention:
+    share of first steps computed in full. The magnitude ratios, one a step, come from ``calibrate``
+    (``artifact``) or are given (``ratios``); other step counts resample them.
+    """
+
+    SLOTS = ("block.skip", "denoiser.call")
+
+    threshold: float = 0.06
+    max_skip: int = 3
+    retention: float = 0.2
+    ratios: tuple[float, ...] = ()
+    artifact: ArtifactRef | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold < 0 or self.max_skip < 0 or not 0 <= self.retention <= 1:
+            raise ValueError(f"{self}: threshold, max_skip >= 0 and retention in [0, 1] wanted")
+        if self.max_skip and bool(self.ratios) == (self.artifact is not None):
+            raise ValueError(
+                "MagCache needs either ratios=(...) or artifact=MagCache.calibrate(pipe, inputs)"
+                ".save(path), and not both: they belong to a model"
+            )
+
+    def neutral(self) -> MagCache:
+        return MagCache(self.threshold, 0, self.retention, self.ratios, self.artifact)
+
+    def claims(self, pipe: Any) -> frozenset[Claim]:
+        return _block_claims(pipe, "MagCache")
+
+    def new_live(self, pipe: Any) -> Attached:
+        return _LiveMag(self, pipe)
+
+    def build(self, pipe: Any, live: Attached) -> None:
+        assert isinstance(live, _LiveMag)
+        live.ratios = self.ratios or (1.0,)
+        artifact = Artifact.load(self.artifact) if self.artifact else None
+        if artifact is not None:
+            live.ratios = tuple(artifact.tensors["ratios"].tolist())
+        for denoiser in denoisers(pipe):
+            if artifact is not None:
+                artifact.check_model(denoiser.module)
+            live.adopt(denoiser, "MagCache", live.config(len(live.ratios)))
+
+    @staticmethod
+    def calibrate(pipe: Any, inputs: list[dict[str, Any]]) -> Artifact:
+        """Measure the magnitude ratios: mean over ``inputs`` and guidance branches.
+
+        Raises:
+            ValueError: ``inputs`` is empty, the runs differ in length, or two denoisers share the
+                steps (their ratios are not one curve).
+        """
+        if not inputs or len(denoisers(pipe)) != 1:
+            raise ValueError("MagCache.calibrate wants inputs and a pipeline with one denoiser")
+        with attached(_MagCalibration(), pipe) as live:
+            assert isinstance(live, _LiveMagCalibration)
+            for arguments in inputs:
+                pipe(**arguments)
+        if len({len(curve) for curve in live.curves}) != 1:
+            raise ValueError("MagCache.calibrate: all inputs must have the same number of steps")
+        import torch
+
+        run = live.last_run
+        return Artifact(
+            method=MagCache.name(),
+            fingerprint=Fingerprint.of(denoisers(pipe)[0].module),
+            tensors={"ratios": torch.tensor(mean_ratios(live.curves))},
+            match="architecture",
+            grid=run.sigmas,
+            guidance=run.nfe > run.calls or len(run.branches) > 1,
+            inputs_sha256=inputs_digest(inputs),
+        )
+
+
+class _MagCalibration(Method):
+    """Only measures: computes everything and keeps the ratios."""
+
+    def claims(self, pipe: Any) -> frozenset[Claim]:
+        return _block_claims(pipe, "MagCache")
+
+    def neutral(self) -> Method:
+        return self
+
+    def new_live(self, pipe: Any) -> Attached:
+        return _LiveMagCalibration(self, pipe)
+
+    def build(self, pipe: Any, live: Attached) -> None:
+        assert isinstance(live, _LiveMagCalibration)
+        for denoiser in denoisers(pipe):
+            live.adopt(denoiser, "MagCache", live.config(1))
+
+
+# -- live state ------------------------------------------------------------------------------
+
+
+class _LiveHooks(Attached):
+    """Hooks of diffusers run as layers; state per guidance branch, cleared at run start."""
+
+    syncs_per_call = 0
+
+    def __init__(self, method: Method, pipe: Any) -> None:
+        super().__init__(method, pipe)
+        self.hooks: list[tuple[Any, Any]] = []
+
+    def adopt(self, denoiser: Denoiser, technique: str, config: Any) -> None:
+        """Take the hooks that ``technique`` would put on ``denoiser``.
+
+        Raises:
+            ValueError: it would put none, or the model has its own cache enabled.
+        """
+        apply = compat.lookup(technique)
+        try:
+            hooks = compat.adopt_hooks(lambda module: apply(module, config), denoiser.module)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.method.name()} cannot go on {denoiser.cls}: {error}; "
+                "if the model has a diffusers cache enabled, call disable_cache() first"
+            ) from error
+        if not hooks:
+            raise ValueError(f"{self.method.name()} finds nothing to hook in {denoiser.cls}")
+        self.hooks += hooks
+        managers = compat.state_managers(hooks)
+        for module, hook in hooks:
+            self._around_hook(module, hook)
+
+        def in_branch(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+            now = self.now
+            assert now is not None
+            with compat.branch_context(managers, now.branch):
+                if now.first:
+                    self.begin_branch(managers)
+                else:
+                    self.count("syncs", self.syncs_per_call)
+                return call_next(*args, **kwargs)
+
+        self.around_call(denoiser.module, in_branch)
+
+    def _around_hook(self, module: Any, hook: Any) -> None:
+        def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+            before = self.counts["computed"]
+
+            def computed(*args: Any, **kwargs: Any) -> Any:
+                self.counts["computed"] += 1
+                return call_next(*args, **kwargs)
+
+            output = compat.run_hook(hook, module, computed, *args, **kwargs)
+            if self.counts["computed"] == before:
+                self.counts["reused"] += 1
+            return output
+
+        self.around_call(module, layer)
+
+    def begin_branch(self, managers: list[Any]) -> None:
+        """First call of a branch in a run, inside its context."""
+
+    def on_run(self, run: Run) -> None:
+        for module, hook in self.hooks:
+            if hook._is_stateful:
+                hook.reset_state(module)
+
+    def on_run_end(self, run: Run) -> None:
+        self._bytes = compat.state_bytes(compat.state_managers(self.hooks))
+        self.on_run(run)  # let the tensors go
+
+    def memory(self) -> dict[str, int]:
+        device, host = self._bytes
+        return {"bytes_device": device, "bytes_host": host}
+
+
+class _LiveMag(_LiveHooks):
+    """MagCache that is told the run's true length and first position."""
+
+    ratios: tuple[float, ...] = (1.0,)
+
+    def config(self, steps: int) -> Any:
+        from diffusers.hooks import MagCacheConfig
+
+        m = self.method
+        assert isinstance(m, MagCache)
+        return MagCacheConfig(m.threshold, m.max_skip, m.retention, steps, list(self.ratios))
+
+    def on_run(self, run: Run) -> None:
+        super().on_run(run)
+        config = self.config(len(run.timesteps))
+        for _, hook in self.hooks:
+            hook.config = config
+        if len(self.ratios) != len(run.timesteps):
+            self.detail["ratios_resampled"] = [len(self.ratios), len(run.timesteps)]
+
+    def begin_branch(self, managers: list[Any]) -> None:
+        run = self.clock.run
+        assert run is not None
+        for manager in managers:
+            manager.get_state().step_index = run.position
+
+
+class _LiveMagCalibration(_LiveMag):
+    def __init__(self, method: Method, pipe: Any) -> None:
+        super().__init__(method, pipe)
+        self.curves: list[list[float]] = []
+
+    def config(self, steps: int) -> Any:
+        from diffusers.hooks import MagCacheConfig
+
+        return MagCacheConfig(num_inference_steps=steps + MAG_EXTRA_STEPS, calibrate=True)
+
+    def on_run_end(self, run: Run) -> None:
+        self.last_run = run
+        for state in compat.branch_states(compat.state_managers(self.hooks)):
+            self.curves.append(list(state.calibration_ratios))
+        super().on_run_end(run)
+
+
+# -- what can be cached ----------------------------------------------------------------------
+
+
+def _call_claim(pipe: Any) -> Claim:
+    return ("denoiser.call", frozenset(d.slot for d in denoisers(pipe)))
+
+
+def _block_claims(pipe: Any, method: str) -> frozenset[Claim]:
+    """Claims on whole blocks, or ``ValueError`` where diffusers' block caches cannot work."""
+    paths: set[str] = set()
+    for denoiser in denoisers(pipe):
+        top = compat.hooked_blocks(denoiser.module)
+        if not top:
+            raise ValueError(
+                f"{method} needs a list of transformer blocks; {denoiser.cls} has none. "
+                "Choose a transformer pipeline, or a cache made for UNets"
+            )
+        for path, block in top:
+            if not compat.has_block_metadata(block):
+                raise ValueError(
+                    f"{method}: diffusers does not know {type(block).__name__} of {denoiser.cls}; "
+                    "use TaylorSeer(modules='attention+ff')"
+                )
+            paths.add(f"{denoiser.slot}.{path}")
+        if method != "MagCache" and getattr(top[-1][1], "context_pre_only", False):
+            raise ValueError(
+                f"{method}: the last block of {denoiser.cls} returns no text stream, which "
+                "diffusers' implementation cannot handle; use MagCache or TaylorSeer"
+            )
+    return frozenset({("block.skip", frozenset(paths)), _call_claim(pipe)})

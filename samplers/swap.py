@@ -1,0 +1,162 @@
+"""Any stock diffusers scheduler in place of the pipeline's own, with settings.
+
+Built with ``from_config``, so betas, prediction type and shift carry over. Where a pipeline gives
+a stochastic scheduler no generator (81 do not), each sample gets its own, seeded from its first
+noise: the result depends on the seed alone, never on batch mates or the global generator. That
+costs one wait for the device a run.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from accel.clock import Run
+from accel.method import Attached, Claim, Method, Settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+def sample_seed(sample: torch.Tensor) -> int:
+    """A seed from the bytes of one sample (any shape): same noise, same seed."""
+    import torch
+
+    data = sample.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class SwapScheduler(Method):
+    """``scheduler``: a diffusers class name; ``config``: settings over the pipeline's own.
+
+    ``SwapScheduler("DPMSolverMultistepScheduler", Settings(use_karras_sigmas=True))``
+    """
+
+    SLOTS = ("scheduler",)
+
+    scheduler: str
+    config: Settings = Settings()  # noqa: RUF009 (immutable)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parameters = inspect.signature(_scheduler_class(self.scheduler).__init__).parameters
+        unknown = sorted(set(self.config) - set(parameters))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], parameters, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{self.scheduler} has no setting {unknown[0]!r}{hint}")
+
+    def claims(self, pipe: Any) -> frozenset[Claim]:
+        if is_flow(pipe.scheduler) != is_flow(self._made_for(pipe)):
+            kinds = {True: "flow-matching", False: "diffusion"}
+            raise ValueError(
+                f"{self.scheduler} as configured is a {kinds[is_flow(self._made_for(pipe))]} "
+                f"sampler, {type(pipe).__name__} holds a {kinds[is_flow(pipe.scheduler)]} model; "
+                "choose one of its kind (multistep solvers: set prediction_type and "
+                "use_flow_sigmas)"
+            )
+        passed = step_keywords(type(pipe))
+        accepted = inspect.signature(_scheduler_class(self.scheduler).step).parameters
+        refused = sorted(passed - set(accepted))
+        if refused:
+            raise ValueError(
+                f"{type(pipe).__name__} calls its scheduler with {refused[0]}=..., which "
+                f"{self.scheduler}.step does not take; choose one that does"
+            )
+        return frozenset({("scheduler", frozenset({"scheduler"}))})
+
+    def new_live(self, pipe: Any) -> Attached:
+        return _LiveSwap(self, pipe)
+
+    def build(self, pipe: Any, live: Attached) -> None:
+        assert isinstance(live, _LiveSwap)
+        new = self._made_for(pipe)
+        live.differs = type(new) is not type(pipe.scheduler) or _settings(new) != _settings(
+            pipe.scheduler
+        )
+        live.names = {"scheduler": self.scheduler, "instead_of": type(pipe.scheduler).__name__}
+        live.patch.swap(pipe, "scheduler", new)
+        live.patch.around(new, "step", live.step)
+
+    def _made_for(self, pipe: Any) -> Any:
+        cls = _scheduler_class(self.scheduler)
+        known = set(inspect.signature(cls.__init__).parameters)
+        config = {k: v for k, v in pipe.scheduler.config.items() if k in known or k[0] == "_"}
+        return cls.from_config(config, **self.config)
+
+
+class _LiveSwap(Attached):
+    differs = True
+    names: dict[str, str]
+
+    def __init__(self, method: Method, pipe: Any) -> None:
+        super().__init__(method, pipe)
+        self._generators: list[Any] | None = None
+
+    def on_run(self, run: Run) -> None:
+        self._generators = None
+        self.detail.update(self.names)
+
+    def step(self, call_next: Callable, model_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around ``scheduler.step``: counts, and gives every sample a generator if none came."""
+        if self._in_run and self.differs:
+            self.count("changed")
+        bound = _bind(call_next, model_output, args, kwargs)
+        if "generator" in bound.signature.parameters and not bound.arguments.get("generator"):
+            kwargs["generator"] = self._own_generators(bound.arguments["sample"])
+        return call_next(model_output, *args, **kwargs)
+
+    def _own_generators(self, sample: Any) -> list[Any]:
+        import torch
+
+        if self._generators is None or len(self._generators) != len(sample):
+            self.count("syncs")
+            seeds = [sample_seed(row) for row in sample]
+            self._generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+        return self._generators
+
+
+def _bind(call: Callable, first: Any, args: tuple, kwargs: dict) -> inspect.BoundArguments:
+    return inspect.signature(call).bind(first, *args, **kwargs)
+
+
+@cache
+def step_keywords(pipeline_class: type) -> frozenset[str]:
+    """Keywords that a pipeline class writes out in its calls of ``self.scheduler.step``."""
+    source = textwrap.dedent(inspect.getsource(pipeline_class.__call__))  # type: ignore[attr-defined]
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    steps = (c for c in calls if ast.unparse(c.func) == "self.scheduler.step")
+    return frozenset(k.arg for call in steps for k in call.keywords if k.arg)
+
+
+def _scheduler_class(name: str) -> Any:
+    import diffusers
+
+    cls = getattr(diffusers, name, None) if name.isidentifier() else None
+    if not (isinstance(cls, type) and hasattr(cls, "set_timesteps")):
+        known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
+        near = difflib.get_close_matches(name, known, n=3)
+        raise ValueError(f"diffusers has no scheduler {name!r}; near: {near}")
+    return cls
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    return {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler integrates a flow (velocity) rather than a diffusion."""
+    config = scheduler.config
+    return (
+        type(scheduler).__name__.startswith("FlowM")
+        or bool(config.get("use_flow_sigmas"))
+        or config.get("prediction_type") == "flow_prediction"
+    )
