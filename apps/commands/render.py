@@ -31,7 +31,9 @@ class Dtype(StrEnum):
 
 Workers = Annotated[int, typer.Option(min=1, max=256, help="Worker processes; 1: this process.")]
 ProgressOption = Annotated[ProgressKind, typer.Option(help="json: one JSON object per line.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model repository run code.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a model repository run code.")
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for another renderer in the folder.")]
 
 
@@ -53,7 +55,9 @@ def render(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override: seed=3, inputs.guidance_scale=2.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
     workers: Workers = 1,
     threads: Annotated[
         int, typer.Option(min=1, max=1024, help="CPU threads per worker; part of the identity.")
@@ -61,7 +65,9 @@ def render(
     dtype: Annotated[Dtype, typer.Option(help="Number type of the model.")] = Dtype.float32,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     progress: ProgressOption = ProgressKind.rich,
-    strict: Annotated[bool, typer.Option("--strict", help="A recipe without effect fails.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A recipe without effect fails.")
+    ] = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Put no job into the pictures (sidecars stay).")
     ] = False,
@@ -171,7 +177,8 @@ def _show(tasks: list[PlannedTask], out: Path) -> None:
     steps = sum(_steps(task) for task in waiting)
     groups = len({task.bucket for task in waiting})
     typer.echo(
-        f"{len(tasks)} jobs in {out}: {len(tasks) - len(waiting)} finished, {len(waiting)} to render"
+        f"{len(tasks)} jobs in {out}: {len(tasks) - len(waiting)} finished,"
+        f" {len(waiting)} to render"
         + (f", {steps:,} steps asked" if steps else "")
         + (f", {groups} pairs of model and recipe" if groups > 1 else "")
         + "; nothing was started"

@@ -69,7 +69,10 @@ class Summary:
 
 
 def submit(
-    folder: Path, tasks: Sequence[PlannedTask], options: RunOptions, progress: Progress | None = None
+    folder: Path,
+    tasks: Sequence[PlannedTask],
+    options: RunOptions,
+    progress: Progress | None = None,
 ) -> Summary:
     """Add tasks to a folder and render everything in it that is not finished.
 

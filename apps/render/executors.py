@@ -234,7 +234,9 @@ class Spawned:
 
 def worker_main(pipe: Connection, settings: WorkerSettings, parent: int) -> None:
     """Body of a worker process: run tasks from the pipe until it closes or the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the driver decides
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     from apps.render.worker import Worker
 

@@ -147,7 +147,7 @@ def parse_job(value: Any, overrides: dict[str, Any]) -> Job:
     if isinstance(value, ValueError):
         raise value
     if not isinstance(value, dict):
-        raise ValueError("a job is a JSON object like {\"seed\": 1, \"inputs\": {...}}")
+        raise ValueError('a job is a JSON object like {"seed": 1, "inputs": {...}}')
     try:
         return Job.model_validate(apply_dotted(value, overrides))
     except ValidationError as error:
@@ -167,7 +167,8 @@ class _Seen:
         self.jobs: dict[str, str] = {}
 
     def add(self, job: Job, where: str) -> None:
-        if job.name is not None and (first := self.names.setdefault(folded(job.name), where)):
+        if job.name is not None:
+            first = self.names.setdefault(folded(job.name), where)
             if first != where:
                 raise ValueError(f"name {_short(job.name)} is already used by {first}")
         content = job.model_dump(exclude={"name"}) | {"own_recipe": job.chooses_recipe()}

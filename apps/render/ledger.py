@@ -168,8 +168,8 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """How many tasks are in each state; every state is a key."""
-        rows = self._db.execute("SELECT state, count(*) FROM task GROUP BY state").fetchall()
-        return dict.fromkeys(STATES, 0) | {state: count for state, count in rows}
+        rows = self._db.execute("SELECT state, count(*) AS n FROM task GROUP BY state").fetchall()
+        return dict.fromkeys(STATES, 0) | {row["state"]: row["n"] for row in rows}
 
     def note(self, key: str) -> Any:
         """A JSON value kept beside the tasks; None when there is none."""
@@ -238,12 +238,10 @@ class Ledger:
 
     def advance(self, task_id: str, owner: str, stage: str) -> bool:
         """Note the last finished stage; False when `owner` no longer holds the task."""
-        with self._change() as db:
-            return 0 < db.execute(
-                "UPDATE task SET stage = ?, updated = ?"
-                " WHERE id = ? AND state = 'running' AND lease_owner = ?",
-                (stage, self._clock(), task_id, owner),
-            ).rowcount  # fmt: skip
+        return self._update(
+            "stage = ?, updated = ? WHERE id = ? AND state = 'running' AND lease_owner = ?",
+            (stage, self._clock(), task_id, owner),
+        )
 
     def complete(self, task_id: str, owner: str, result: dict[str, Any]) -> bool:
         """Finish a task; False (and no change) when `owner` no longer holds it."""
@@ -312,12 +310,11 @@ class Ledger:
 
     def adopt(self, task_id: str, result: dict[str, Any]) -> bool:
         """Mark an unfinished task done: its output turned out to be complete on disk."""
-        with self._change() as db:
-            return 0 < db.execute(
-                f"UPDATE task SET state = 'done', {_FREE}, error_class = NULL, error = NULL,"
-                " result = ?, updated = ? WHERE id = ? AND state != 'done'",
-                (_dump(result), self._clock(), task_id),
-            ).rowcount  # fmt: skip
+        return self._update(
+            f"state = 'done', {_FREE}, error_class = NULL, error = NULL, result = ?, updated = ?"
+            " WHERE id = ? AND state != 'done'",
+            (_dump(result), self._clock(), task_id),
+        )
 
     # inside
 
@@ -327,12 +324,15 @@ class Ledger:
         return [row["id"] for row in self._db.execute("SELECT id FROM task")]
 
     def _leave(self, task_id: str, owner: str, change: str, *values: Any) -> bool:
+        return self._update(
+            f"{change}, {_FREE}, updated = ?"
+            " WHERE id = ? AND state = 'running' AND lease_owner = ?",
+            (*values, self._clock(), task_id, owner),
+        )
+
+    def _update(self, change: str, values: tuple[Any, ...]) -> bool:
         with self._change() as db:
-            return 0 < db.execute(
-                f"UPDATE task SET {change}, {_FREE}, updated = ?"
-                " WHERE id = ? AND state = 'running' AND lease_owner = ?",
-                (*values, self._clock(), task_id, owner),
-            ).rowcount  # fmt: skip
+            return db.execute(f"UPDATE task SET {change}", values).rowcount > 0
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:

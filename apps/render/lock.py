@@ -1,4 +1,4 @@
-"""One renderer per folder: an flock that the kernel drops when its process dies, even by kill -9."""
+"""One renderer per folder, by an flock: the kernel drops it when its process dies, even killed."""
 
 from __future__ import annotations
 

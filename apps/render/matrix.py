@@ -66,7 +66,7 @@ def expand(raw: bytes, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def apply_dotted(target: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `target` with `{"a.b": value}` set at its place; ValueError if it has none."""
+    """A copy of `target` with `{"a.b": value}` set at its place; ValueError if there is none."""
     if not overrides:
         return target
     result = copy.deepcopy(target)

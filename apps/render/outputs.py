@@ -140,6 +140,8 @@ def _names(content: dict[str, Any]) -> set[str]:
 def _is_plain_name(name: Any) -> bool:
     if not isinstance(name, str) or Path(name).name != name:
         return False
-    return Path(name).suffix in (".png", ".mp4") and not name.startswith(".") and (
-        stem_problem(name.split(".")[0]) is None
+    return (
+        Path(name).suffix in (".png", ".mp4")
+        and not name.startswith(".")
+        and (stem_problem(name.split(".")[0]) is None)
     )

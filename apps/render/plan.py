@@ -77,7 +77,9 @@ def plan(jobs: Sequence[PlacedJob], settings: Settings, folder: Path) -> list[Pl
 
 def save_plan(folder: Path, tasks: Sequence[PlannedTask]) -> None:
     """Write the plan file atomically."""
-    lines = [strict_json.canonical({"id": t.id, "stem": t.stem, "payload": t.payload}) for t in tasks]
+    lines = [
+        strict_json.canonical({"id": t.id, "stem": t.stem, "payload": t.payload}) for t in tasks
+    ]
     write_atomically(folder / PLAN_FILE, ("\n".join(lines) + "\n").encode())
 
 

@@ -18,7 +18,16 @@ from apps.render.outputs import read_sidecar
 from apps.render.plan import PlannedTask, recipe_sha256
 from apps.render.progress import Progress
 
-_PAYLOAD = {"job", "model", "model_revision", "recipe", "recipe_sha256", "threads", "dtype", "device"}
+_PAYLOAD = {
+    "job",
+    "model",
+    "model_revision",
+    "recipe",
+    "recipe_sha256",
+    "threads",
+    "dtype",
+    "device",
+}
 
 
 @dataclass
@@ -84,7 +93,9 @@ def read_record(file: Path) -> dict[str, Any]:
     try:
         Job.model_validate(payload["job"])
     except ValidationError as error:
-        raise ValueError(f"{file}: its record holds no valid job: {error.error_count()} errors") from None
+        raise ValueError(
+            f"{file}: its record holds no valid job: {error.error_count()} errors"
+        ) from None
     return found
 
 

@@ -1,7 +1,7 @@
 """Outputs that are certainly wrong: not finite, black, or a video that does not move.
 
-Thresholds are in units of one grey level of 255, because that is what a viewer can see: a picture is
-black when no value reaches two grey levels, a video frozen when no value changes by one.
+Thresholds are in units of one grey level of 255, because that is what a viewer can see: a picture
+is black when no value reaches two grey levels, a video frozen when no value changes by one.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 A pipeline call is cut in two at its autoencoder. During `denoise`, `vae.decode` is replaced by a
 stand-in that keeps its arguments and returns a test card; `decode` later calls the real one with
 the arguments from disk. The test card proves the cut: whatever the pipeline does after decoding it
-also does to the card, so if the card comes out as our own `postprocess` makes it, our postprocess is
-the pipeline's. If not (a safety checker, a watermark, a crop), the pipeline decodes in flight as it
-always does and the finished frames are kept instead. Needs no knowledge of pipeline classes.
+also does to the card, so if the card comes out as our own `postprocess` makes it, our postprocess
+is the pipeline's. If not (a safety checker, a watermark, a crop), the pipeline decodes in flight as
+it always does and the finished frames are kept instead. Needs no knowledge of pipeline classes.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Worker:
         started = time.perf_counter()
         try:
             frames = stages.decode(pipe, latents)
-        except Exception as error:  # noqa: BLE001  sorted below; only lack of memory is handled here
+        except Exception as error:
             if classify(error).error_class != "memory" or latents.mode != "decode":
                 raise
             frames = stages.decode_tiled(pipe, latents)
@@ -192,7 +192,8 @@ class Worker:
         revision = model_revision(payload["model"])
         if revision != payload["model_revision"]:
             raise InvalidJob(
-                f"model {payload['model']} has changed since this job was submitted; submit it again"
+                f"model {payload['model']} has changed since this job was submitted;"
+                " submit it again"
             )
         pipe = accel.load(
             payload["model"],
@@ -225,7 +226,9 @@ def _attached(recipe: Any, pipe: Any, strict: bool, on_event: Callable) -> Itera
         try:
             attached = accel.attached(recipe or accel.Recipe(()), pipe, strict=strict)
             live = stack.enter_context(attached)
-        except ValueError as error:  # without a recipe: no clock for this pipeline, no step progress
+        except (
+            ValueError
+        ) as error:  # without a recipe: no clock for this pipeline, no step progress
             if recipe is not None:
                 raise InvalidJob(str(error)) from error
         if live is not None:
@@ -245,4 +248,3 @@ def _threads(count: int) -> Iterator[None]:
 
 def _is_ours(caught: warnings.WarningMessage) -> bool:
     return issubclass(caught.category, (accel.NoEffectWarning, accel.FallbackWarning))
-

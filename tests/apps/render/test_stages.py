@@ -8,7 +8,19 @@ from apps.render import latents as latents_file
 from apps.render import stages
 from apps.render.faults import InvalidJob
 
-FAMILIES = ["ddpm", "dit", "sd", "sdxl", "wan", "cogvideox", "ltx", "sd3", "pixart", "flux", "hunyuan"]
+FAMILIES = [
+    "ddpm",
+    "dit",
+    "sd",
+    "sdxl",
+    "wan",
+    "cogvideox",
+    "ltx",
+    "sd3",
+    "pixart",
+    "flux",
+    "hunyuan",
+]
 
 
 def _plain(tiny_pipeline):
