@@ -149,8 +149,8 @@ class Ledger:
         with self._change() as db:
             before = db.total_changes
             db.executemany(
-                "INSERT OR IGNORE INTO task (id, kind, bucket, position, payload, stages, state,"
-                " attempts, updated) VALUES (?, ?, ?, ?, ?, ?, 'pending', 0, ?)",
+                "INSERT INTO task (id, kind, bucket, position, payload, stages, state, attempts,"
+                " updated) VALUES (?, ?, ?, ?, ?, ?, 'pending', 0, ?) ON CONFLICT (id) DO NOTHING",
                 rows,
             )
             return db.total_changes - before
