@@ -51,8 +51,10 @@ class FallbackWarning(UserWarning):
 class Settings(Mapping[str, Any]):
     """A hashable, read-only mapping of JSON values, for a method's open-ended settings."""
 
-    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
-        self._json = json.dumps(dict(values), sort_keys=True)
+    def __init__(
+        self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any
+    ) -> None:
+        self._json = json.dumps({**dict(values), **more}, sort_keys=True)
 
     def __getitem__(self, key: str) -> Any:
         return json.loads(self._json)[key]

@@ -1,0 +1,120 @@
+"""Artifacts: on disk, tied to their model, never pickle."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
+from accel.testing import tiny
+
+
+def _artifact(module, **changes) -> Artifact:
+    fields = {
+        "method": "caches.native:MagCache",
+        "fingerprint": Fingerprint.of(module),
+        "tensors": {"ratios": torch.arange(5.0), "table": torch.eye(3, dtype=torch.int8)},
+        "grid": (1.0, 0.5),
+        "guidance": True,
+        "inputs_sha256": inputs_digest([{"seed": 1}]),
+        "seed": 7,
+        "settings": {"beta": 0.1},
+    }
+    return Artifact(**{**fields, **changes})
+
+
+@pytest.fixture
+def dit():
+    return tiny("dit").pipe.transformer
+
+
+def test_round_trip(tmp_path, dit):
+    written = _artifact(dit)
+    ref = written.save(tmp_path / "a" / "b.safetensors")
+    read = Artifact.load(ref)
+    for name, tensor in written.tensors.items():
+        assert torch.equal(tensor, read.tensors[name])
+    for name in ("method", "grid", "guidance", "inputs_sha256", "seed", "settings", "match"):
+        assert getattr(read, name) == getattr(written, name)
+    assert "diffusers" in read.versions
+    read.check_model(dit)
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "b.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_copies_match(dit, dtype):
+    artifact = _artifact(dit)
+    artifact.check_model(dit.to(dtype))
+    artifact.check_model(dit.to(torch.float32))
+
+
+def test_lora_is_looked_through():
+    peft = pytest.importorskip("peft")
+    model = tiny("wan").pipe.transformer
+    artifact = _artifact(model)
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    model.add_adapter(config)
+    artifact.check_model(model)
+
+
+def test_other_weights_of_the_same_architecture(dit):
+    other = tiny("dit", seed=1).pipe.transformer
+    with pytest.raises(ValueError, match=r"weight .* is .* not"):
+        _artifact(dit).check_model(other)
+    _artifact(dit, match="architecture").check_model(other)
+
+
+def test_a_small_fine_tune_is_noticed(dit):
+    artifact = _artifact(dit)
+    with torch.no_grad():
+        for p in dit.parameters():
+            p.mul_(1 + 2**-5)
+    with pytest.raises(ValueError, match="calibrate again"):
+        artifact.check_model(dit)
+
+
+def test_other_class_and_configuration(dit):
+    with pytest.raises(ValueError, match="WanTransformer3DModel"):
+        _artifact(dit).check_model(tiny("wan").pipe.transformer)
+    dit.register_to_config(norm_eps=0.5)
+    fresh = tiny("dit").pipe.transformer
+    with pytest.raises(ValueError, match="another configuration"):
+        _artifact(dit, match="architecture").check_model(fresh)
+
+
+def test_changed_file_is_noticed(tmp_path, dit):
+    ref = _artifact(dit).save(tmp_path / "a.safetensors")
+    data = bytearray((tmp_path / "a.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="SHA-256"):
+        Artifact.load(ref)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"\xff" * 64, b"not one"])
+def test_not_an_artifact(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not an accel artifact"):
+        Artifact.load(path)
+
+
+def test_plain_safetensors_and_other_formats(tmp_path, dit):
+    path = tmp_path / "plain.safetensors"
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="no accel header"):
+        Artifact.load(path)
+    save_file({"x": torch.ones(1)}, path, metadata={"accel": json.dumps({"format": 99})})
+    with pytest.raises(ValueError, match="another major version"):
+        Artifact.load(path)
+    with pytest.raises(FileNotFoundError):
+        Artifact.load(ArtifactRef(str(tmp_path / "none"), ""))
+
+
+def test_inputs_are_json():
+    assert inputs_digest([{"a": 1, "b": 2}]) == inputs_digest([{"b": 2, "a": 1}])
+    with pytest.raises(TypeError):
+        inputs_digest([{"latents": torch.ones(1)}])

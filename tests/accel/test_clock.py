@@ -1,0 +1,202 @@
+"""The clock hears the right (run, step, stage, call, branch) on every kind of pipeline."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import math
+import weakref
+
+import pytest
+import torch
+from diffusers import HeunDiscreteScheduler, KDPM2DiscreteScheduler
+
+import accel
+from accel.clock import clock_of, denoiser_modules, sampling_grid
+from accel.method import Recipe
+from accel.testing import TINY_NAMES, assert_same_state, host_state, spy, tiny
+
+BATCHED, SEQUENTIAL = ["call0"], ["cond", "uncond"]
+BRANCHES = {
+    **dict.fromkeys(("ddpm", "ddim", "sd", "sd-img2img", "sdxl", "sd3", "dit", "pixart"), BATCHED),
+    **dict.fromkeys(("wan", "wan22", "hunyuanvideo"), SEQUENTIAL),
+    **dict.fromkeys(("cogvideox", "ltx"), ["cond_uncond"]),
+    "flux": ["cond"],
+}
+
+
+class Listener:
+    """Attaches to a pipeline and writes down ``now`` at every denoiser call."""
+
+    def __init__(self, host):
+        self.heard, self.events = [], []
+        self.live = Recipe(()).attach(host.pipe)
+        self.clock = self.live.clock
+        self.clock.subscribe(self.events.append)
+        for _, module in denoiser_modules(host.pipe):
+            self.live.around_call(module, self.listen)
+
+    def listen(self, call_next, *args, **kwargs):
+        self.heard.append(self.live.now)
+        return call_next(*args, **kwargs)
+
+    def take(self):
+        heard, self.heard = self.heard, []
+        return heard
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
+def test_hears_every_pipeline(name):
+    host = tiny(name)
+    listener = Listener(host)
+    branches = BRANCHES[name]
+    for run in range(2):
+        host.run()
+        heard = listener.take()
+        begin = heard[0].step
+        grid = len(host.pipe.scheduler.timesteps)
+        assert (begin > 0) == (name == "sd-img2img")
+        assert [(h.run, h.step, h.stage, h.call, h.branch) for h in heard] == [
+            (run, step, 0, call, branch)
+            for step in range(begin, grid)
+            for call, branch in enumerate(branches)
+        ]
+        assert [h.first for h in heard] == [h.step == begin for h in heard]
+        sigmas = [h.sigma for h in heard]
+        assert sigmas == sorted(sigmas, reverse=True)
+        steps = [e.step for e in listener.events if e.kind == "step" and e.run == run]
+        assert steps == list(range(begin, grid))
+        assert [e.kind for e in listener.events if e.run == run][-1] == "end"
+    denoisers = {"wan22": {"transformer", "transformer_2"}}.get(name, {heard[0].denoiser})
+    assert {h.denoiser for h in heard} == denoisers
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # KDPM2
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, KDPM2DiscreteScheduler])
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_second_order_solvers_call_twice_a_step(scheduler, strength):
+    host = tiny("sd" if strength is None else "sd-img2img")
+    host.pipe.scheduler = scheduler.from_config(host.pipe.scheduler.config)
+    listener = Listener(host)
+    host.run(num_inference_steps=4, **({"strength": strength} if strength else {}))
+    places = [(h.step, h.stage) for h in listener.take()]
+    full = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
+    assert places == (full if strength is None else full[4:])
+    assert listener.live.report()["runs"][0]["steps"] == (4 if strength is None else 2)
+
+
+def test_exception_then_another_run():
+    host = tiny("wan")
+    listener = Listener(host)
+    calls = 0
+
+    def explode(call_next, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return call_next(*args, **kwargs)
+
+    listener.live.around_call(host.pipe.transformer, explode)
+    with pytest.raises(KeyboardInterrupt):
+        host.run()
+    listener.take()
+    host.run()
+    heard = listener.take()
+    assert (heard[0].run, heard[0].step, heard[0].branch) == (1, 0, "cond")
+    assert [r["finished"] for r in listener.live.report()["runs"]] == [False, True]
+
+
+def test_change_of_steps_and_batch_between_runs():
+    host = tiny("dit")
+    listener = Listener(host)
+    for steps, labels in ((3, [1]), (5, [1, 2, 3]), (2, [4])):
+        host.run(num_inference_steps=steps, class_labels=labels)
+        assert [h.step for h in listener.take()] == list(range(steps))
+        run = listener.live.report()["runs"][-1]
+        assert run["nfe"] == steps * 2 * len(labels)  # guidance doubles the batch
+    assert [r["steps"] for r in listener.live.report()["runs"]] == [3, 5, 2]
+
+
+def test_two_pipelines_in_one_process_interleaved():
+    one, two = tiny("dit"), tiny("wan")
+    a, b = Listener(one), Listener(two)
+    one.run(), two.run(), one.run()
+    assert [h.run for h in a.take()] == [0] * 4 + [1] * 4
+    assert {h.run for h in b.take()} == {0}
+    assert clock_of(one.pipe) is not clock_of(two.pipe)
+
+
+def test_follows_a_scheduler_assigned_by_the_user_while_attached():
+    host = tiny("dit")
+    listener = Listener(host)
+    host.run()
+    first = host.pipe.scheduler
+    host.pipe.scheduler = type(first).from_config(first.config)
+    listener.take()
+    for _ in range(2):
+        host.run()
+        assert [h.step for h in listener.take()] == list(range(4))
+    listener.live.detach()
+    assert "step" not in vars(first)
+    assert "step" not in vars(host.pipe.scheduler)
+
+
+def test_scheduler_signatures_are_kept():
+    """Pipelines inspect them to decide what to pass."""
+    host = tiny("sd3")
+    methods = ("set_timesteps", "step")
+    before = [inspect.signature(getattr(host.pipe.scheduler, m)) for m in methods]
+    with accel.attached(spy(), host.pipe):
+        assert [inspect.signature(getattr(host.pipe.scheduler, m)) for m in methods] == before
+
+
+def test_driven_by_hand():
+    host = tiny("dit")
+    model = host.pipe.transformer
+    x = torch.randn(2, 4, 8, 8)[:, : model.config.in_channels]
+    size = model.config.sample_size
+    x = torch.zeros(2, model.config.in_channels, size, size)
+    arguments = {"timestep": torch.tensor([5, 5]), "class_labels": torch.tensor([1, 1])}
+    listener = Listener(host)
+    model(x, **arguments)
+    assert listener.take() == [], "a call outside a run is not a step"
+    for step in range(2):
+        with listener.clock.at(step, branch="cond", sigma=0.5):
+            model(x, **arguments)
+    heard = listener.take()
+    assert [(h.step, h.branch, h.sigma) for h in heard] == [(0, "cond", 0.5), (1, "cond", 0.5)]
+    assert int(listener.clock.step_tensor) == 1
+    listener.clock.end()
+    assert listener.live.report()["runs"][0]["calls"] == 2
+
+
+def test_grid_noise_levels():
+    """sqrt((1 - a) / a) from alphas_cumprod; the scheduler's own where it has sigmas."""
+    ddim = tiny("dit").pipe.scheduler
+    ddim.set_timesteps(4)
+    timesteps, sigmas = sampling_grid(ddim)
+    alphas = [float(ddim.alphas_cumprod[int(t)]) for t in timesteps]
+    assert sigmas == pytest.approx([math.sqrt((1 - a) / a) for a in alphas], rel=1e-6)
+    flow = tiny("sd3").pipe.scheduler
+    flow.set_timesteps(4)
+    assert sampling_grid(flow)[1] == pytest.approx(flow.sigmas[:4].tolist())
+
+
+def test_no_trace_and_no_leak_after_the_last_user():
+    host = tiny("wan")
+    host.run()
+    state = host_state(host.pipe)
+    first, second = Recipe(()).attach(host.pipe), Recipe(()).attach(host.pipe)
+    host.run()
+    first.detach()
+    host.run()
+    second.detach()
+    assert_same_state(state, host_state(host.pipe))
+    clock = weakref.ref(first.clock)
+    pipe = weakref.ref(host.pipe)
+    Recipe(()).attach(host.pipe)  # attached and never detached: must still not outlive the pipe
+    del host, first, second, state
+    gc.collect()
+    assert pipe() is None
+    assert clock() is None

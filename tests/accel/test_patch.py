@@ -1,0 +1,186 @@
+"""Reversible changes, in any order, with foreign wrappers around and below."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+
+import pytest
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accel.patch import Patch, Trampoline
+
+
+class Doubler(torch.nn.Module):
+    def forward(self, x, scale: float = 2.0):
+        return x * scale
+
+
+def _tag(text):
+    def layer(call_next, x, *args, **kwargs):
+        return call_next(x, *args, **kwargs) + [text]
+
+    return layer
+
+
+class Host:
+    def call(self, x):
+        return [x]
+
+
+def test_layers_nest_in_order_and_outer_ones_outside():
+    host, a, b = Host(), Patch(), Patch()
+    a.around(host, "call", _tag("clock"), outer=True)
+    b.around(host, "call", _tag("first"))
+    b.around(host, "call", _tag("second"))
+    assert host.call(0) == [0, "first", "second", "clock"]
+    b.undo()
+    assert host.call(0) == [0, "clock"]
+    a.undo()
+    assert vars(host) == {}
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=30))
+def test_any_sequence_of_patching_and_undoing(moves):
+    """Model: the live patches in order. The host must always show exactly their layers."""
+    host, live = Host(), []
+    for n, (which, add) in enumerate(moves):
+        if add or not live:
+            patch = Patch()
+            patch.around(host, "call", _tag(n))
+            live.append((n, patch))
+        else:
+            live.pop(which % len(live))[1].undo()
+        assert host.call("x") == ["x"] + [n for n, _ in live]
+    for _, patch in live:
+        patch.undo()
+    assert vars(host) == {}
+
+
+@given(st.permutations(range(5)), st.permutations(range(5)))
+def test_swaps_undo_in_any_order(values, undo_order):
+    host = Host()
+    host.setting = "base"
+    patches = []
+    for value in values:
+        patch = Patch()
+        patch.swap(host, "setting", value)
+        patches.append((value, patch))
+    alive = [v for v, _ in patches]
+    for i in undo_order:
+        value, patch = patches[i]
+        patch.undo()
+        alive.remove(value)
+        assert host.setting == (alive[-1] if alive else "base")
+
+
+def test_swap_leaves_what_the_user_assigned_since():
+    host, patch = Host(), Patch()
+    host.setting = 1
+    patch.swap(host, "setting", 2)
+    host.setting = 3
+    patch.undo()
+    assert host.setting == 3
+
+
+def test_swap_of_a_missing_attribute():
+    host, patch = Host(), Patch()
+    patch.swap(host, "extra", 1)
+    patch.undo()
+    assert vars(host) == {}
+
+
+def test_captured_trampoline_is_a_pass_through_until_topmost_again():
+    host, patch = Host(), Patch()
+    patch.around(host, "call", _tag("ours"))
+    ours = host.call
+    host.call = functools.wraps(ours)(lambda x: [*ours(x), "theirs"])
+    assert host.call(0) == [0, "ours", "theirs"]
+    patch.undo()
+    assert host.call(0) == [0, "theirs"]
+    host.call = ours  # the foreign wrapper goes, restoring what it had found: our empty shell
+    assert host.call(0) == [0]
+    assert vars(host) == {}, "the shell removes itself when called as the topmost"
+
+
+def test_thrown_away_trampoline_comes_back():
+    host, patch = Host(), Patch()
+    patch.around(host, "call", _tag("ours"))
+    del host.call
+    assert host.call(0) == [0]
+    patch.ensure()
+    assert host.call(0) == [0, "ours"]
+    patch.undo()
+    assert vars(host) == {}
+
+
+def test_diffusers_registry_that_bypasses_us_is_noticed():
+    """remove_hook of an inner hook rewires the outer one past our trampoline."""
+    module, patch = Doubler(), Patch()
+    seen = []
+
+    def layer(call_next, *args, **kwargs):
+        seen.append(1)
+        return call_next(*args, **kwargs)
+
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(ModelHook(), "below")
+    patch.around(module, "forward", layer)
+    registry.register_hook(ModelHook(), "above")
+    module(torch.ones(1))
+    assert len(seen) == 1
+    registry.remove_hook("below")
+    module(torch.ones(1))
+    assert len(seen) == 1, "diffusers mended remove_hook: compat.wrapped_callable can be simpler"
+    patch.ensure()
+    module(torch.ones(1))
+    assert len(seen) == 2
+
+
+def test_signature_and_name_follow_the_original():
+    module, patch = Doubler(), Patch()
+    before = inspect.signature(module.forward)
+    patch.around(module, "forward", lambda call_next, *a, **k: call_next(*a, **k))
+    assert isinstance(module.forward, Trampoline)
+    assert inspect.signature(module.forward) == before
+    patch.undo()
+
+
+def test_a_deep_copy_is_unpatched_and_bound_to_itself():
+    module, patch = Doubler(), Patch()
+    module.factor = torch.nn.Parameter(torch.ones(1))
+    patch.around(module, "forward", lambda call_next, *a, **k: call_next(*a, **k) + 100)
+    twin = copy.deepcopy(module)
+    assert twin(torch.ones(1)) == 2
+    assert twin.forward.__self__ is twin
+    patch.undo()
+
+
+def test_layer_follows_a_module_compiled_later():
+    module, patch = Doubler(), Patch()
+    eager = []
+
+    def layer(call_next, *args, **kwargs):
+        eager.append(torch.compiler.is_compiling())
+        return call_next(*args, **kwargs)
+
+    patch.around_call(module, layer)
+    module.compile(fullgraph=True, backend="eager")
+    patch.ensure()
+    assert module(torch.ones(1)) == 2
+    assert eager == [False], "the layer runs outside the graph"
+    patch.undo()
+    assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_undo_is_idempotent(times):
+    host, patch = Host(), Patch()
+    patch.around(host, "call", _tag(1))
+    for _ in range(times):
+        patch.undo()
+    assert vars(host) == {}

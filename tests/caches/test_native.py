@@ -1,0 +1,210 @@
+"""diffusers' caches through the contract: conformance, mended defects, parity with the host."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
+
+import accel
+from accel.artifact import Artifact
+from accel.testing import assert_equal, assert_same_state, checks, conform, host_state, tiny
+from caches.native import FirstBlockCache, MagCache, TaylorSeer, mean_ratios
+
+RATIOS = (1.0, 0.95, 0.97, 0.96)
+METHODS = [
+    FirstBlockCache(threshold=10.0),
+    TaylorSeer(interval=2, warmup=1),
+    TaylorSeer(interval=2, warmup=1, modules="lite"),
+    MagCache(threshold=0.3, ratios=RATIOS),
+]
+TRANSFORMERS = ["dit", "pixart", "flux", "wan", "wan22", "cogvideox", "hunyuanvideo", "ltx", "sd3"]
+REFUSED = {("FirstBlockCache", "sd3"), ("lite", "sd3")}
+
+
+def _id(method) -> str:
+    return getattr(method, "modules", "") or type(method).__name__
+
+
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize("method", METHODS, ids=_id)
+def test_conformance(check, method):
+    conform(check, method, "dit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize("pipeline", TRANSFORMERS)
+@pytest.mark.parametrize("method", METHODS, ids=_id)
+def test_conformance_matrix(check, method, pipeline):
+    if (_id(method), pipeline) not in REFUSED:
+        conform(check, method, pipeline)
+
+
+@pytest.mark.parametrize(
+    ("method", "pipeline", "words"),
+    [
+        (METHODS[0], "sd", "UNet2DConditionModel has none"),
+        (METHODS[3], "ddpm", "UNet2DModel has none"),
+        (METHODS[0], "sd3", "returns no text stream"),
+        (METHODS[2], "sd3", "returns no text stream"),
+    ],
+)
+def test_unsupported_is_refused_with_nothing_changed(method, pipeline, words):
+    host = tiny(pipeline)
+    state = host_state(host.pipe)
+    with pytest.raises(ValueError, match=words):
+        method.attach(host.pipe)
+    assert_same_state(state, host_state(host.pipe))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: FirstBlockCache(threshold=-0.1), "threshold"),
+        (lambda: FirstBlockCache(threshold="0.1"), "threshold"),
+        (lambda: TaylorSeer(interval=0), "interval"),
+        (lambda: TaylorSeer(modules="conv"), "modules"),
+        (lambda: MagCache(), "ratios"),
+        (lambda: MagCache(ratios=RATIOS, retention=2.0), "retention"),
+    ],
+)
+def test_bad_settings(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+# -- the same as the host where the host works -------------------------------------------------
+
+
+def _host_cache(host, config) -> torch.Tensor:
+    host.pipe.transformer.enable_cache(config)
+    try:
+        return host.run()
+    finally:
+        host.pipe.transformer.disable_cache()
+
+
+@pytest.mark.parametrize("pipeline", ["wan", "flux", "cogvideox"])
+def test_first_block_cache_equals_the_hosts(pipeline):
+    host = tiny(pipeline)
+    expected = _host_cache(host, FirstBlockCacheConfig(threshold=10.0))
+    with accel.attached(FirstBlockCache(10.0), host.pipe):
+        assert_equal(expected, host.run(), "FirstBlockCache")
+
+
+def test_mag_cache_equals_the_hosts():
+    host = tiny("flux")
+    config = MagCacheConfig(0.3, 3, 0.2, host.inputs["num_inference_steps"], list(RATIOS))
+    expected = _host_cache(host, config)
+    with accel.attached(MagCache(0.3, ratios=RATIOS), host.pipe):
+        assert_equal(expected, host.run(), "MagCache")
+
+
+# -- the host's defects ------------------------------------------------------------------------
+
+
+def test_host_defect_context_is_missing_on_dit():
+    """diffusers raises there, which is why we supply the branch; delete ours when this fails."""
+    from diffusers.hooks import apply_first_block_cache
+
+    host = tiny("dit")
+    apply_first_block_cache(host.pipe.transformer, FirstBlockCacheConfig())
+    with pytest.raises(ValueError, match="context"):
+        host.run()
+
+
+def test_state_does_not_leak_into_a_run_of_another_size():
+    """An interrupted run leaves diffusers' caches with residuals of the old shape."""
+    host = tiny("dit")
+    with accel.attached(FirstBlockCache(10.0), host.pipe) as live:
+        alone = host.run()
+        host.run(class_labels=[1, 2, 3])
+        assert_equal(alone, host.run(), "after a larger batch")
+        assert live.report()["runs"][-1]["reused"] > 0
+
+
+def test_taylor_seer_reaches_the_modules_the_host_misses():
+    """diffusers' own patterns match nothing in DiT: the wrapper must really extrapolate."""
+    host = tiny("dit")
+    expected = host.run()
+    with accel.attached(TaylorSeer(interval=2, warmup=1), host.pipe) as live:
+        assert not torch.equal(expected, host.run())
+        run = live.report()["runs"][0]
+    blocks = len(host.pipe.transformer.transformer_blocks)
+    assert run["computed"] + run["reused"] == run["calls"] * blocks * 2  # attention, feed-forward
+    assert run["reused"] > 0
+    assert run["bytes_host"] > 0
+
+
+def test_branches_keep_separate_states():
+    """Wan calls cond and uncond in turn: one state for both would feed cond's to uncond."""
+    host = tiny("wan")
+    managers = []
+    with accel.attached(FirstBlockCache(10.0), host.pipe) as live:
+        live = next(x for x in accel.live_on(host.pipe) if x.method == FirstBlockCache(10.0))
+        manager = next(h for _, h in live.hooks if h._is_stateful).state_manager
+        live.clock.subscribe(lambda e: managers.append(set(manager._state_cache)))
+        host.run()
+    assert {"cond", "uncond"} in managers
+
+
+def test_mag_cache_counts_from_the_first_step_of_the_run():
+    """Where a run starts in mid-schedule, the ratios are indexed by grid position."""
+    host = tiny("dit")
+    seen = []
+
+    class FromTheMiddle(type(host.pipe.scheduler)):
+        @property
+        def begin_index(self):
+            return 1
+
+    host.pipe.scheduler = FromTheMiddle.from_config(host.pipe.scheduler.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", accel.NoEffectWarning)
+        live = MagCache(0.0, ratios=RATIOS).attach(host.pipe)
+        manager = live.hooks[0][1].state_manager
+        live.clock.subscribe(
+            lambda e: seen.extend(s.step_index for s in manager._state_cache.values())
+        )
+        host.run()
+        live.detach()
+    assert seen[0] == 2  # begun at 1, one step done
+
+
+# -- calibration -------------------------------------------------------------------------------
+
+
+def test_mag_calibration_is_the_ratio_of_residual_norms(tmp_path):
+    host = tiny("dit")
+    inputs = [{"class_labels": [c], "num_inference_steps": 5, "output_type": "np"} for c in (1, 2)]
+    state = host_state(host.pipe)
+    artifact = MagCache.calibrate(host.pipe, inputs)
+    host.run()
+    assert_same_state(state, host_state(host.pipe))
+    ratios = artifact.tensors["ratios"]
+    assert ratios.shape == (5,)
+    assert ratios[0] == 1.0
+    assert artifact.guidance is True
+
+    ref = artifact.save(tmp_path / "mag.safetensors")
+    with accel.attached(MagCache(5.0, artifact=ref, retention=0.0), host.pipe) as live:
+        host.run(num_inference_steps=5)
+        assert live.report()["runs"][0]["reused"] > 0
+        host.run(num_inference_steps=7)
+        assert live.report()["runs"][1]["detail"]["ratios_resampled"] == [5, 7]
+
+
+def test_mag_artifact_of_another_model_is_refused(tmp_path):
+    host, other = tiny("dit"), tiny("pixart")
+    inputs = [{"class_labels": [1], "num_inference_steps": 4, "output_type": "np"}]
+    ref = MagCache.calibrate(host.pipe, inputs).save(tmp_path / "mag.safetensors")
+    assert Artifact.load(ref).method == "caches.native:MagCache"
+    with pytest.raises(ValueError, match="DiTTransformer2DModel"):
+        MagCache(artifact=ref).attach(other.pipe)
+
+
+def test_mean_ratios():
+    assert mean_ratios([[1.0, 2.0], [3.0, 6.0]]) == [2.0, 4.0]

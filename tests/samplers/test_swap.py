@@ -1,0 +1,129 @@
+"""Any stock scheduler through a recipe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+
+import accel
+from accel.method import Recipe, Settings
+from accel.testing import assert_equal, checks, conform, tiny
+from caches.native import FirstBlockCache
+from samplers.swap import SwapScheduler, sample_seed, step_keywords
+
+DPM = SwapScheduler("DPMSolverMultistepScheduler", Settings(use_karras_sigmas=True))
+SWAPS = [
+    (DPM, ("sd", "sdxl", "dit", "pixart")),
+    (SwapScheduler("EulerAncestralDiscreteScheduler"), ("sd", "dit", "pixart")),
+    (SwapScheduler("HeunDiscreteScheduler"), ("sd", "dit", "pixart")),
+    (SwapScheduler("FlowMatchHeunDiscreteScheduler"), ("sd3",)),
+    (SwapScheduler("FlowMatchLCMScheduler"), ("sd3", "flux", "ltx")),
+]
+
+
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize("method", [DPM, SWAPS[1][0]], ids=lambda m: m.scheduler)
+def test_conformance(check, method):
+    conform(check, method, "dit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize(("method", "pipeline"), [(m, p) for m, ps in SWAPS for p in ps])
+def test_conformance_matrix(check, method, pipeline):
+    conform(check, method, pipeline)
+
+
+def test_equals_assigning_the_scheduler_by_hand():
+    host = tiny("dit")
+    with accel.attached(DPM, host.pipe) as live:
+        swapped = host.run()
+        assert live.report()["runs"][0]["detail"]["scheduler"] == DPM.scheduler
+    config = {**host.pipe.scheduler.config, "use_karras_sigmas": True}
+    host.pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    assert_equal(swapped, host.run(), "the same scheduler by hand")
+
+
+def test_stochastic_schedulers_get_a_generator_per_sample():
+    """DiTPipeline passes none: the result must not depend on the global RNG or on batch mates."""
+    host = tiny("dit")
+    latents = {"output_type": "pt"}
+    with accel.attached(SwapScheduler("EulerAncestralDiscreteScheduler"), host.pipe):
+        outputs = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            outputs.append(host.run(class_labels=[1], **latents))
+        assert_equal(outputs[0], outputs[1], "under another global seed")
+        seeds = [torch.Generator().manual_seed(s) for s in (5, 6)]
+        pair = host.run(class_labels=[1, 2], generator=list(seeds), **latents)
+        seeds = [torch.Generator().manual_seed(s) for s in (6, 5)]
+        swapped = host.run(class_labels=[2, 1], generator=list(seeds), **latents)
+    # same samples in the other order; batched arithmetic may differ in the last bits
+    torch.testing.assert_close(pair, swapped.flip(0), rtol=1e-4, atol=1e-4)
+    torch.manual_seed(1)
+    host.pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(host.pipe.scheduler.config)
+    by_hand = host.run(class_labels=[1], **latents)
+    torch.manual_seed(2)
+    assert not torch.equal(by_hand, host.run(class_labels=[1], **latents)), "host defect is gone"
+
+
+def test_sample_seed_tells_samples_apart():
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert sample_seed(x[0]) == sample_seed(x[0].clone())
+    assert sample_seed(x[0]) != sample_seed(x[1])
+    assert 0 <= sample_seed(x[0]) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SwapScheduler("DPMSolverMultistep"), "near: .*DPMSolverMultistepScheduler"),
+        (lambda: SwapScheduler("os.system"), "no scheduler"),
+        (lambda: SwapScheduler("DiTPipeline"), "no scheduler"),
+        (
+            lambda: SwapScheduler("DDIMScheduler", Settings(beta_stat=1)),
+            "mean 'beta_start'",
+        ),
+        (lambda: SwapScheduler(3), "scheduler"),
+    ],
+)
+def test_bad_settings(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "pipeline", "words"),
+    [
+        ("EulerDiscreteScheduler", "flux", "flow-matching model"),
+        ("FlowMatchEulerDiscreteScheduler", "dit", "diffusion model"),
+        ("DPMSolverMultistepScheduler", "ddim", "with eta="),
+    ],
+)
+def test_wrong_kind_is_refused_before_the_run(scheduler, pipeline, words):
+    host = tiny(pipeline)
+    with pytest.raises(ValueError, match=words):
+        SwapScheduler(scheduler).attach(host.pipe)
+
+
+def test_step_keywords_are_read_from_the_pipeline():
+    assert "eta" in step_keywords(type(tiny("ddim").pipe))
+
+
+def test_same_scheduler_has_no_effect():
+    host = tiny("dit")
+    same = SwapScheduler(type(host.pipe.scheduler).__name__)
+    with (
+        accel.attached(same, host.pipe),
+        pytest.warns(accel.NoEffectWarning, match="SwapScheduler"),
+    ):
+        host.run()
+
+
+def test_composes_with_a_cache():
+    host = tiny("dit")
+    with accel.attached(Recipe((DPM, FirstBlockCache(10.0))), host.pipe, strict=True) as live:
+        host.run()
+        report = live.report()
+    assert [m["effect"] for m in report["members"]] == ["some", "some"]
