@@ -7,6 +7,10 @@ these models initialise gates and output projections to zero, and then a block t
 changes nothing and every test passes. Deterministic in `seed`; the global RNG is left alone.
 """
 
+# diffusers exports its classes lazily, annotates tuples of any length as tuple[int], and does not
+# say that encoders and tokenizers may be None.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import warnings
@@ -215,12 +219,12 @@ def _sdxl() -> tuple[Any, dict[str, Any]]:
     )
     pipe = StableDiffusionXLPipeline(
         vae=_vae(scaling_factor=0.13025),
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        text_encoder_2=None,  # pyright: ignore[reportArgumentType]
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        tokenizer_2=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
         unet=unet,
-        scheduler=EulerDiscreteScheduler(  # pyright: ignore[reportArgumentType]
+        scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
@@ -261,7 +265,7 @@ def _sd3() -> tuple[Any, dict[str, Any]]:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(shift_factor=0.0609, scaling_factor=1.5305),
-        **dict.fromkeys((*encoders, *tokenizers), None),  # pyright: ignore[reportArgumentType]
+        **dict.fromkeys((*encoders, *tokenizers), None),
     )
     inputs = {"height": 16, "width": 24, "num_inference_steps": STEPS, "guidance_scale": 5.0}
     pooled = {"pooled_prompt_embeds": _text(24), "negative_pooled_prompt_embeds": _text(24)}
@@ -282,7 +286,7 @@ def _dit() -> tuple[Any, dict[str, Any]]:
     pipe = DiTPipeline(
         transformer=transformer,
         vae=_vae(),
-        scheduler=DDIMScheduler(clip_sample=False),  # pyright: ignore[reportArgumentType]
+        scheduler=DDIMScheduler(clip_sample=False),
     )
     inputs = {"class_labels": [3], "num_inference_steps": STEPS, "guidance_scale": 4.0}
     return pipe, {**inputs, "output_type": "pt"}
@@ -307,8 +311,8 @@ def _pixart() -> tuple[Any, dict[str, Any]]:
         sample_size=8,
     )
     pipe = PixArtAlphaPipeline(
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,
+        text_encoder=None,
         vae=_vae(),
         transformer=transformer,
         # Not PixArt's linear betas: dividing random noise by their last alpha gives latents of 300.
@@ -342,10 +346,10 @@ def _flux() -> tuple[Any, dict[str, Any]]:
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=_vae(shift_factor=0.1159, scaling_factor=0.3611),
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        text_encoder_2=None,  # pyright: ignore[reportArgumentType]
-        tokenizer_2=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
         transformer=transformer,
     )
     inputs = {"height": 16, "width": 24, "num_inference_steps": STEPS, "guidance_scale": 3.5}
@@ -387,10 +391,10 @@ def _wan_pipe(**parts: Any) -> tuple[Any, dict[str, Any]]:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     pipe = WanPipeline(
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,
+        text_encoder=None,
         vae=vae,
-        scheduler=scheduler,  # pyright: ignore[reportArgumentType]
+        scheduler=scheduler,
         **parts,
     )
     inputs = {"height": 16, "width": 32, "num_frames": 9, "num_inference_steps": STEPS}
@@ -440,8 +444,8 @@ def _cogvideox() -> tuple[Any, dict[str, Any]]:
         use_rotary_positional_embeddings=True,
     )
     pipe = CogVideoXPipeline(
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,
+        text_encoder=None,
         vae=vae,
         transformer=transformer,
         scheduler=CogVideoXDDIMScheduler(
@@ -487,13 +491,13 @@ def _hunyuanvideo() -> tuple[Any, dict[str, Any]]:
         rope_axes_dim=(4, 6, 6),
     )
     pipe = HunyuanVideoPipeline(
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=None,
+        tokenizer=None,
         transformer=transformer,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=None,  # pyright: ignore[reportArgumentType]
-        tokenizer_2=None,  # pyright: ignore[reportArgumentType]
+        text_encoder_2=None,
+        tokenizer_2=None,
     )
     mask = torch.ones(1, TEXT)
     embeds = {
@@ -537,8 +541,8 @@ def _ltx() -> tuple[Any, dict[str, Any]]:
     pipe = LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae,
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=None,
+        tokenizer=None,
         transformer=transformer,
     )
     masks = {
