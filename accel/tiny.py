@@ -1,7 +1,7 @@
 """Tiny random pipelines: the stock diffusers classes at a size that runs in a blink.
 
 `tiny("wan")` builds a complete pipeline with random weights, without text encoders, plus the call
-arguments that make it run offline. Token grids are rectangular and all three sides differ, so a
+arguments that make it run offline. Token grids have three different sides (DiT is square), so a
 swapped height and width is an error and not a coincidence. Every parameter is redrawn: many of
 these models initialise gates and output projections to zero, and then a block that is skipped
 changes nothing and every test passes. Deterministic in `seed`; the global RNG is left alone.
