@@ -141,6 +141,8 @@ class Clock:
         pipe = self._pipe()
         if pipe is None:
             return
+        if pipe.scheduler is self._scheduler and denoiser_modules(pipe) == self._homes:
+            return
         self._patch.undo()
         self._scheduler, self._homes = pipe.scheduler, denoiser_modules(pipe)
         self._patch.around(pipe.scheduler, "set_timesteps", self._set_timesteps, outer=True)

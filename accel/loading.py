@@ -36,7 +36,7 @@ class {name}(diffusers.{name}):
 def load(
     ref: str | os.PathLike[str],
     *,
-    torch_dtype: Any = None,
+    dtype: Any = None,
     device: Any = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
@@ -44,7 +44,7 @@ def load(
     """A diffusers pipeline from ``"zoo:NAME"``, a folder, or a hub id; its recipe attached.
 
     Args:
-        torch_dtype: as in ``from_pretrained``; default float32 on CPU and for the zoo.
+        dtype: as in ``from_pretrained``; default float32 on CPU and for the zoo.
         device: moved there before the recipe is attached.
         trust_remote_code: passed on; off by default.
 
@@ -61,7 +61,7 @@ def load(
         raise ValueError(f"{folder} holds no diffusers pipeline (no model_index.json)")
     pipe = DiffusionPipeline.from_pretrained(
         source,
-        torch_dtype=torch_dtype or torch.float32,
+        dtype=dtype or torch.float32,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         local_files_only=folder.is_dir(),

@@ -43,7 +43,7 @@ class SwapScheduler(Method):
     SLOTS = ("scheduler",)
 
     scheduler: str
-    config: Settings = Settings()  # noqa: RUF009 (immutable)
+    config: Settings = Settings()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +89,8 @@ class SwapScheduler(Method):
     def _made_for(self, pipe: Any) -> Any:
         cls = _scheduler_class(self.scheduler)
         known = set(inspect.signature(cls.__init__).parameters)
-        config = {k: v for k, v in pipe.scheduler.config.items() if k in known or k[0] == "_"}
+        # without "_use_default_values": there a built and a reloaded scheduler would differ
+        config = {k: v for k, v in pipe.scheduler.config.items() if k in known}
         return cls.from_config(config, **self.config)
 
 

@@ -16,11 +16,11 @@ from accel.clock import clock_of, denoiser_modules, sampling_grid
 from accel.method import Recipe
 from accel.testing import TINY_NAMES, assert_same_state, host_state, spy, tiny
 
-BATCHED, SEQUENTIAL = ["call0"], ["cond", "uncond"]
+BATCHED, SEQUENTIAL, NAMED = ["call0"], ["cond", "uncond"], ["cond_uncond"]
 BRANCHES = {
     **dict.fromkeys(("ddpm", "ddim", "sd", "sd-img2img", "sdxl", "sd3", "dit", "pixart"), BATCHED),
     **dict.fromkeys(("wan", "wan22", "hunyuanvideo"), SEQUENTIAL),
-    **dict.fromkeys(("cogvideox", "ltx"), ["cond_uncond"]),
+    **dict.fromkeys(("cogvideox", "ltx"), NAMED),
     "flux": ["cond"],
 }
 

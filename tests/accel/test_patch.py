@@ -22,7 +22,7 @@ class Doubler(torch.nn.Module):
 
 def _tag(text):
     def layer(call_next, x, *args, **kwargs):
-        return call_next(x, *args, **kwargs) + [text]
+        return [*call_next(x, *args, **kwargs), text]
 
     return layer
 
