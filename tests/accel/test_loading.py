@@ -1,0 +1,112 @@
+"""The plugin: stock folder plus recipe; stock diffusers still loads it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline
+
+import accel
+from accel.loading import RECIPE_FILE, SHIM_FILE
+from accel.method import Recipe
+from accel.testing import assert_equal, assert_same_state, host_state, tiny
+from caches.native import FirstBlockCache
+from samplers.swap import SwapScheduler
+
+RECIPE = Recipe((SwapScheduler("EulerDiscreteScheduler"), FirstBlockCache(10.0)))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    host = tiny("dit")
+    host.pipe.save_pretrained(tmp_path / "stock")  # which writes a class name into the config
+    state = host_state(host.pipe)
+    folder = accel.save(host.pipe, RECIPE, tmp_path / "dit-fast", measured={"speedup": 2.0})
+    assert_same_state(state, host_state(host.pipe))
+    return host, folder
+
+
+def _run(pipe, host) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"generator": torch.Generator().manual_seed(0), **host.inputs}
+    return torch.as_tensor(pipe(**arguments).images)
+
+
+def test_load_attaches_the_recipe(saved):
+    host, folder = saved
+    with accel.attached(RECIPE, host.pipe):
+        expected = _run(host.pipe, host)
+    pipe = accel.load(folder)
+    assert type(pipe) is DiTPipeline
+    assert_equal(expected, _run(pipe, host), "loaded with recipe")
+    recipe = accel.live_on(pipe)[-1]
+    assert recipe.report()["effect"] == "some"
+    recipe.detach()
+    assert_equal(_run(host.pipe, host), _run(pipe, host), "detached")
+
+
+def test_stock_diffusers_loads_the_folder(saved):
+    host, folder = saved
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipe) is DiTPipeline
+    assert_equal(_run(host.pipe, host), _run(pipe, host), "stock load")
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DiTPipeline"
+    read = accel.read_recipe(folder / RECIPE_FILE)
+    assert read.recipe == RECIPE
+    assert read.measured == {"speedup": 2.0}
+
+
+def test_custom_pipeline_shim(saved, monkeypatch, tmp_path):
+    """Stock diffusers with custom_pipeline= attaches the recipe, and saves stock again."""
+    monkeypatch.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "m")
+    )
+    host, folder = saved
+    with accel.attached(RECIPE, host.pipe):
+        expected = _run(host.pipe, host)
+    pipe = DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline=str(folder), trust_remote_code=True
+    )
+    assert_equal(expected, _run(pipe, host), "through the shim")
+    assert len(accel.live_on(pipe)) == 3
+    _run(pipe, host)
+    assert len(accel.live_on(pipe)) == 3, "attached once"
+    accel.live_on(pipe)[-1].detach()
+    pipe.save_pretrained(tmp_path / "again")
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert index["_class_name"] == "DiTPipeline"
+    assert (folder / SHIM_FILE).read_text().count("diffusers.DiTPipeline") == 2
+
+
+def test_save_refuses_while_something_is_attached(tmp_path):
+    host = tiny("dit")
+    with (
+        accel.attached(FirstBlockCache(), host.pipe),
+        pytest.raises(ValueError, match=r"detach caches\.native:FirstBlockCache"),
+    ):
+        accel.save(host.pipe, RECIPE, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_save_refuses_a_recipe_that_does_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="UNet2DModel has none"):
+        accel.save(tiny("ddim").pipe, Recipe((FirstBlockCache(),)), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_load_says_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="no model_index"):
+        accel.load(tmp_path)
+    with pytest.raises(ValueError, match="digits-dit"):
+        accel.load("zoo:nothing")
+
+
+def test_load_dtype_and_recipe_of_hostile_folder(saved):
+    _, folder = saved
+    pipe = accel.load(folder, dtype=torch.bfloat16)
+    assert pipe.transformer.dtype == torch.bfloat16
+    (folder / RECIPE_FILE).write_text("accel_recipe: 1\nmethods: [{method: 'os.path:Join'}]")
+    with pytest.raises(ValueError, match="not registered"):
+        accel.load(folder)
