@@ -197,7 +197,7 @@ class Worker:
             )
         pipe = accel.load(
             payload["model"],
-            torch_dtype=getattr(torch, payload["dtype"]),
+            dtype=getattr(torch, payload["dtype"]),
             device=payload["device"],
             trust_remote_code=self._settings.trust_remote_code,
         )
