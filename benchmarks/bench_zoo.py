@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from accel import zoo
 from accel.zoo.judge import HEADS, Judge, accuracy
+from accel.zoo.train import hardware
 from accel.zoo.world import COLOURS, DIGITS, DigitWorld, class_label
 
 NAME = "digits-dit"
@@ -169,20 +170,11 @@ def draw_curves(stages: dict, path: Path) -> None:
 
 def environment() -> dict:
     """Hardware, versions and commit."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
+        "hardware": hardware("cpu"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -315,8 +307,8 @@ Class = digit + 10 x colour ({", ".join(COLOURS)}); 1000 is "no class".
 | schedule | {r["scheduler"]}, linear betas, noise prediction |
 | one evaluation, batch 16, float32 | {timings} |
 
-Measured on {env["cpu"]}, torch {env["torch"]}, diffusers {env["diffusers"]}, commit \
-{env["commit"][:12]}, {env["date"]}.
+Measured on {env["hardware"].split(",")[0]}, torch {env["torch"]}, \
+diffusers {env["diffusers"]}, commit {env["commit"][:12]}, {env["date"]}.
 
 ## Accuracy
 
@@ -341,7 +333,7 @@ Both, at guidance {r["sheet_guidance"]}:
 ## Training
 
 `python -m accel.zoo.train {r["model"]} --preset {r["training"]["preset"]} --out OUT`, seed \
-{r["training"]["seed"]}, {r["training"]["threads"]} thread(s), {r["training"]["pool"]:,} pictures.
+{r["training"]["seed"]}, on {r["training"]["hardware"]}; {r["training"]["pool"]:,} pictures.
 
 | stage | steps | batch | minutes | last loss |
 |---|---|---|---|---|

@@ -12,6 +12,7 @@ from accel.zoo.loop import step_generator
 from accel.zoo.world import NULL_CLASS
 
 CLASS_DROPOUT = 0.1
+CODE_STD = 0.3
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting"
 
 
@@ -27,7 +28,11 @@ class DiTConfig:
     patch: int = 2
 
     def build(self) -> DiTTransformer2DModel:
-        """A fresh transformer, initialised as in the DiT paper: every block is the identity."""
+        """A fresh transformer, initialised as in the DiT paper: every block is the identity.
+
+        A class starts as the sum of a random code of its digit and one of its colour, and "no
+        class" as zero, so that what is learned from one class serves the others from the start.
+        """
         model = DiTTransformer2DModel(
             num_attention_heads=self.heads,
             attention_head_dim=self.head_dim,
@@ -41,7 +46,12 @@ class DiTConfig:
         for block in model.transformer_blocks:
             nn.init.zeros_(block.norm1.linear.weight)
             nn.init.zeros_(block.norm1.linear.bias)
-            nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
+            table = block.norm1.emb.class_embedder.embedding_table.weight
+            digits, colours = torch.randn(2, 10, table.shape[1]).mul_(CODE_STD)
+            codes = (colours[:, None] + digits[None]).flatten(0, 1)  # row: digit + 10 x colour
+            nn.init.zeros_(table)
+            with torch.no_grad():
+                table[: len(codes)] = codes
         for module in (model.proj_out_1, model.proj_out_2):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)

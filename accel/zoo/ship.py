@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 from pathlib import Path
 
@@ -40,13 +39,7 @@ def ship(name: str, out: Path, folder: Path) -> None:
     for stage in settings["stages"]:
         position = Position.read(_newest(out / stage) / POSITION)
         stages[stage] = settings["stages"][stage] | vars(position)
-    record = {
-        **settings,
-        "stages": stages,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+    record = {**settings, "torch": torch.__version__, "stages": stages}
     (folder / TRAINING).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,6 +182,16 @@ def _autoencoder(run: Training) -> AutoencoderKL:
     return vae
 
 
+def hardware(device: str) -> str:
+    """Name of the GPU, or of the processor and the number of threads used."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    return f"{names[0] if names else platform.machine()}, {threads} thread{'s'[: threads > 1]}"
+
+
 def _keep_record(run: Training, stage: str) -> None:
     """Carries the position of a stage that is not trained again into this run's folder."""
     folder = run.out / stage / "checkpoint-0"
@@ -250,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "start": args.start,
         "pool": preset.pool,
+        "hardware": hardware(preset.device),
         "stages": {stage: dataclasses.asdict(preset.stages[stage]) for stage in stages},
     }
     (args.out / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
