@@ -92,6 +92,14 @@ def decode_png(path: Path) -> np.ndarray:
     return frames[..., None] if frames.ndim == 2 else frames
 
 
+def decode_mp4(path: Path) -> np.ndarray:
+    """Frames of an MP4: uint8 (f, h, w, 3). ModuleNotFoundError as `encode_mp4`."""
+    import numpy as np
+
+    with _pyav().open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
 def _png_text(path: Path) -> str | None:
     from PIL import Image
 

@@ -195,12 +195,13 @@ class Worker:
                 f"model {payload['model']} has changed since this job was submitted;"
                 " submit it again"
             )
-        pipe = accel.load(
-            payload["model"],
-            dtype=getattr(torch, payload["dtype"]),
-            device=payload["device"],
-            trust_remote_code=self._settings.trust_remote_code,
-        )
+        with _quiet_loading():
+            pipe = accel.load(
+                payload["model"],
+                dtype=getattr(torch, payload["dtype"]),
+                device=payload["device"],
+                trust_remote_code=self._settings.trust_remote_code,
+            )
         for live in reversed(accel.live_on(pipe)):
             live.detach()  # a folder's own recipe is one of the payload, so that it can be left out
         pipe.set_progress_bar_config(disable=True)
@@ -234,6 +235,18 @@ def _attached(recipe: Any, pipe: Any, strict: bool, on_event: Callable) -> Itera
         if live is not None:
             stack.callback(live.clock.subscribe(on_event))
         yield live
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars of diffusers while it loads: they would tear ours."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
