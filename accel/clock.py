@@ -9,6 +9,7 @@ scheduler that keeps no begin index (DDIM, PNDM: image-to-image) reads its first
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,14 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from accel import compat
+from accel.denoiser import SLOTS
 from accel.patch import Patch
-
-DENOISER_SLOTS = ("unet", "transformer", "transformer_2")
 
 
 def denoiser_modules(pipe: Any) -> tuple[tuple[str, Any], ...]:
     """``(component name, module)`` of the denoisers of ``pipe``, as the pipeline calls them."""
-    found = ((slot, getattr(pipe, slot, None)) for slot in DENOISER_SLOTS)
+    found = ((slot, getattr(pipe, slot, None)) for slot in SLOTS)
     return tuple((slot, module) for slot, module in found if module is not None)
 
 
@@ -114,7 +114,8 @@ class Clock:
     def acquire(self, user: Any) -> None:
         """Start listening (first user). ``user`` gets ``run_began(run)`` and ``run_ended(run)``.
 
-        A user may have a ``patch``, which the clock keeps installed at every start of a run.
+        Its ``patch`` is kept installed at every start of a run, and its
+        ``denoiser_layers(slot)`` run around the denoiser, wherever that is (compiled, replaced).
         """
         self._users.append(user)
         self.follow()
@@ -192,8 +193,10 @@ class Clock:
     def _denoise(
         self, slot: str, module: Any, call_next: Callable, args: tuple, kwargs: dict
     ) -> Any:
-        if self._held or compat.is_compiling():
+        if compat.is_compiling():
             return call_next(*args, **kwargs)
+        if self._held:
+            return self._layered(slot, call_next)(*args, **kwargs)
         pipe = self._pipe()
         if pipe is not None and pipe.scheduler is not self._scheduler:
             self.follow()  # the user assigned another scheduler; its run began unheard
@@ -210,10 +213,17 @@ class Clock:
         if branch not in run.branches:
             run.branches.append(branch)
         try:
-            return call_next(*args, **kwargs)
+            return self._layered(slot, call_next)(*args, **kwargs)
         finally:
             self._call += 1
             self.now = None
+
+    def _layered(self, slot: str, call: Callable) -> Callable:
+        """``call`` inside the users' denoiser layers, the first user's innermost."""
+        for user in self._users:
+            for layer in user.denoiser_layers(slot):
+                call = functools.partial(layer, call)
+        return call
 
     def _tick(self, run: Run, slot: str, branch: str) -> None:
         k = run.position

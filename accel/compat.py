@@ -72,7 +72,7 @@ def wrapped_callable(call: Any) -> Any:
     """
     if isinstance(call, functools.partial) and getattr(call.func, "__closure__", None):
         reference_type = lookup("links of a hook chain")
-        for cell in call.func.__closure__:
+        for cell in call.func.__closure__ or ():
             if isinstance(cell.cell_contents, reference_type):
                 reference = cell.cell_contents
                 return reference.original_forward or reference.forward
@@ -199,3 +199,8 @@ def hooked_blocks(module: Any) -> list[tuple[str, Any]]:
         if isinstance(blocks, torch.nn.ModuleList)
         for i, block in enumerate(blocks)
     ]
+
+
+def feed_forward_chunk(block: Any) -> int | None:
+    """Tokens per call of a block's feed-forward, if chunking was enabled on it."""
+    return getattr(block, "_chunk_size", None)

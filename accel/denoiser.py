@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accel.compat import compiled_entry
+from accel.compat import compiled_entry, feed_forward_chunk
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,7 +162,7 @@ def register(cls_name: str, anatomy: Anatomy) -> None:
 
 def chunked_feed_forward(module: nn.Module) -> bool:
     """Whether forward chunking is on inside `module`: then `ff` runs several times a forward."""
-    return any(getattr(part, "_chunk_size", None) is not None for part in module.modules())
+    return any(feed_forward_chunk(part) is not None for part in module.modules())
 
 
 def _describe(slot: str, part: Any) -> Denoiser:

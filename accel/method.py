@@ -197,6 +197,7 @@ class Attached:
         self._in_run = False
         self._attached = True
         self._layered: set[int] = set()
+        self._denoiser_layers: dict[str, list[Layer]] = {}
 
     # -- for methods -------------------------------------------------------------------------
 
@@ -218,6 +219,14 @@ class Attached:
 
         self.patch.around_call(module, guarded)
         self._layered.add(id(compat.compiled_entry(module)))
+
+    def around_denoiser(self, slot: str, layer: Layer) -> None:
+        """Run ``layer(call_next, *args, **kwargs)`` around a denoiser's calls within runs.
+
+        ``slot`` is the component ("unet", "transformer", "transformer_2"). Unlike ``around_call``
+        this stays outside a graph that compiles the whole denoiser.
+        """
+        self._denoiser_layers.setdefault(slot, []).append(layer)
 
     def count(self, what: str, n: int = 1) -> None:
         """Add to a counter of this run."""
@@ -252,6 +261,9 @@ class Attached:
         return {"bytes_device": 0, "bytes_host": 0}
 
     # -- called by the clock -----------------------------------------------------------------
+
+    def denoiser_layers(self, slot: str) -> list[Layer]:
+        return self._denoiser_layers.get(slot, []) if self._in_run else []
 
     def run_began(self, run: Run) -> None:
         self.counts, self.fallbacks, self.detail = Counter(), Counter(), {}

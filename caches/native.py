@@ -268,7 +268,7 @@ class _LiveHooks(Attached):
                     self.count("syncs", self.syncs_per_call)
                 return call_next(*args, **kwargs)
 
-        self.around_call(denoiser.module, in_branch)
+        self.around_denoiser(denoiser.slot, in_branch)
 
     def _around_hook(self, module: Any, hook: Any) -> None:
         def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -208,3 +208,23 @@ def test_cache_inside_a_whole_graph_says_so(dynamo):
         with pytest.warns(accel.FallbackWarning, match="compile"):
             output = host.run()
     assert_equal(expected, output, "compiled")
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_denoiser_layers_stay_outside_the_whole_graph(dynamo, how):
+    host = tiny("dit")
+    seen = []
+    with accel.attached(spy(), host.pipe) as live:
+        expected = host.run()
+
+        def layer(call_next, *args, **kwargs):
+            seen.append((live.now.step, torch.compiler.is_compiling()))
+            return call_next(*args, **kwargs)
+
+        live.around_denoiser("transformer", layer)
+        if how == "wrapped":
+            host.pipe.transformer = torch.compile(host.pipe.transformer, backend="eager")
+        else:
+            host.pipe.transformer.compile(fullgraph=True, backend="eager")
+        assert_equal(expected, host.run(), "compiled")
+    assert seen == [(step, False) for step in range(4)]

@@ -1,0 +1,123 @@
+"""What the core costs: microseconds per wrapped call, and its share of a DiT-XL-shaped step.
+
+    python -m benchmarks.bench_overhead [--device cuda] [--rounds 7]
+
+Paired in one process: the bare pipeline against the same pipeline with neutral methods attached.
+Random weights in the shape of DiT-XL/2 at 256 pixels (28 blocks, width 1152, 256 tokens, guidance).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+import accel
+from accel.measure import environment, paired_time
+from accel.method import Recipe
+from accel.patch import Patch
+from accel.testing import spy
+from benchmarks.results_file import write
+from caches.native import FirstBlockCache, TaylorSeer
+
+CALLS = 20_000
+STEPS = 2
+
+
+def microseconds_per_wrapped_call() -> dict[str, float]:
+    """Extra time of one call through a trampoline with one, and with three, pass-through layers."""
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x
+
+    def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        return call_next(*args, **kwargs)
+
+    def loop(module: torch.nn.Module) -> float:
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            module(None)
+        return (time.perf_counter() - begin) / CALLS * 1e6
+
+    extra = {}
+    for layers in (1, 3):
+        module, patch, differences = Nothing(), Patch(), []
+        for _ in range(9):
+            bare = loop(module)
+            for _ in range(layers):
+                patch.around_call(module, layer)
+            differences.append(loop(module) - bare)
+            patch.undo()
+        extra[f"{layers}_layers"] = round(statistics.median(differences), 3)
+    return extra
+
+
+def dit_xl(device: str) -> DiTPipeline:
+    """A random DiT-XL/2 with the smallest autoencoder that fits behind it."""
+    with torch.device(device):
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=4,
+            num_layers=28, sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
+        )  # fmt: skip
+        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1)
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def share_of_a_step(device: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Relative extra time of a run with each neutral recipe attached, paired with the bare run."""
+    pipe = dit_xl(device)
+
+    def run() -> None:
+        generator = torch.Generator("cpu").manual_seed(0)
+        pipe([1], num_inference_steps=STEPS, generator=generator, output_type="pt")
+
+    recipes = {
+        "clock only": Recipe(()),
+        "every module wrapped": spy(),
+        "FirstBlockCache.neutral()": Recipe((FirstBlockCache().neutral(),)),
+        "TaylorSeer.neutral()": Recipe((TaylorSeer().neutral(),)),
+    }
+    rows = {}
+    for name, recipe in recipes.items():
+
+        def attached(recipe: Recipe = recipe) -> None:
+            with accel.attached(recipe, pipe):
+                run()
+
+        times = paired_time(run, attached, rounds=rounds)
+        speedup = times.speedup
+        rows[name] = {
+            "overhead_percent": round(100 * (1 / speedup.estimate - 1), 3),
+            "low": round(100 * (1 / speedup.high - 1), 3),
+            "high": round(100 * (1 / speedup.low - 1), 3),
+            "bare_seconds_per_step": round(statistics.median(times.seconds_a) / STEPS, 3),
+        }
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    per_call = microseconds_per_wrapped_call()
+    print(per_call, flush=True)
+    result = {
+        "microseconds_per_wrapped_call": per_call,
+        "dit_xl_256": share_of_a_step(arguments.device, arguments.rounds),
+        **environment(),
+    }
+    write("overhead", arguments.device, result)
+
+
+if __name__ == "__main__":
+    main()
