@@ -116,18 +116,21 @@ def fit(
     settings: LoopSettings,
     out: Path,
     *,
-    accelerator: Accelerator,
+    cpu: bool = True,
+    precision: str = "no",
     resume: bool = False,
     start: Position | None = None,
 ) -> tuple[dict[str, Tensor], Position]:
     """Trains `model` in place; returns its EMA weights and the final position.
 
     `out` receives `checkpoint-<step>` folders (the last two are kept). `resume` continues from the
-    newest, or from the beginning where there is none. `start` is the position of a warm restart:
-    the model already has its weights, the optimiser is new. Raises FloatingPointError when the
-    loss is no longer finite; the checkpoints before that remain.
+    newest, or from the beginning where there is none. `precision` is Accelerate's name for mixed
+    precision ("no", "bf16"). `start` is the position of a warm restart: the model already has its
+    weights, the optimiser is new. Raises FloatingPointError when the loss is no longer finite; the
+    checkpoints before that remain.
     """
     out.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
     )
@@ -140,8 +143,7 @@ def fit(
         accelerator.load_state(str(newest))
         position = Position.read(newest / POSITION)
         print(f"{name}: resumed at step {position.step} from {newest.name}", flush=True)
-    began = _Clock(position.seconds)
-    first, losses, saved = position.step, [], time.monotonic()
+    report, saved = _Report(name, settings, position), time.monotonic()
     while _progress(settings, position) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, position)
@@ -152,23 +154,13 @@ def fit(
         optimizer.zero_grad()
         ema.update(accelerator.unwrap_model(model))
         position.step += 1
-        position.seconds = began.seconds()
-        losses.append(loss.detach())
-        if position.step % settings.log_steps == 0:
-            mean = torch.stack(losses).mean().item()
-            losses.clear()
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"{name}: loss {mean} at step {position.step}")
-            position.curve.append((position.step, float(f"{mean:.5g}")))
-            _report(name, settings, position, mean, first, began)
+        report.add(loss.detach())
         every = settings.checkpoint_steps
         due = time.monotonic() - saved > settings.checkpoint_seconds
         if due or (every and position.step % every == 0):
             _save(accelerator, position, out)
             saved = time.monotonic()
     _save(accelerator, position, out)
-    accelerator.free_memory()
-    accelerator._custom_objects.clear()
     return ema.weights, position
 
 
@@ -178,17 +170,37 @@ def newest_checkpoint(out: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
-class _Clock:
-    """Seconds in the loop, those of the killed runs before it included."""
+class _Report:
+    """Keeps the time, the curve and the reader of the log up to date; stops at a broken loss."""
 
-    def __init__(self, earlier: float):
-        self.earlier, self.start = earlier, time.monotonic()
+    def __init__(self, name: str, settings: LoopSettings, position: Position):
+        self.name, self.settings, self.position = name, settings, position
+        self.first, self.earlier, self.start = position.step, position.seconds, time.monotonic()
+        self.losses: list[Tensor] = []
 
-    def here(self) -> float:
-        return time.monotonic() - self.start
+    def add(self, loss: Tensor) -> None:
+        """One step was taken, with this loss."""
+        position = self.position
+        position.seconds = self.earlier + time.monotonic() - self.start
+        self.losses.append(loss)
+        if position.step % self.settings.log_steps:
+            return
+        mean = torch.stack(self.losses).mean().item()
+        self.losses.clear()
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"{self.name}: loss {mean} at step {position.step}")
+        position.curve.append((position.step, float(f"{mean:.5g}")))
+        self._print(mean)
 
-    def seconds(self) -> float:
-        return self.earlier + self.here()
+    def _print(self, loss: float) -> None:
+        position, done = self.position, _progress(self.settings, self.position)
+        rate = (position.step - self.first) / (position.seconds - self.earlier)
+        left = (position.seconds - position.origin_seconds) * (1 - done) / done
+        print(
+            f"{self.name}: step {position.step} {100 * done:.1f} % loss {loss:.4f} "
+            f"{rate:.2f} steps/s ETA {max(left, 0) / 60:.1f} min",
+            flush=True,
+        )
 
 
 def learning_rate(settings: LoopSettings, position: Position) -> float:
@@ -205,17 +217,6 @@ def _progress(settings: LoopSettings, position: Position) -> float:
     by_steps = steps / settings.steps if settings.steps else 0.0
     by_time = seconds / (60 * settings.minutes) if settings.minutes else 0.0
     return max(by_steps, by_time)
-
-
-def _report(name, settings, position, loss, first, clock) -> None:
-    done = _progress(settings, position)
-    rate = (position.step - first) / max(clock.here(), 1e-9)
-    left = (position.seconds - position.origin_seconds) * (1 - done) / max(done, 1e-9)
-    print(
-        f"{name}: step {position.step} {100 * done:.1f} % loss {loss:.4f} "
-        f"{rate:.2f} steps/s ETA {left / 60:.1f} min",
-        flush=True,
-    )
 
 
 def _save(accelerator: Accelerator, position: Position, out: Path) -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import nn
 
@@ -93,7 +92,7 @@ class Training:
         if preset.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("preset gpu needs a CUDA device; use --preset cpu")
         self.name, self.preset, self.out, self.seed = name, preset, out, seed
-        self.accelerator = Accelerator(cpu=preset.device == "cpu", mixed_precision=preset.precision)
+        self.device = torch.device(preset.device)
         self.resume = False
         self.shipped: Path | None = None
 
@@ -106,7 +105,8 @@ class Training:
             loss,
             self.preset.stages[stage].loop,
             self.out / stage,
-            accelerator=self.accelerator,
+            cpu=self.preset.device == "cpu",
+            precision=self.preset.precision,
             resume=self.resume,
             start=start,
         )
@@ -136,7 +136,7 @@ def train_judge(run: Training) -> None:
     """digits-judge: one stage."""
     run.seed_weights()
     judge = Judge.load(run.shipped).train() if run.shipped else Judge()
-    run.stage("judge", judge, JudgeLoss(run.batch("judge"), run.seed, run.accelerator.device))
+    run.stage("judge", judge, JudgeLoss(run.batch("judge"), run.seed, run.device))
 
 
 def train_dit(run: Training) -> None:
@@ -158,7 +158,7 @@ def train_dit(run: Training) -> None:
         (means * scale, stds * scale, classes),
         run.batch("denoiser"),
         run.seed,
-        run.accelerator.device,
+        run.device,
     )
     run.stage("denoiser", transformer, loss)
 
@@ -171,9 +171,9 @@ def _autoencoder(run: Training) -> AutoencoderKL:
         vae.save_pretrained(folder)
         _keep_record(run, "autoencoder")
     if run.shipped or (run.resume and (folder / "config.json").is_file()):
-        return AutoencoderKL.from_pretrained(folder).to(run.accelerator.device).eval()
+        return AutoencoderKL.from_pretrained(folder).to(run.device).eval()
     vae = AutoencoderConfig().build()
-    loss = AutoencoderLoss(run.batch("autoencoder"), run.seed, run.accelerator.device)
+    loss = AutoencoderLoss(run.batch("autoencoder"), run.seed, run.device)
     vae.load_state_dict(run.stage("autoencoder", vae, loss))
     vae.eval()
     scale = measure_scaling(vae, DigitWorld("train", run.seed))

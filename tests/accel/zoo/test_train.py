@@ -124,7 +124,6 @@ def test_loss_that_is_not_finite_stops_training(tmp_path):
             lambda m, step: m(torch.ones(1)).sum() * float("nan"),
             settings,
             tmp_path,
-            accelerator=train.Accelerator(cpu=True),
         )
 
 
