@@ -14,6 +14,7 @@ from apps.render.environment import versions
 from apps.render.identity import identity, model_revision
 from apps.render.jobs import Job
 from apps.render.media import embedded_record
+from apps.render.naming import stem_problem
 from apps.render.outputs import read_sidecar
 from apps.render.plan import PlannedTask, recipe_sha256
 from apps.render.progress import Progress
@@ -131,7 +132,8 @@ def _current(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             payload["recipe_sha256"] = sha256
     payload.setdefault("strict", False)
     payload.setdefault("metadata", True)
-    if not isinstance(payload.get("stem"), str):
+    stem = payload.get("stem")
+    if not isinstance(stem, str) or stem_problem(stem) is not None:
         payload["stem"] = "rerender"
     return payload, changes
 

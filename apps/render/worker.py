@@ -242,11 +242,13 @@ def _quiet_loading() -> Iterator[None]:
     """No progress bars of diffusers while it loads: they would tear ours."""
     from diffusers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,74 @@
+"""A finished file says how to make it again, and the pixels come out the same."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from apps.render.driver import RunOptions, submit
+from apps.render.media import decode_png
+from apps.render.progress import Silent
+from apps.render.rerender import again, read_record
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory, tiny_model):
+    from apps.render.jobs import check_jobs
+    from apps.render.plan import Settings, plan
+
+    folder = tmp_path_factory.mktemp("rendered")
+    inputs = {"class_labels": [1], "num_inference_steps": 2}
+    jobs = check_jobs([("a", {"name": "a", "seed": 4, "inputs": inputs})])
+    submit(folder, plan(jobs, Settings(model=tiny_model), folder), RunOptions())
+    return folder
+
+
+def test_from_the_picture_alone(rendered, tmp_path):
+    lonely = tmp_path / "anything.png"
+    shutil.copy(rendered / "a.png", lonely)
+    verdict = again(lonely, tmp_path / "again", Silent(), False)
+    assert verdict.same
+    assert verdict.changes == []
+    assert np.array_equal(decode_png(tmp_path / "again" / "a.png"), decode_png(lonely))
+    assert "the same frames" in verdict.lines()[-1]
+
+
+def test_from_the_sidecar(rendered):
+    assert again(rendered / "a.json", None, Silent(), False).same
+
+
+def test_a_difference_is_told_with_its_reason(rendered, tmp_path):
+    shutil.copy(rendered / "a.json", tmp_path / "b.json")
+    content = json.loads((tmp_path / "b.json").read_text())
+    content["payload"]["job"]["seed"] = 5
+    content["versions"]["torch"] = "1.0"
+    (tmp_path / "b.json").write_text(json.dumps(content))
+    verdict = again(tmp_path / "b.json", None, Silent(), False)
+    assert not verdict.same
+    assert verdict.changes[0].startswith("torch 1.0 -> ")
+    assert "the frames differ" in verdict.lines()[-1]
+
+
+def test_files_that_say_nothing(rendered, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    with pytest.raises(ValueError, match="carries no record"):
+        read_record(tmp_path / "plain.png")
+    with pytest.raises(ValueError, match="no such file"):
+        read_record(tmp_path / "none.png")
+    content = json.loads((rendered / "a.json").read_text())
+    for change in ({"payload": {}}, {"payload": content["payload"] | {"job": {"sed": 1}}}):
+        (tmp_path / "c.json").write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match="its record"):
+            read_record(tmp_path / "c.json")
+
+
+def test_a_record_cannot_leave_the_folder(rendered, tmp_path):
+    content = json.loads((rendered / "a.json").read_text())
+    content["payload"]["stem"] = "../../outside"
+    (tmp_path / "d.json").write_text(json.dumps(content))
+    verdict = again(tmp_path / "d.json", tmp_path / "safe", Silent(), False)
+    assert verdict.same
+    assert (tmp_path / "safe" / "rerender.png").exists()

@@ -1,0 +1,169 @@
+"""One worker, one task: fallbacks, notes, and what a recipe may do to a render."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+import accel
+from accel.method import Method, Recipe
+from accel.recipe_file import RecipeFile
+from apps.render import plan as plan_module
+from apps.render import worker as worker_module
+from apps.render.faults import InvalidJob, NotFinite
+from apps.render.outputs import read_sidecar
+from apps.render.worker import Worker
+from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
+
+
+@dataclass(frozen=True)
+class Touch(Method):
+    """Scales the denoiser's output; `factor` NaN spoils it, 1 changes nothing."""
+
+    SLOTS = ("denoiser.call",)
+    factor: float = 1.0
+
+    def claims(self, pipe):
+        if self.factor < 0:
+            raise ValueError("Touch.factor = -1: must not be negative; use 1")
+        return frozenset({("denoiser.call", frozenset({"transformer"}))})
+
+    def build(self, pipe, live):
+        def layer(call_next, *args, **kwargs):
+            output = call_next(*args, **kwargs)
+            output.sample.mul_(self.factor)
+            live.count("changed", int(self.factor != 1.0))
+            return output
+
+        live.around_call(pipe.transformer, layer)
+
+
+@pytest.fixture
+def run(tmp_path, planned, rows, monkeypatch):
+    """`run(method, **settings)`: render one job with a recipe of one method; (result, sidecar)."""
+    out = tmp_path / "out"
+    (out / WORK_FOLDER).mkdir(parents=True)
+    monkeypatch.setattr(plan_module, "_RECIPES", {})
+    events = []
+
+    def go(method=None, **settings):
+        if method is not None:
+            found = RecipeFile(Recipe((method,)), "test")
+            monkeypatch.setattr(accel, "read_recipe", lambda path: found)
+            settings["recipe"] = str(tmp_path / "recipe.yaml")
+        (task,) = planned(rows(1), **settings)
+        worker = Worker(WorkerSettings(str(out)))
+        worker.emit = events.append
+        result = worker.run(task.id, task.payload)
+        return result, read_sidecar(out / f"{task.stem}.json")
+
+    go.events = events
+    return go
+
+
+def test_a_plain_job_and_its_story(run):
+    result, sidecar = run()
+    assert result["files"] == ["job0.png"]
+    assert result["fallback"] is None
+    assert set(sidecar["timings"]) == {"encode", "denoise", "decode", "total"}
+    assert sidecar["report"]["runs"][0]["steps"] == 2
+    kinds = [event["event"] for event in run.events]
+    assert kinds == ["loading", "step", "step", "stage", "stage"]
+    assert sidecar["versions"]["torch"] == torch.__version__
+
+
+def test_a_recipe_acts_and_reports(run):
+    plain, _ = run()
+    touched, sidecar = run(Touch(0.9))
+    assert touched["frames_sha256"] != plain["frames_sha256"]
+    assert sidecar["report"]["members"][0]["effect"] == "some"
+    assert touched["fallback"] is None
+
+
+def test_nan_under_a_recipe_is_made_again_without(run):
+    plain, _ = run()
+    result, sidecar = run(Touch(float("nan")))
+    assert result["frames_sha256"] == plain["frames_sha256"]
+    assert result["fallback"]["reason"] == "nan"
+    assert sidecar["fallback"]["recipe"] == sidecar["payload"]["recipe_sha256"]
+
+
+def test_nan_without_a_recipe_is_a_failure(run, monkeypatch):
+    monkeypatch.setattr(worker_module.stages, "decode", lambda *a: np.full((1, 4, 4, 3), np.nan))
+    with pytest.raises(NotFinite, match="without acceleration too"):
+        run()
+
+
+@pytest.mark.parametrize("reason", ["black", "frozen", "nan"])
+def test_suspicious_frames_under_a_recipe_are_made_again(run, monkeypatch, reason):
+    plain, _ = run()
+    verdicts = [reason, None]
+    monkeypatch.setattr(worker_module, "suspicion", lambda frames: verdicts.pop(0))
+    result, _ = run(Touch(0.9))
+    assert result["fallback"]["reason"] == reason
+    assert result["frames_sha256"] == plain["frames_sha256"]
+
+
+def test_black_with_and_without_a_recipe_is_kept_with_a_note(run, monkeypatch):
+    monkeypatch.setattr(worker_module.stages, "decode", lambda *a: np.zeros((1, 4, 4, 3)))
+    for method in (None, Touch(0.9)):
+        result, _ = run(method)
+        assert result["notes"] == ["the output is black, without acceleration too"]
+
+
+def test_a_recipe_without_effect_is_noted_or_refused(run):
+    result, _ = run(Touch(1.0))
+    assert "NoEffectWarning" in result["notes"][0]
+    with pytest.raises(InvalidJob, match="changed nothing"):
+        run(Touch(1.0), strict=True)
+
+
+def test_a_recipe_that_does_not_fit_is_an_invalid_job(run):
+    with pytest.raises(InvalidJob, match=r"Touch.factor = -1: must not be negative"):
+        run(Touch(-1.0))
+
+
+def test_threads_are_put_back(run):
+    before = torch.get_num_threads()
+    _, sidecar = run(threads=before + 1)
+    assert torch.get_num_threads() == before
+    assert sidecar["payload"]["threads"] == before + 1
+
+
+def test_several_samples_of_one_job(tmp_path, planned):
+    out = tmp_path / "out"
+    (out / WORK_FOLDER).mkdir(parents=True)
+    inputs = {"class_labels": [1, 2], "num_inference_steps": 2}
+    (task,) = planned([{"name": "two", "inputs": inputs}])
+    result = Worker(WorkerSettings(str(out))).run(task.id, task.payload)
+    assert result["files"] == ["two.000.png", "two.001.png"]
+    assert len(set(result["frames_sha256"])) == 2
+
+
+def test_a_video_from_file_to_file(tmp_path, monkeypatch):
+    """A text-free tiny Wan cannot take JSON inputs; its embeddings are put in by hand."""
+    pytest.importorskip("av")
+    from accel.tiny import tiny
+
+    subject = tiny("wan")
+    tensors = {k: v for k, v in subject.inputs.items() if torch.is_tensor(v)}
+    plain = {k: v for k, v in subject.inputs.items() if k not in tensors and k != "output_type"}
+    real = worker_module.stages.denoise
+    monkeypatch.setattr(
+        worker_module.stages, "denoise", lambda pipe, call, cut: real(pipe, call | tensors, cut=cut)
+    )
+    monkeypatch.setattr(accel, "load", lambda *a, **k: subject.pipe)
+    monkeypatch.setattr(worker_module, "model_revision", lambda ref: "sha256:x")
+    payload = {
+        "job": {"seed": 3, "inputs": plain, "format": "auto", "fps": 8},
+        "model": "x", "model_revision": "sha256:x", "recipe": None, "recipe_sha256": None,
+        "threads": 1, "dtype": "float32", "device": "cpu", "strict": False, "metadata": True,
+        "stem": "clip",
+    }  # fmt: skip
+    (tmp_path / WORK_FOLDER).mkdir()
+    result = Worker(WorkerSettings(str(tmp_path))).run("id", payload)
+    assert result["files"] == ["clip.mp4"]
+    sidecar = json.loads((tmp_path / "clip.json").read_text())
+    assert len(sidecar["files"][0]["shape"]) == 4
