@@ -35,18 +35,22 @@ def sample_seed(sample: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class SwapScheduler(Method):
-    """``scheduler``: a diffusers class name; ``config``: settings over the pipeline's own.
+    """``scheduler``: a diffusers class name; ``config``: settings over the pipeline's own;
+    ``steps``: instead of the number a call asks for.
 
-    ``SwapScheduler("DPMSolverMultistepScheduler", Settings(use_karras_sigmas=True))``
+    ``SwapScheduler("DPMSolverMultistepScheduler", Settings(use_karras_sigmas=True), steps=15)``
     """
 
     SLOTS = ("scheduler",)
 
     scheduler: str
     config: Settings = Settings()
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"SwapScheduler.steps = {self.steps}: at least 1")
         parameters = inspect.signature(_scheduler_class(self.scheduler).__init__).parameters
         unknown = sorted(set(self.config) - set(parameters))
         if unknown:
@@ -55,13 +59,13 @@ class SwapScheduler(Method):
             raise ValueError(f"{self.scheduler} has no setting {unknown[0]!r}{hint}")
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        if is_flow(pipe.scheduler) != is_flow(self._made_for(pipe)):
-            kinds = {True: "flow-matching", False: "diffusion"}
+        kinds = {True: "flow-matching", False: "diffusion"}
+        have, want = kinds[is_flow(pipe.scheduler)], kinds[is_flow(self._made_for(pipe))]
+        if have != want:
             raise ValueError(
-                f"{self.scheduler} as configured is a {kinds[is_flow(self._made_for(pipe))]} "
-                f"sampler, {type(pipe).__name__} holds a {kinds[is_flow(pipe.scheduler)]} model; "
-                "choose one of its kind (multistep solvers: set prediction_type and "
-                "use_flow_sigmas)"
+                f"{self.scheduler} as configured is a {want} sampler, {type(pipe).__name__} "
+                f"holds a {have} model; choose one of its kind (multistep solvers: set "
+                "prediction_type and use_flow_sigmas)"
             )
         passed = step_keywords(type(pipe))
         accepted = inspect.signature(_scheduler_class(self.scheduler).step).parameters
@@ -85,6 +89,8 @@ class SwapScheduler(Method):
         live.names = {"scheduler": self.scheduler, "instead_of": type(pipe.scheduler).__name__}
         live.patch.swap(pipe, "scheduler", new)
         live.patch.around(new, "step", live.step)
+        if self.steps is not None:
+            live.patch.around(new, "set_timesteps", live.set_timesteps)
 
     def _made_for(self, pipe: Any) -> Any:
         cls = _scheduler_class(self.scheduler)
@@ -95,7 +101,8 @@ class SwapScheduler(Method):
 
 
 class _LiveSwap(Attached):
-    differs = True
+    differs = True  # in class or configuration from the scheduler it replaces
+    steps_asked: int | None = None  # by the call, where `steps` overrides another number
     names: dict[str, str]
 
     def __init__(self, method: Method, pipe: Any) -> None:
@@ -105,10 +112,31 @@ class _LiveSwap(Attached):
     def on_run(self, run: Run) -> None:
         self._generators = None
         self.detail.update(self.names)
+        if self.steps_asked is not None:
+            self.detail["steps_asked"] = self.steps_asked
+
+    def set_timesteps(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Around ``scheduler.set_timesteps``: lays the grid with our number of steps.
+
+        Raises:
+            ValueError: the pipeline (or its caller) gives a grid of its own.
+        """
+        method = self.method
+        assert isinstance(method, SwapScheduler)
+        given = inspect.signature(call_next).bind(*args, **kwargs).arguments
+        own = [k for k in ("timesteps", "sigmas") if given.get(k) is not None]
+        if own:
+            raise ValueError(
+                f"SwapScheduler.steps = {method.steps} cannot apply: this call lays its own grid "
+                f"({own[0]}=...); set num_inference_steps in the call instead"
+            )
+        asked = given.get("num_inference_steps")
+        self.steps_asked = None if asked == method.steps else asked
+        return call_next(**{**given, "num_inference_steps": method.steps})
 
     def step(self, call_next: Callable, model_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``scheduler.step``: counts, and gives every sample a generator if none came."""
-        if self._in_run and self.differs:
+        if self._in_run and (self.differs or self.steps_asked is not None):
             self.count("changed")
         bound = _bind(call_next, model_output, args, kwargs)
         if "generator" in bound.signature.parameters and not bound.arguments.get("generator"):

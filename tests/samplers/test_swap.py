@@ -87,6 +87,7 @@ def test_sample_seed_tells_samples_apart():
             "mean 'beta_start'",
         ),
         (lambda: SwapScheduler(3), "scheduler"),
+        (lambda: SwapScheduler("DDIMScheduler", steps=0), "steps"),
     ],
 )
 def test_bad_settings(make, words):
@@ -119,6 +120,24 @@ def test_same_scheduler_has_no_effect():
         accel.attached(same, host.pipe),
         pytest.warns(accel.NoEffectWarning, match="SwapScheduler"),
     ):
+        host.run()
+
+
+def test_steps_override_the_calls():
+    host = tiny("dit")
+    expected = host.run(num_inference_steps=2)
+    same = type(host.pipe.scheduler).__name__
+    with accel.attached(SwapScheduler(same, steps=2), host.pipe, strict=True) as live:
+        assert_equal(expected, host.run(num_inference_steps=9), "two steps instead of nine")
+        run = live.report()["runs"][0]
+    assert (run["steps"], run["detail"]["steps_asked"]) == (2, 9)
+    assert live.report()["effect"] == "some"
+
+
+def test_steps_cannot_override_a_grid_of_the_pipelines_own():
+    host = tiny("flux")
+    method = SwapScheduler("FlowMatchLCMScheduler", steps=2)
+    with accel.attached(method, host.pipe), pytest.raises(ValueError, match="lays its own grid"):
         host.run()
 
 

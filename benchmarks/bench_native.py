@@ -1,0 +1,93 @@
+"""diffusers' own caches and a shorter solver on ``zoo:digits-dit``: speed, work, fidelity.
+
+    python -m benchmarks.bench_native [--model zoo:digits-dit] [--samples 48] [--rounds 5]
+
+Each row is paired with the unmodified pipeline: same seeds, same inputs, timed in turn. Every cache
+has a control that must score worse at the same work: its outputs reused at the wrong steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import accel
+from accel.measure import compare, environment
+from accel.method import Method, Recipe
+from benchmarks.results_file import write
+from caches.native import FirstBlockCache, MagCache, TaylorSeer
+from samplers.swap import SwapScheduler
+
+STEPS, GUIDANCE, BATCH = 50, 3.0, 8
+SEED = 1000
+DPM = "DPMSolverMultistepScheduler"
+
+
+def inputs(samples: int) -> list[dict[str, Any]]:
+    """Batches of class labels that go round all classes, as pipeline-call arguments."""
+    labels = [(i * 37) % 100 for i in range(samples)]
+    return [
+        {
+            "class_labels": labels[i : i + BATCH],
+            "num_inference_steps": STEPS,
+            "guidance_scale": GUIDANCE,
+        }
+        for i in range(0, samples, BATCH)
+    ]
+
+
+def rows(pipe: Any, folder: Path) -> dict[str, Recipe]:
+    """What is measured: one method each, then combinations."""
+    calibration = [{**x, "output_type": "np"} for x in inputs(BATCH)]
+    ratios = MagCache.calibrate(pipe, calibration).save(folder / "mag.safetensors")
+    methods: dict[str, tuple[Method, ...]] = {
+        "FirstBlockCache(0.05)": (FirstBlockCache(0.05),),
+        "FirstBlockCache(0.1)": (FirstBlockCache(0.1),),
+        "TaylorSeer(3)": (TaylorSeer(interval=3),),
+        "TaylorSeer(5)": (TaylorSeer(interval=5),),
+        "MagCache(0.06)": (MagCache(0.06, artifact=ratios),),
+        "MagCache(0.12)": (MagCache(0.12, artifact=ratios),),
+        "DPM-Solver++ 20 steps": (SwapScheduler(DPM, steps=20),),
+        "DPM-Solver++ 10 steps": (SwapScheduler(DPM, steps=10),),
+        "DPM-Solver++ 20 steps + TaylorSeer(2)": (
+            SwapScheduler(DPM, steps=20),
+            TaylorSeer(interval=2),
+        ),
+        "control: DDIM 20 steps": (SwapScheduler("DDIMScheduler", steps=20),),
+        "control: TaylorSeer(5), order 0, warmup 1": (TaylorSeer(5, 1, 0),),
+    }
+    return {name: Recipe(m) for name, m in methods.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="zoo:digits-dit")
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe = accel.load(arguments.model, device=arguments.device)
+    pipe.set_progress_bar_config(disable=True)
+    measured = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recipe in rows(pipe, Path(folder)).items():
+            result = compare(
+                pipe, recipe, inputs(arguments.samples), seed=SEED, rounds=arguments.rounds
+            )
+            row = {k: result.measured()[k] for k in ("speedup", "flops", "nfe", "psnr", "ssim")}
+            row["methods"] = [m.to_json() for m in recipe.methods]
+            row["effect"] = [m["effect"] for m in result.report["members"]]
+            measured[name] = row
+            print(name, row["speedup"], row["psnr"], row["ssim"], flush=True)
+    setting = {"model": arguments.model, "steps": STEPS, "guidance": GUIDANCE, "batch": BATCH}
+    content = {**setting, "samples": arguments.samples, "rows": measured, **environment()}
+    write("native", arguments.device, content)
+
+
+if __name__ == "__main__":
+    main()
