@@ -26,8 +26,10 @@ def models() -> None:
         from accel import zoo
 
         for name in zoo.names():
-            index = json.loads((zoo.path(name) / "model_index.json").read_text("utf-8"))
-            typer.echo(f"zoo:{name}  {index['_class_name']}")
+            index = zoo.path(name) / "model_index.json"
+            if index.is_file():  # else a single model, such as a judge: nothing to render with
+                kind = json.loads(index.read_text("utf-8"))["_class_name"]
+                typer.echo(f"zoo:{name}  {kind}")
 
 
 def methods(

@@ -1,6 +1,6 @@
 """Where tasks run: in this process, or in worker processes. Ray actors fit the same interface.
 
-An executor takes tasks and hands back events, plain dicts with `event`, `task` and `worker`:
+An executor takes tasks and hands back events, plain dicts with `event`, `task`, `worker`, `pid`:
 `loading`, `step`, `stage` while it runs, then exactly one of `done` (result), `failed` (fault),
 `stopped`, `cancelled` or `lost` (the worker died). It never touches the ledger.
 """
@@ -79,7 +79,7 @@ class InProcess:
         task_id, payload = self._queued
 
         def emit(event: Event) -> None:
-            self._sink({**event, "task": task_id, "worker": 0})
+            self._sink({**event, "task": task_id, "worker": 0, "pid": os.getpid()})
 
         def check() -> None:
             self._tick()
@@ -204,7 +204,7 @@ class Spawned:
         if event["event"] == "ready":
             process.ready, self._stillborn = True, 0
             return
-        event |= {"task": process.task, "worker": process.number}
+        event |= {"task": process.task, "worker": process.number, "pid": process.process.pid}
         if event["event"] in ("done", "failed", "stopped", "cancelled"):
             process.task = None
         self._sink(event)

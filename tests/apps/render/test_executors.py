@@ -31,8 +31,7 @@ class KillOnce(Silent):
         self.workers.add(event.get("worker"))
         if event["event"] == "step" and task.payload["stem"] == self.name:
             self.name = None
-            for child in _children():
-                os.kill(child, signal.SIGKILL)
+            os.kill(event["pid"], signal.SIGKILL)
 
 
 def _children():
@@ -53,7 +52,7 @@ def test_two_workers_one_of_which_dies(tmp_path, planned, rows):
     assert _hashes(tmp_path / "out") == _hashes(tmp_path / "alone")
     with Ledger.open(tmp_path / "out" / "ledger.sqlite") as ledger:
         attempts = {task.payload["stem"]: task.attempts for task in ledger.tasks()}
-    assert attempts["job1"] == 2
+    assert attempts == dict.fromkeys(attempts, 1) | {"job1": 2}
     assert {0, 1} <= watch.workers
     assert _children() == []
 
@@ -64,14 +63,18 @@ def test_workers_that_die_at_birth_stop_the_render(tmp_path, monkeypatch):
     monkeypatch.setattr("apps.render.executors.worker_main", _die)
     executor.start(lost.append, lambda: None)
     with pytest.raises(RuntimeError, match="die before they are ready"):
-        for _ in range(10):
-            executor.submit("t", {})
-            while executor.free() == 0:
-                executor.poll(1.0)
+        _submit_again_and_again(executor)
     assert [event["fault"]["message"] for event in lost] == [
         "its worker process died (exit code 3)"
     ] * 3
     executor.close()
+
+
+def _submit_again_and_again(executor):
+    for _ in range(10):
+        executor.submit("t", {})
+        while executor.free() == 0:
+            executor.poll(1.0)
 
 
 def _die(*_):

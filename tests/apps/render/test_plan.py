@@ -1,0 +1,107 @@
+"""Models and recipes are resolved before anything starts."""
+
+import json
+
+import pytest
+
+import accel
+from apps.render.identity import identity, model_revision
+from apps.render.jobs import JobFileError, check_jobs
+from apps.render.plan import (
+    PlannedTask,
+    Settings,
+    load_plan,
+    merge_plans,
+    plan,
+    save_plan,
+)
+
+RECIPE = """
+accel_recipe: 1
+name: swap
+methods:
+  - {method: "samplers.swap:SwapScheduler", settings: {scheduler: DDPMScheduler}}
+"""
+
+
+def _plan(rows, folder, **settings):
+    placed = check_jobs((f"line {n}", row) for n, row in enumerate(rows, 1))
+    return plan(placed, Settings(**settings), folder)
+
+
+def _problem(rows, folder, **settings):
+    with pytest.raises(JobFileError) as caught:
+        _plan(rows, folder, **settings)
+    (problem,) = caught.value.problems
+    assert "\n" not in problem
+    return problem
+
+
+def test_missing_things_are_one_line_each(tmp_path, tiny_model):
+    assert _problem([{}], tmp_path) == "line 1: no model: give the job one, or use --model"
+    assert "is no folder, no zoo:NAME" in _problem([{"model": "/no/where"}], tmp_path)
+    assert "no model_index.json" in _problem([{"model": str(tmp_path)}], tmp_path)
+    assert "no embedded model 'none'" in _problem([{"model": "zoo:none"}], tmp_path)
+    missing = _problem([{"recipe": "r.yaml"}], tmp_path, model=tiny_model)
+    assert missing.startswith("line 1: no recipe at")
+    (tmp_path / "r.yaml").write_text("accel_recipe: 1\nmethods: [!!python/name:os.system x]")
+    broken = _problem([{"recipe": "r.yaml"}], tmp_path, model=tiny_model)
+    assert "not a readable recipe" in broken
+
+
+def test_which_recipe_a_job_gets(tmp_path, tiny_model):
+    for name in ("own.yaml", "given.yaml"):
+        (tmp_path / name).write_text(RECIPE)
+    given = str(tmp_path / "given.yaml")
+    rows = [{"seed": 1}, {"seed": 2, "recipe": None}, {"seed": 3, "recipe": "own.yaml"}]
+    tasks = _plan(rows, tmp_path, model=tiny_model, recipe=given)
+    assert [t.payload["recipe"] for t in tasks] == [given, None, str(tmp_path / "own.yaml")]
+    assert tasks[0].payload["recipe_sha256"] == accel.read_recipe(given).sha256
+    assert tasks[0].bucket != tasks[1].bucket
+
+
+def test_a_model_folder_brings_its_recipe(tmp_path, tiny_model):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "accel_recipe.yaml").write_text(RECIPE)
+    (task,) = _plan([{}], tmp_path, model=str(folder))
+    assert task.payload["recipe"] == str(folder / "accel_recipe.yaml")
+
+
+def test_revision_follows_content(tmp_path, tiny_model):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    assert model_revision(str(folder)) == model_revision(tiny_model)
+    model_revision.cache_clear()
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + " ")
+    assert model_revision(str(folder)) != model_revision(tiny_model)
+
+
+def test_identity_is_in_every_part_that_decides_pixels():
+    payload = {
+        "job": {"seed": 1}, "model_revision": "m", "recipe_sha256": None, "threads": 1,
+        "dtype": "float32", "device": "cpu", "model": "here", "recipe": None, "metadata": True,
+    }  # fmt: skip
+    base = identity(payload)
+    for key in ("model_revision", "recipe_sha256", "threads", "dtype", "device", "job"):
+        assert identity(payload | {key: "other"}) != base, key
+    for key in ("model", "recipe", "metadata"):
+        assert identity(payload | {key: "other"}) == base, f"{key} decides no pixel"
+
+
+def test_plans_merge_by_identity_and_stem(tmp_path):
+    old = [PlannedTask("1", "a", {}), PlannedTask("2", "b", {})]
+    new = [PlannedTask("2", "b", {}), PlannedTask("3", "A", {}), PlannedTask("4", "c", {})]
+    merged = merge_plans(old, new)
+    assert [task.id for task in merged] == ["2", "3", "4"]
+    save_plan(tmp_path, merged)
+    assert load_plan(tmp_path) == merged
+    lines = (tmp_path / "plan.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stem"] for line in lines] == list("bAc")
+    with pytest.raises(FileNotFoundError, match="holds no render"):
+        load_plan(tmp_path / "none")

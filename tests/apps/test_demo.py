@@ -1,0 +1,46 @@
+"""The demo from end to end on a tiny model, and the jobs it ships with."""
+
+import json
+from pathlib import Path
+
+from apps import demo
+from apps.render.jobs import read_jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_shipped_jobs_are_valid_and_named_after_their_classes():
+    from accel.zoo.world import class_label
+
+    placed = read_jobs(ROOT / "examples" / "demo.jsonl")
+    assert len(placed) == 12
+    for item in placed:
+        (label,) = item.job.inputs["class_labels"]
+        assert item.job.name == class_label(label).replace(" ", "-")
+
+
+def test_from_jobs_to_sheet(tmp_path, tiny_model, job_file, rows, capsys):
+    recipe = tmp_path / "fast.yaml"
+    recipe.write_text(
+        "accel_recipe: 1\nname: fast\nmethods:\n"
+        "  - {method: 'samplers.swap:SwapScheduler', settings: {scheduler: DDPMScheduler}}\n"
+    )
+    arguments = ["--jobs", job_file(rows(2)), "--model", tiny_model, "--out", tmp_path / "demo"]
+    arguments = [str(a) for a in [*arguments, "--recipes", recipe]]
+    assert demo.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "baseline" in shown
+    assert "fast" in shown
+    assert "dB" in shown
+    assert (tmp_path / "demo" / "sheet.png").stat().st_size > 5000
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").glob("*/*.json")}
+    assert len(before) == 4
+    assert demo.main(arguments) == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "finished work was done again"
+
+
+def test_wrong_input_is_told(tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"sed": 1}))
+    assert demo.main(["--jobs", str(bad), "--out", str(tmp_path / "out")]) == 2
+    assert "unknown field 'sed'" in capsys.readouterr().err
