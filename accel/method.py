@@ -8,10 +8,8 @@ are the two other frozen kinds; they receive recipes as values.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import typing
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -19,13 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, Self
 
 from accel import compat
-from accel.artifact import Artifact, ArtifactRef
+from accel.artifact import Artifact
 from accel.clock import Clock, Now, Run, clock_of, denoiser_modules
 from accel.patch import Layer, Patch
+from accel.settings import check_fields, from_settings, settings_json, without_paths
 
 Claim = tuple[str, frozenset[str]]  # (slot, module or component paths)
 
@@ -48,33 +46,6 @@ class FallbackWarning(UserWarning):
     """Something unexpected inside a run; it was computed without the method."""
 
 
-class Settings(Mapping[str, Any]):
-    """A hashable, read-only mapping of JSON values, for a method's open-ended settings."""
-
-    def __init__(
-        self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any
-    ) -> None:
-        self._json = json.dumps({**dict(values), **more}, sort_keys=True)
-
-    def __getitem__(self, key: str) -> Any:
-        return json.loads(self._json)[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(json.loads(self._json))
-
-    def __len__(self) -> int:
-        return len(json.loads(self._json))
-
-    def __hash__(self) -> int:
-        return hash(self._json)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and dict(self) == dict(other)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
 @dataclass(frozen=True)
 class Method(ABC):
     """One way to change how a pipeline computes. Subclasses are frozen dataclasses.
@@ -84,11 +55,11 @@ class Method(ABC):
     annotations; range checks go into ``__post_init__`` after ``super().__post_init__()``.
     """
 
-    SLOTS: ClassVar[tuple[str, ...]] = ()
+    SLOTS: ClassVar[tuple[str, ...]] = ()  # every slot that claims() may name
+    PAPER: ClassVar[str] = ""  # where the method comes from, for the index
 
     def __post_init__(self) -> None:
-        for name, adapter in _field_adapters(type(self)).items():
-            _check_field(self, name, adapter)
+        check_fields(self)
 
     @abstractmethod
     def claims(self, pipe: Any) -> frozenset[Claim]:
@@ -157,19 +128,11 @@ class Method(ABC):
         Raises:
             ValueError: unknown, missing or ill-typed settings, each named.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(settings) - set(names))
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {names}")
-        hints = _hints(cls)
-        try:
-            return cls(**{k: _revive(v, hints[k]) for k, v in settings.items()})
-        except TypeError as error:  # a missing required field
-            raise ValueError(f"{cls.__name__}: {error}") from error
+        return from_settings(cls, settings)
 
     def digest(self) -> str:
         """SHA-256 over the canonical JSON; artifacts count by content, not by place."""
-        text = json.dumps(_without_paths(self.to_json()), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(without_paths(self.to_json()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -490,77 +453,3 @@ def _meeting_path(paths: frozenset[str], others: frozenset[str]) -> str | None:
             if path == other or path.startswith(other + ".") or other.startswith(path + "."):
                 return path
     return None
-
-
-# -- JSON ------------------------------------------------------------------------------------
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-@cache
-def _field_adapters(cls: type) -> dict[str, Any]:
-    from pydantic import ConfigDict, TypeAdapter
-
-    hints = _hints(cls)
-    config = ConfigDict(arbitrary_types_allowed=True)
-    adapters = {}
-    for f in dataclasses.fields(cls):
-        plain = dataclasses.is_dataclass(hints[f.name])
-        adapters[f.name] = TypeAdapter(hints[f.name], config=None if plain else config)
-    return adapters
-
-
-def _check_field(method: Method, name: str, adapter: Any) -> None:
-    from pydantic import ValidationError
-
-    value = getattr(method, name)
-    try:
-        adapter.validate_python(value, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(
-            f"{type(method).__name__}.{name} = {value!r}: {first['msg'].lower()}"
-        ) from None
-
-
-def settings_json(value: Any) -> dict[str, Any]:
-    """The fields of a frozen dataclass as JSON values."""
-    return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, ArtifactRef):
-        return {"path": value.path, "sha256": value.sha256}
-    return value
-
-
-def _revive(value: Any, hint: Any) -> Any:
-    """A JSON value as the field's type: lists are tuples, mappings are what the hint says."""
-    if isinstance(value, list):
-        return tuple(_revive(v, None) for v in value)
-    if isinstance(value, Mapping):
-        if _mentions(hint, ArtifactRef):
-            return ArtifactRef.from_json(value)
-        return Settings(value)
-    return value
-
-
-def _mentions(hint: Any, cls: type) -> bool:
-    return hint is cls or any(_mentions(h, cls) for h in typing.get_args(hint))
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"path", "sha256"}:
-            return value["sha256"]
-        return {k: _without_paths(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(v) for v in value]
-    return value

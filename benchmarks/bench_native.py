@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_native [--model zoo:digits-dit] [--samples 48] [--rounds 5]
 
-Each row is paired with the unmodified pipeline: same seeds, same inputs, timed in turn. Every cache
-has a control that must score worse at the same work: its outputs reused at the wrong steps.
+Each row is paired with the unmodified pipeline: same seeds, same inputs, timed in turn. The
+controls do the same work without what the method adds, and must score worse: a first-order solver
+with as few steps, and a cache that repeats its last output from the first step on.
 """
 
 from __future__ import annotations

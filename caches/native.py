@@ -39,6 +39,7 @@ class FirstBlockCache(Method):
     """
 
     SLOTS = ("block.skip", "denoiser.call")
+    PAPER = "ParaAttention (diffusers 0.42)"
 
     threshold: float = 0.08
 
@@ -76,6 +77,7 @@ class TaylorSeer(Method):
     """
 
     SLOTS = ("block.skip", "denoiser.call")
+    PAPER = "arXiv 2503.06923 (diffusers 0.42)"
 
     interval: int = 3
     warmup: int = 3
@@ -140,6 +142,7 @@ class MagCache(Method):
     """
 
     SLOTS = ("block.skip", "denoiser.call")
+    PAPER = "arXiv 2506.09045 (diffusers 0.42)"
 
     threshold: float = 0.06
     max_skip: int = 3

@@ -19,7 +19,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from accel.clock import Run
-from accel.method import Attached, Claim, Method, Settings
+from accel.method import Attached, Claim, Method
+from accel.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ class SwapScheduler(Method):
     """
 
     SLOTS = ("scheduler",)
+    PAPER = "diffusers 0.42"
 
     scheduler: str
     config: Settings = Settings()

@@ -9,7 +9,8 @@ import pytest
 
 import accel
 from accel.artifact import ArtifactRef
-from accel.method import RUNS_KEPT, Attached, Method, Recipe, Settings
+from accel.method import RUNS_KEPT, Attached, Method, Recipe
+from accel.settings import Settings
 from accel.testing import TINY_NAMES, assert_same_state, checks, conform, host_state, spy, tiny
 
 

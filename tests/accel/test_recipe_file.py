@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import accel
 from accel.artifact import Artifact, Fingerprint
-from accel.method import Recipe, Settings
+from accel.method import Recipe
 from accel.recipe_file import read_recipe, write_recipe
+from accel.settings import Settings
 from accel.testing import tiny
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from samplers.swap import SwapScheduler

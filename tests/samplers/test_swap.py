@@ -7,7 +7,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
 import accel
-from accel.method import Recipe, Settings
+from accel.method import Recipe
+from accel.settings import Settings
 from accel.testing import assert_equal, checks, conform, tiny
 from caches.native import FirstBlockCache
 from samplers.swap import SwapScheduler, sample_seed, step_keywords
