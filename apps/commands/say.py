@@ -23,7 +23,9 @@ def fail(lines: str | Sequence[str], code: int = 2) -> typer.Exit:
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """Turn the errors that a person can act on into one line and exit code 2."""
-    from apps.render.faults import StorageFault
+    import sqlite3
+
+    from apps.render.faults import WorkersDie
     from apps.render.jobs import JobFileError
     from apps.render.ledger import LedgerCorrupt
     from apps.render.lock import FolderBusy
@@ -32,5 +34,9 @@ def told() -> Iterator[None]:
         yield
     except JobFileError as error:
         raise fail(error.problems) from None
-    except (StorageFault, FolderBusy, LedgerCorrupt, FileNotFoundError, ValueError) as error:
+    except sqlite3.OperationalError as error:
+        raise fail(f"the ledger cannot be used: {error}") from None
+    except WorkersDie as error:
+        raise fail(str(error), code=1) from None
+    except (OSError, FolderBusy, LedgerCorrupt, ValueError) as error:
         raise fail(" ".join(str(error).split())) from None

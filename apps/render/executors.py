@@ -14,11 +14,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
-from apps.render.faults import JobCancelled, Stopped, classify
+from apps.render.faults import JobCancelled, Stopped, WorkersDie, classify
 
 if TYPE_CHECKING:
     from apps.render.worker_settings import WorkerSettings
@@ -187,7 +187,9 @@ class Spawned:
         number = next(n for n in range(self._count) if n not in numbers)
         ours, theirs = self._context.Pipe()
         child = self._context.Process(
-            target=worker_main, args=(theirs, self._settings, os.getpid()), daemon=True
+            target=worker_main,
+            args=(theirs, replace(self._settings, number=number), os.getpid()),
+            daemon=True,
         )
         child.start()
         theirs.close()
@@ -221,7 +223,7 @@ class Spawned:
             event = {"event": "lost", "task": process.task, "worker": process.number}
             self._sink({**event, "fault": {"error_class": "lost", "message": why, "stop": False}})
         if self._stillborn >= MAX_STILLBORN and not self._stopping:
-            raise RuntimeError("worker processes die before they are ready; see their output above")
+            raise WorkersDie("worker processes die before they are ready; see their output above")
 
     def _tell(self, what: str, task_id: str | None = None) -> None:
         for process in self._processes:
@@ -238,8 +240,11 @@ def worker_main(pipe: Connection, settings: WorkerSettings, parent: int) -> None
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the driver decides
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    from tqdm import tqdm
+
     from apps.render.worker import Worker
 
+    tqdm.set_lock(threading.RLock())  # else it makes a semaphore that a killed worker leaves behind
     current = ""
 
     def check() -> None:
@@ -257,7 +262,7 @@ def worker_main(pipe: Connection, settings: WorkerSettings, parent: int) -> None
         try:
             order = json.loads(pipe.recv_bytes())
         except (EOFError, OSError):
-            return
+            os._exit(0)  # nothing to tidy; taking a loaded torch down in order takes seconds
         if order["do"] == "run":
             current = order["task"]
             _send(pipe, outcome(worker, current, order["payload"]))

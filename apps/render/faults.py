@@ -41,6 +41,10 @@ class StorageFault(OSError):
     """The output folder cannot be written (full, read-only, gone). Stops the render."""
 
 
+class WorkersDie(RuntimeError):
+    """Worker processes die before they take any work. Stops the render."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A classified failure. `stop` ends the render instead of trying the next job."""

@@ -115,7 +115,8 @@ class Ledger:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION):
                 raise LedgerCorrupt(f"{path.name} has version {version}, not {VERSION}")
-            connection.executescript(_SCHEMA + f"PRAGMA user_version = {VERSION};")
+            if version == 0:
+                connection.executescript(_SCHEMA + f"PRAGMA user_version = {VERSION};")
             connection.execute("SELECT count(*), max(result) FROM task").fetchone()
         except LedgerCorrupt:
             connection.close()

@@ -7,6 +7,7 @@ the folder alone. It is kept as `plan.jsonl` beside the ledger, from which a los
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from apps.render import strict_json
 from apps.render.files import write_atomically
 from apps.render.identity import identity, model_folder, model_revision
 from apps.render.jobs import JobFileError, PlacedJob
-from apps.render.naming import default_stem, folded
+from apps.render.naming import default_stem, folded, stem_problem
 
 PLAN_FILE = "plan.jsonl"
 STAGES = ("denoise", "decode", "write")
@@ -84,12 +85,18 @@ def save_plan(folder: Path, tasks: Sequence[PlannedTask]) -> None:
 
 
 def load_plan(folder: Path) -> list[PlannedTask]:
-    """Read the plan file; FileNotFoundError when the folder holds no render."""
+    """Read the plan file. FileNotFoundError: the folder holds no render; ValueError: damaged."""
     path = folder / PLAN_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no render (no {PLAN_FILE})")
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    return [PlannedTask(row["id"], row["stem"], row["payload"]) for row in rows]
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [_checked(row["id"], row["stem"], row["payload"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({' '.join(str(error).split())}); remove it and run `accel render`"
+            " with the job file again: finished work is kept"
+        ) from None
 
 
 def merge_plans(old: Sequence[PlannedTask], new: Sequence[PlannedTask]) -> list[PlannedTask]:
@@ -99,6 +106,14 @@ def merge_plans(old: Sequence[PlannedTask], new: Sequence[PlannedTask]) -> list[
     return [task for task in old if folded(task.stem) not in stems] + [
         task for task in new if task.id not in known
     ]
+
+
+def _checked(task_id: str, stem: str, payload: dict[str, Any]) -> PlannedTask:
+    """Ids and stems become file names, so they are checked like those of a job file."""
+    problem = stem_problem(stem)
+    if problem is not None or not re.fullmatch(r"[0-9a-f]{64}", task_id):
+        raise ValueError(f"task {task_id[:80]!r} with name {stem[:80]!r}")
+    return PlannedTask(task_id, stem, payload)
 
 
 def _task(index: int, placed: PlacedJob, settings: Settings, folder: Path) -> PlannedTask:

@@ -74,7 +74,7 @@ def denoise(pipe: Any, arguments: dict[str, Any], *, cut: bool = True) -> Latent
 
     def stand_in(_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         seen.append((args, kwargs))
-        cards.append(test_card(pipe, args[0] if args else kwargs["z"]))
+        cards.append(test_card(pipe, _latents(args, kwargs)))
         return (cards[-1],) if kwargs.get("return_dict") is False else _decoder_output(cards[-1])
 
     patch = Patch()
@@ -100,7 +100,7 @@ def decode(pipe: Any, latents: Latents) -> np.ndarray:
     if latents.mode == "frames":
         return latents.args[0].cpu().numpy()
     vae = pipe.vae
-    tensor = latents.args[0] if latents.args else latents.kwargs["z"]
+    tensor = _latents(latents.args, latents.kwargs)
     own_type = vae.dtype
     try:
         if tensor.is_floating_point() and tensor.dtype != own_type:
@@ -161,6 +161,11 @@ def test_card(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 test_card.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _latents(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The latents among the arguments of a decode call: its first."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _decoder_output(sample: torch.Tensor) -> Any:

@@ -47,6 +47,7 @@ class Worker:
         self._pipe: Any = None
         self._loaded: tuple[Any, ...] | None = None
         self._uncut: set[tuple[Any, ...]] = set()
+        self._broken: dict[tuple[Any, ...], str] = {}
 
     def run(self, task_id: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Render one task to finished files; return what the ledger keeps of it.
@@ -70,8 +71,9 @@ class Worker:
         return result_of(content)
 
     def close(self) -> None:
+        """Let the pipeline go."""
         self._pipe = self._loaded = None
-        gc.collect()
+        _free_memory()
 
     # stages
 
@@ -121,6 +123,7 @@ class Worker:
         except Exception as error:
             if classify(error).error_class != "memory" or latents.mode != "decode":
                 raise
+            _free_memory()
             frames = stages.decode_tiled(pipe, latents)
             latents.story["notes"].append("decoded in tiles: the whole did not fit into memory")
         latents.story["timings"]["decode"] = time.perf_counter() - started
@@ -187,6 +190,8 @@ class Worker:
         key = (payload["model"], payload["model_revision"], payload["dtype"], payload["device"])
         if self._loaded == key:
             return self._pipe
+        if key in self._broken:  # do not try a thousand times what failed for the first job
+            raise InvalidJob(self._broken[key])
         self.close()
         self.emit({"event": "loading", "model": payload["model"]})
         revision = model_revision(payload["model"])
@@ -195,18 +200,32 @@ class Worker:
                 f"model {payload['model']} has changed since this job was submitted;"
                 " submit it again"
             )
-        with _quiet_loading():
-            pipe = accel.load(
-                payload["model"],
-                dtype=getattr(torch, payload["dtype"]),
-                device=payload["device"],
-                trust_remote_code=self._settings.trust_remote_code,
-            )
+        pipe = self._load(payload, key)
         for live in reversed(accel.live_on(pipe)):
             live.detach()  # a folder's own recipe is one of the payload, so that it can be left out
         pipe.set_progress_bar_config(disable=True)
         self._pipe, self._loaded = pipe, key
         return pipe
+
+    def _load(self, payload: dict[str, Any], key: tuple[Any, ...]) -> Any:
+        try:
+            with _quiet_loading():
+                return accel.load(
+                    payload["model"],
+                    dtype=getattr(torch, payload["dtype"]),
+                    device=self._device(payload["device"]),
+                    trust_remote_code=self._settings.trust_remote_code,
+                )
+        except (OSError, ValueError, TypeError, ImportError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            self._broken[key] = f"model {payload['model']} cannot be loaded: {reason}"
+            raise InvalidJob(self._broken[key]) from error
+
+    def _device(self, kind: str) -> str:
+        """The device of this worker: CUDA devices are dealt out by the worker's number."""
+        if kind != "cuda":
+            return kind
+        return f"cuda:{self._settings.number % max(1, torch.cuda.device_count())}"
 
     def _recipe(self, payload: dict[str, Any]) -> accel.Recipe | None:
         if payload["recipe"] is None:
@@ -249,6 +268,12 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,11 @@ WORK_FOLDER = ".work"  # below the output folder: latents of unfinished tasks
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """`out` is the output folder; remote code runs only if a person's flag said so."""
+    """`out` is the output folder; remote code runs only if a person's flag said so.
+
+    `number` tells workers apart; where there are several CUDA devices they are dealt out by it.
+    """
 
     out: str
     trust_remote_code: bool = False
+    number: int = 0

@@ -8,7 +8,7 @@ import pytest
 
 from apps.render.driver import RunOptions, submit
 from apps.render.executors import InProcess, Spawned, outcome
-from apps.render.faults import JobCancelled, Stopped
+from apps.render.faults import JobCancelled, Stopped, WorkersDie
 from apps.render.ledger import Ledger
 from apps.render.progress import Silent
 from apps.render.worker_settings import WorkerSettings
@@ -62,7 +62,7 @@ def test_workers_that_die_at_birth_stop_the_render(tmp_path, monkeypatch):
     executor = Spawned(WorkerSettings(str(tmp_path)), 1)
     monkeypatch.setattr("apps.render.executors.worker_main", _die)
     executor.start(lost.append, lambda: None)
-    with pytest.raises(RuntimeError, match="die before they are ready"):
+    with pytest.raises(WorkersDie, match="die before they are ready"):
         _submit_again_and_again(executor)
     assert [event["fault"]["message"] for event in lost] == [
         "its worker process died (exit code 3)"

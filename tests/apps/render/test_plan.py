@@ -5,7 +5,6 @@ import json
 import pytest
 
 import accel
-from apps.render.identity import identity, model_revision
 from apps.render.jobs import JobFileError, check_jobs
 from apps.render.plan import (
     PlannedTask,
@@ -70,38 +69,31 @@ def test_a_model_folder_brings_its_recipe(tmp_path, tiny_model):
     assert task.payload["recipe"] == str(folder / "accel_recipe.yaml")
 
 
-def test_revision_follows_content(tmp_path, tiny_model):
-    import shutil
-
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    assert model_revision(str(folder)) == model_revision(tiny_model)
-    model_revision.cache_clear()
-    config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text() + " ")
-    assert model_revision(str(folder)) != model_revision(tiny_model)
-
-
-def test_identity_is_in_every_part_that_decides_pixels():
-    payload = {
-        "job": {"seed": 1}, "model_revision": "m", "recipe_sha256": None, "threads": 1,
-        "dtype": "float32", "device": "cpu", "model": "here", "recipe": None, "metadata": True,
-    }  # fmt: skip
-    base = identity(payload)
-    for key in ("model_revision", "recipe_sha256", "threads", "dtype", "device", "job"):
-        assert identity(payload | {key: "other"}) != base, key
-    for key in ("model", "recipe", "metadata"):
-        assert identity(payload | {key: "other"}) == base, f"{key} decides no pixel"
-
-
 def test_plans_merge_by_identity_and_stem(tmp_path):
-    old = [PlannedTask("1", "a", {}), PlannedTask("2", "b", {})]
-    new = [PlannedTask("2", "b", {}), PlannedTask("3", "A", {}), PlannedTask("4", "c", {})]
+    one, two, three, four = (digit * 64 for digit in "1234")
+    old = [PlannedTask(one, "a", {}), PlannedTask(two, "b", {})]
+    new = [PlannedTask(two, "b", {}), PlannedTask(three, "A", {}), PlannedTask(four, "c", {})]
     merged = merge_plans(old, new)
-    assert [task.id for task in merged] == ["2", "3", "4"]
+    assert [task.id for task in merged] == [two, three, four]
     save_plan(tmp_path, merged)
     assert load_plan(tmp_path) == merged
     lines = (tmp_path / "plan.jsonl").read_text().splitlines()
     assert [json.loads(line)["stem"] for line in lines] == list("bAc")
     with pytest.raises(FileNotFoundError, match="holds no render"):
         load_plan(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "{}",
+        "[]",
+        json.dumps({"id": "1" * 64, "stem": "../a", "payload": {}}),
+        json.dumps({"id": "../" * 20, "stem": "a", "payload": {}}),
+    ],
+)
+def test_a_damaged_plan_is_explained(tmp_path, line):
+    (tmp_path / "plan.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"plan.jsonl is damaged .* remove it and run"):
+        load_plan(tmp_path)

@@ -125,6 +125,21 @@ def test_a_recipe_that_does_not_fit_is_an_invalid_job(run):
         run(Touch(-1.0))
 
 
+def test_a_model_that_cannot_be_loaded_is_tried_once(run, tmp_path, planned, rows, monkeypatch):
+    calls = []
+
+    def load(*_, **__):
+        calls.append(1)
+        raise OSError("no file named\n diffusion_pytorch_model.safetensors")
+
+    monkeypatch.setattr(accel, "load", load)
+    worker = Worker(WorkerSettings(str(tmp_path / "out")))
+    for task in planned(rows(3)):
+        with pytest.raises(InvalidJob, match=r"cannot be loaded: no file named diffusion"):
+            worker.run(task.id, task.payload)
+    assert len(calls) == 1
+
+
 def test_threads_are_put_back(run):
     before = torch.get_num_threads()
     _, sidecar = run(threads=before + 1)
