@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accel.method import NoEffectWarning as NoEffectWarning
     from accel.method import Recipe as Recipe
     from accel.method import Search as Search
-    from accel.method import Settings as Settings
+    from accel.settings import Settings as Settings
     from accel.method import Trainer as Trainer
     from accel.method import attached as attached
     from accel.method import live_on as live_on
@@ -39,7 +39,7 @@ _HOME = {
     "NoEffectWarning": "method",
     "Recipe": "method",
     "Search": "method",
-    "Settings": "method",
+    "Settings": "settings",
     "Trainer": "method",
     "attached": "method",
     "live_on": "method",
@@ -47,7 +47,7 @@ _HOME = {
     "read_recipe": "recipe_file",
     "write_recipe": "recipe_file",
 }
-__all__ = sorted(_HOME)
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

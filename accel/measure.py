@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from accel.artifact import inputs_digest, versions
-from accel.method import Method, attached
+from accel.method import Method, Recipe, attached
 from accel.metrics.fidelity import SSIM_WINDOW, psnr, ssim
 from accel.metrics.statistics import Interval, bootstrap
 
@@ -139,21 +139,27 @@ class Comparison:
 
 
 def compare(
-    pipe: Any, method: Method, inputs: list[dict[str, Any]], *, seed: int = 0, rounds: int = 5
+    pipe: Any,
+    method: Method,
+    inputs: list[dict[str, Any]],
+    *,
+    seeds: Sequence[int] | None = None,
+    rounds: int = 5,
 ) -> Comparison:
     """Measure ``method`` against the plain pipeline on ``inputs`` (pipeline-call arguments).
 
-    Input i runs with a CPU generator of seed ``seed + i``. Samples are compared as values in
-    [0, 1]; for SSIM, frames of a video count as images.
+    Input i runs with a CPU generator of seed ``seeds[i]`` (its index by default). Samples are
+    compared as values in [0, 1]; for SSIM, frames of a video count as images.
 
     Raises:
-        ValueError: no inputs, or what attaching raises.
+        ValueError: no inputs, not one seed for each, or what attaching raises.
     """
-    if not inputs:
-        raise ValueError("compare: no inputs")
+    seeds = range(len(inputs)) if seeds is None else seeds
+    if not inputs or len(seeds) != len(inputs):
+        raise ValueError(f"compare: {len(inputs)} inputs, {len(seeds)} seeds; wants some, paired")
 
     def plain() -> torch.Tensor:
-        return torch.cat([_samples(pipe, x, seed + i) for i, x in enumerate(inputs)])
+        return torch.cat([_samples(pipe, x, s) for x, s in zip(inputs, seeds, strict=True)])
 
     reports: list[dict[str, Any]] = []
 
@@ -162,8 +168,6 @@ def compare(
             output = plain()
             reports.append(live.report())
         return output
-
-    from accel.method import Recipe
 
     with attached(Recipe(()), pipe) as bare:
         reference = plain()

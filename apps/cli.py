@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-COMMANDS = ("render", "folder", "rerender", "catalogue", "sheet")
+COMMANDS = ("render", "folder", "rerender", "catalogue", "measure", "sheet")
 
 app = typer.Typer(
     name="accel",

@@ -77,9 +77,9 @@ def main() -> None:
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in rows(pipe, Path(folder)).items():
-            result = compare(
-                pipe, recipe, inputs(arguments.samples), seed=SEED, rounds=arguments.rounds
-            )
+            calls = inputs(arguments.samples)
+            seeds = [SEED + i for i in range(len(calls))]
+            result = compare(pipe, recipe, calls, seeds=seeds, rounds=arguments.rounds)
             row = {k: result.measured()[k] for k in ("speedup", "flops", "nfe", "psnr", "ssim")}
             row["methods"] = [m.to_json() for m in recipe.methods]
             row["effect"] = [m["effect"] for m in result.report["members"]]

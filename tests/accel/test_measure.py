@@ -74,5 +74,8 @@ def test_comparison_counts_fewer_evaluations_of_another_sampler():
 
 
 def test_no_inputs():
-    with pytest.raises(ValueError, match="no inputs"):
-        measure.compare(tiny("dit").pipe, Recipe(()), [])
+    host = tiny("dit")
+    with pytest.raises(ValueError, match="0 inputs"):
+        measure.compare(host.pipe, Recipe(()), [])
+    with pytest.raises(ValueError, match="3 inputs, 1 seeds"):
+        measure.compare(host.pipe, Recipe(()), INPUTS, seeds=[1])
