@@ -21,7 +21,7 @@ class DiTConfig:
     """Size of the transformer. 8x8 latents in patches of 2 are 16 tokens."""
 
     layers: int = 6
-    heads: int = 3
+    heads: int = 2
     head_dim: int = 32
     latent_channels: int = 4
     latent_size: int = 8

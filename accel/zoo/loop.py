@@ -147,7 +147,8 @@ def fit(
     while _progress(settings, position) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, position)
-        loss = loss_of(model, position.step)
+        with accelerator.autocast():
+            loss = loss_of(model, position.step)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -55,9 +56,10 @@ PRESETS = {
         stages={
             "judge": Stage(64, LoopSettings(minutes=5, lr=2e-3)),
             "autoencoder": Stage(32, LoopSettings(minutes=16, lr=2e-3)),
-            "denoiser": Stage(128, LoopSettings(minutes=60, lr=1.5e-3, warmup=500)),
+            "denoiser": Stage(128, LoopSettings(minutes=60, lr=2e-3, warmup=500)),
         },
     ),
+    # For a better model where a GPU is at hand. No shipped weights come from it yet.
     "gpu": Preset(
         device="cuda",
         precision="bf16",
@@ -178,7 +180,9 @@ def _autoencoder(run: Training) -> AutoencoderKL:
     vae.eval()
     scale = measure_scaling(vae, DigitWorld("train", run.seed))
     vae.register_to_config(scaling_factor=scale)
-    vae.save_pretrained(folder)
+    partial = folder.with_suffix(".tmp")
+    vae.save_pretrained(partial)
+    os.replace(partial, folder)  # whole or not at all
     return vae
 
 
@@ -230,6 +234,17 @@ def _limited(preset: Preset, stages: tuple[str, ...], steps, minutes, batch) -> 
     return dataclasses.replace(preset, stages=changed)
 
 
+def _check_same_run(file: Path, settings: dict) -> None:
+    """Resumed with other data, a run would be neither the old one nor a new one."""
+    before = json.loads(file.read_text()) if file.is_file() else settings
+    for key in ("model", "seed", "start", "pool"):
+        if before[key] != settings[key]:
+            raise SystemExit(
+                f"{file.parent} was begun with {key} {before[key]}, not {settings[key]}; "
+                f"resume it with that, or name another --out"
+            )
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="accel.zoo.train", description=__doc__.splitlines()[0])
@@ -265,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
         "hardware": hardware(preset.device),
         "stages": {stage: dataclasses.asdict(preset.stages[stage]) for stage in stages},
     }
+    if args.resume:
+        _check_same_run(args.out / SETTINGS, settings)
     (args.out / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     {"digits-dit": train_dit, "digits-judge": train_judge}[args.name](run)
     ship(args.name, args.out, args.out / "shipped")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTPipeline
 from torch import nn
 
 from accel import zoo
@@ -82,6 +83,27 @@ def test_a_second_training_does_not_overwrite_the_first(tmp_path):
     (tmp_path / "judge" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(SystemExit, match="holds a training already"):
         train.main(arguments(tmp_path))
+
+
+def test_resuming_with_another_seed_is_refused(tmp_path):
+    train.main(arguments(tmp_path, "--steps", "2"))
+    with pytest.raises(SystemExit, match="was begun with seed 0, not 1"):
+        train.main(arguments(tmp_path, "--resume", "--seed", "1"))
+
+
+def test_digits_dit_is_trained_shipped_and_loaded_from_nothing(tmp_path):
+    """The whole way in miniature; the picture is noise, the folder is stock."""
+    train.main(["digits-dit", "--preset", "smoke", "--steps", "2", "--out", str(tmp_path)])
+    pipe = DiTPipeline.from_pretrained(tmp_path / "shipped")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(class_labels=[3], num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 32, 32, 3)
+    # Half precision rounds by at most 2^-11, relative; below 2^-14 by 2^-25, absolute.
+    trained = ema_weights(newest_checkpoint(tmp_path / "denoiser"))
+    for name, weight in pipe.transformer.state_dict().items():
+        assert torch.allclose(weight, trained[name], rtol=2**-11, atol=2**-25)
+    record = json.loads((tmp_path / "shipped" / "training.json").read_text())
+    assert {s: v["step"] for s, v in record["stages"].items()} == {"autoencoder": 2, "denoiser": 2}
 
 
 def test_gpu_preset_without_a_gpu_says_so(tmp_path):
