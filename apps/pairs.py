@@ -46,6 +46,12 @@ class Rendered:
         timings = self.content["timings"]
         return sum(timings.get(stage, 0.0) for stage in ("encode", "denoise", "decode"))
 
+    @property
+    def evaluations(self) -> int | None:
+        """Network evaluations that were counted; None where nothing could be counted."""
+        report = self.content.get("report")
+        return None if report is None else sum(run["nfe"] for run in report["runs"])
+
     def picture(self) -> np.ndarray:
         """The first sample as uint8 (h, w, 3); of a video its middle frame."""
         return read_picture(self.folder / self.content["files"][0]["name"])

@@ -25,6 +25,7 @@ from apps.render.files import remove
 from apps.render.identity import model_revision
 from apps.render.outputs import commit, encode_all, result_of
 from apps.render.plan import recipe_sha256
+from apps.render.quiet import quiet_loading
 from apps.render.sentinels import suspicion
 from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
 
@@ -209,7 +210,7 @@ class Worker:
 
     def _load(self, payload: dict[str, Any], key: tuple[Any, ...]) -> Any:
         try:
-            with _quiet_loading():
+            with quiet_loading():
                 return accel.load(
                     payload["model"],
                     dtype=getattr(torch, payload["dtype"]),
@@ -254,20 +255,6 @@ def _attached(recipe: Any, pipe: Any, strict: bool, on_event: Callable) -> Itera
         if live is not None:
             stack.callback(live.clock.subscribe(on_event))
         yield live
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bars of diffusers while it loads: they would tear ours."""
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _free_memory() -> None:

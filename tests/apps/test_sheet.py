@@ -74,7 +74,7 @@ def _count(drawn, tile):
 def test_many_jobs_are_broken_into_bands(tmp_path):
     for n in range(sheet.MAX_COLUMNS + 1):
         _write(tmp_path / "a", f"job{n}", np.full((16, 16, 3), 10 * n, np.uint8), 1.0, seed=n)
-    jobs, rows = sheet.build_rows([tmp_path / "a"])
+    jobs, rows = sheet.build_rows([tmp_path / "a"], {})
     wide = sheet.compose(jobs, rows, "x")
     narrow = sheet.compose(jobs[:3], [sheet.Row("a", [], rows[0].cells[:3])], "x")
     assert wide.height > 1.5 * narrow.height
@@ -85,6 +85,13 @@ def test_nothing_in_common(tmp_path, folders):
     _write(tmp_path / "other", "green-zero", np.zeros((32, 32, 3), np.uint8), 1.0)
     with pytest.raises(ValueError, match="no job in common"):
         sheet.write_sheet([folders[0], tmp_path / "other"], tmp_path / "sheet.png")
+
+
+def test_what_is_said_of_speed(folders):
+    _, rows = sheet.build_rows(folders, {})
+    assert rows[1].facts[0] == "500 ms each (median), 4.00x"
+    _, rows = sheet.build_rows(folders, {"fast": "3.9x as fast"})
+    assert rows[1].facts[0] == "3.9x as fast"
 
 
 def test_times_for_people():
