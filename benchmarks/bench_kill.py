@@ -1,6 +1,6 @@
 """Kill a render at random moments, resume it, and check that nothing was lost or done twice.
 
-    python benchmarks/bench_kill.py [--kills 25] [--workers 1,2]
+    python -m benchmarks.bench_kill [--kills 25] [--workers 1,2]
 
 Writes benchmarks/results/kill.json: kills tried and survived, and the moments they hit.
 """
@@ -8,10 +8,8 @@ Writes benchmarks/results/kill.json: kills tried and survived, and the moments t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -25,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "kill.json"
 JOBS = 8
 STEPS = 12
 
@@ -211,6 +208,8 @@ def frames_of(sidecar: Path) -> str:
 
 def study(kills: int, workers: list[int], seed: int) -> dict[str, Any]:
     """Trials of up to three kills each until `kills` were tried; the figures as JSON."""
+    from accel.measure import environment as measurement_environment
+
     moments: Counter[str] = Counter()
     problems: list[str] = []
     tried = survived = 0
@@ -237,22 +236,8 @@ def study(kills: int, workers: list[int], seed: int) -> dict[str, Any]:
         "workers": workers,
         "last_event_before_kill": dict(sorted(moments.items())),
         "problems": problems,
-        "environment": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "commit": _commit(),
-        },
+        **measurement_environment(),
     }
-
-
-def _commit() -> str:
-    with contextlib.suppress(OSError):
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-    return "unknown"
 
 
 def main() -> None:
@@ -261,12 +246,13 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    from benchmarks.results_file import write
+
     figures = study(given.kills, [int(n) for n in given.workers.split(",")], given.seed)
-    RESULT.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    write("kill", "cpu", figures)
+    print(json.dumps(figures, indent=2))
     sys.exit(0 if figures["survived"] == figures["tried"] else 1)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

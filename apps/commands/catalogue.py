@@ -10,6 +10,8 @@ import typer
 
 from apps.commands.say import fail, told
 
+_FIGURES = ("speedup", "flops", "nfe", "psnr", "ssim")
+
 
 def register(app: typer.Typer) -> None:
     app.command()(models)
@@ -86,6 +88,19 @@ def _try_on(recipe: object, model: str) -> None:
 
 
 def _measured(measured: object) -> str:
+    """The measured row of a method in one line; intervals as `estimate (low to high)`."""
     if not isinstance(measured, dict):
         return "not measured yet"
-    return ", ".join(f"{key} {value}" for key, value in measured.items() if key != "hardware")
+    figures = [f"{key} {_figure(measured[key])}" for key in _FIGURES if measured.get(key)]
+    where = ", ".join(
+        str(measured[key]) for key in ("setting", "model", "hardware") if key in measured
+    )
+    return ", ".join(figures) + (f" [{where}]" if where else "")
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, dict):
+        return f"{value['estimate']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
+    if isinstance(value, list):
+        return " -> ".join(_figure(item) for item in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
