@@ -19,13 +19,16 @@ import torch
 import accel
 from accel.measure import compare, environment
 from accel.method import Method, Recipe
+from accel.settings import Settings
 from benchmarks.results_file import write
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from samplers.swap import SwapScheduler
 
 STEPS, GUIDANCE, BATCH = 50, 3.0, 8
 SEED = 1000
-DPM = "DPMSolverMultistepScheduler"
+# a grid that starts at full noise, whatever the number of steps; DDIM's "leading" one does not
+DPM = ("DPMSolverMultistepScheduler", Settings(timestep_spacing="trailing"))
+DDIM = ("DDIMScheduler", Settings(timestep_spacing="trailing"))
 
 
 def inputs(samples: int) -> list[dict[str, Any]]:
@@ -52,13 +55,14 @@ def rows(pipe: Any, folder: Path) -> dict[str, Recipe]:
         "TaylorSeer(5)": (TaylorSeer(interval=5),),
         "MagCache(0.06)": (MagCache(0.06, artifact=ratios),),
         "MagCache(0.12)": (MagCache(0.12, artifact=ratios),),
-        "DPM-Solver++ 20 steps": (SwapScheduler(DPM, steps=20),),
-        "DPM-Solver++ 10 steps": (SwapScheduler(DPM, steps=10),),
+        "DPM-Solver++ 20 steps": (SwapScheduler(*DPM, steps=20),),
+        "DPM-Solver++ 10 steps": (SwapScheduler(*DPM, steps=10),),
         "DPM-Solver++ 20 steps + TaylorSeer(2)": (
-            SwapScheduler(DPM, steps=20),
+            SwapScheduler(*DPM, steps=20),
             TaylorSeer(interval=2),
         ),
-        "control: DDIM 20 steps": (SwapScheduler("DDIMScheduler", steps=20),),
+        "control: DDIM 10 steps": (SwapScheduler(*DDIM, steps=10),),
+        "control: DDIM 20 steps": (SwapScheduler(*DDIM, steps=20),),
         "control: TaylorSeer(5), order 0, warmup 1": (TaylorSeer(5, 1, 0),),
     }
     return {name: Recipe(m) for name, m in methods.items()}

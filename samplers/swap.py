@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 
+GRID_FOR_SCALE = 10  # steps; any number tells unit noise from sigma-space noise
+
+
 def sample_seed(sample: torch.Tensor) -> int:
     """A seed from the bytes of one sample (any shape): same noise, same seed."""
     import torch
@@ -76,6 +79,12 @@ class SwapScheduler(Method):
             raise ValueError(
                 f"{type(pipe).__name__} calls its scheduler with {refused[0]}=..., which "
                 f"{self.scheduler}.step does not take; choose one that does"
+            )
+        if not scales_initial_noise(type(pipe)) and noise_scale(self._made_for(pipe)) != 1:
+            raise ValueError(
+                f"{type(pipe).__name__} starts from unit noise whatever its scheduler asks for; "
+                f"{self.scheduler} works in sigma space and would give garbage. Choose one with "
+                "init_noise_sigma = 1 (DDIM, DDPM, PNDM, DPMSolverMultistep, UniPC)"
             )
         return frozenset({("scheduler", frozenset({"scheduler"}))})
 
@@ -166,6 +175,21 @@ def step_keywords(pipeline_class: type) -> frozenset[str]:
     calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
     steps = (c for c in calls if ast.unparse(c.func) == "self.scheduler.step")
     return frozenset(k.arg for call in steps for k in call.keywords if k.arg)
+
+
+@cache
+def scales_initial_noise(pipeline_class: type) -> bool:
+    """Whether a pipeline's source multiplies its first latents by ``init_noise_sigma``."""
+    classes = [c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers.pipelines")]
+    return any("init_noise_sigma" in inspect.getsource(c) for c in classes)
+
+
+def noise_scale(scheduler: Any) -> float:
+    """Standard deviation of the noise a scheduler wants to start from (flow: 1)."""
+    if not hasattr(scheduler, "init_noise_sigma"):
+        return 1.0
+    scheduler.set_timesteps(GRID_FOR_SCALE)
+    return float(scheduler.init_noise_sigma)
 
 
 def _scheduler_class(name: str) -> Any:

@@ -15,7 +15,7 @@ from accel.testing import assert_equal, assert_same_state, host_state, tiny
 from caches.native import FirstBlockCache
 from samplers.swap import SwapScheduler
 
-RECIPE = Recipe((SwapScheduler("EulerDiscreteScheduler"), FirstBlockCache(10.0)))
+RECIPE = Recipe((SwapScheduler("DPMSolverMultistepScheduler"), FirstBlockCache(10.0)))
 
 
 @pytest.fixture

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 import accel
 from accel.method import Recipe
 from accel.settings import Settings
 from accel.testing import assert_equal, checks, conform, tiny
 from caches.native import FirstBlockCache
-from samplers.swap import SwapScheduler, sample_seed, step_keywords
+from samplers.swap import (
+    SwapScheduler,
+    noise_scale,
+    sample_seed,
+    scales_initial_noise,
+    step_keywords,
+)
 
 DPM = SwapScheduler("DPMSolverMultistepScheduler", Settings(use_karras_sigmas=True))
 SWAPS = [
     (DPM, ("sd", "sdxl", "dit", "pixart")),
-    (SwapScheduler("EulerAncestralDiscreteScheduler"), ("sd", "dit", "pixart")),
-    (SwapScheduler("HeunDiscreteScheduler"), ("sd", "dit", "pixart")),
+    (SwapScheduler("DDPMScheduler"), ("sd", "dit", "pixart")),
+    (SwapScheduler("HeunDiscreteScheduler"), ("sd", "sdxl", "pixart")),
+    (SwapScheduler("EulerAncestralDiscreteScheduler"), ("sd", "pixart")),
     (SwapScheduler("FlowMatchHeunDiscreteScheduler"), ("sd3",)),
     (SwapScheduler("FlowMatchLCMScheduler"), ("sd3", "flux", "ltx")),
 ]
@@ -51,7 +58,7 @@ def test_stochastic_schedulers_get_a_generator_per_sample():
     """DiTPipeline passes none: the result must not depend on the global RNG or on batch mates."""
     host = tiny("dit")
     latents = {"output_type": "pt"}
-    with accel.attached(SwapScheduler("EulerAncestralDiscreteScheduler"), host.pipe):
+    with accel.attached(SwapScheduler("DDPMScheduler"), host.pipe):
         outputs = []
         for seed in (1, 2):
             torch.manual_seed(seed)
@@ -64,7 +71,7 @@ def test_stochastic_schedulers_get_a_generator_per_sample():
     # same samples in the other order; batched arithmetic may differ in the last bits
     torch.testing.assert_close(pair, swapped.flip(0), rtol=1e-4, atol=1e-4)
     torch.manual_seed(1)
-    host.pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(host.pipe.scheduler.config)
+    host.pipe.scheduler = DDPMScheduler.from_config(host.pipe.scheduler.config)
     by_hand = host.run(class_labels=[1], **latents)
     torch.manual_seed(2)
     assert not torch.equal(by_hand, host.run(class_labels=[1], **latents)), "host defect is gone"
@@ -102,12 +109,34 @@ def test_bad_settings(make, words):
         ("EulerDiscreteScheduler", "flux", "flow-matching model"),
         ("FlowMatchEulerDiscreteScheduler", "dit", "diffusion model"),
         ("DPMSolverMultistepScheduler", "ddim", "with eta="),
+        ("EulerDiscreteScheduler", "dit", "unit noise"),
+        ("HeunDiscreteScheduler", "dit", "unit noise"),
     ],
 )
 def test_wrong_kind_is_refused_before_the_run(scheduler, pipeline, words):
     host = tiny(pipeline)
     with pytest.raises(ValueError, match=words):
         SwapScheduler(scheduler).attach(host.pipe)
+
+
+def test_host_defect_dit_ignores_the_noise_scale():
+    """Why sigma-space schedulers are refused there: the first latents are never scaled."""
+    host = tiny("dit")
+    host.pipe.scheduler = EulerDiscreteScheduler.from_config(host.pipe.scheduler.config)
+    first = []
+    with accel.attached(Recipe(()), host.pipe) as live:
+
+        def layer(call_next, sample, *args, **kwargs):
+            first.append(float(sample.std()))
+            return call_next(sample, *args, **kwargs)
+
+        live.around_denoiser("transformer", layer)
+        host.run()
+    scale = float(host.pipe.scheduler.init_noise_sigma)
+    assert scale > 10
+    assert first[0] < 2 / scale, "diffusers scales it now: allow these schedulers"
+    assert scales_initial_noise(type(tiny("sd").pipe))
+    assert noise_scale(tiny("sd3").pipe.scheduler) == 1
 
 
 def test_step_keywords_are_read_from_the_pipeline():
