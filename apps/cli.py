@@ -6,7 +6,6 @@ Nothing heavy is imported until a command runs, so that `accel --help` answers a
 from __future__ import annotations
 
 import importlib
-import sys
 
 import typer
 
@@ -25,12 +24,8 @@ for _name in COMMANDS:
 
 
 def main() -> None:
-    """Entry point; errors a person can act on are one line on stderr and exit code 2."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    """Entry point; errors a person can act on are one line on stderr (`commands/say.py`)."""
+    app()
 
 
 if __name__ == "__main__":

@@ -58,11 +58,15 @@ def write_jobs(path: Path) -> Path:
 
 
 def finish(jobs: Path, model: Path, out: Path) -> dict[str, str]:
-    """Render to the end undisturbed; the SHA-256 of every job's frames."""
-    done = subprocess.run(command(jobs, model, out, 1), capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
-    return {p.stem: frames_of(p) for p in out.glob("*.json")}
+    """Render to the end undisturbed, in this process; the SHA-256 of every job's frames."""
+    from apps.render.driver import RunOptions, submit
+    from apps.render.jobs import read_jobs
+    from apps.render.plan import Settings, plan
+
+    summary = submit(out, plan(read_jobs(jobs), Settings(model=str(model)), ROOT), RunOptions())
+    if summary.exit_code != 0:
+        raise RuntimeError(str(summary))
+    return {path.stem: frames_of(path) for path in out.glob("*.json")}
 
 
 def trial(

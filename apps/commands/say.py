@@ -25,7 +25,7 @@ def told() -> Iterator[None]:
     """Turn the errors that a person can act on into one line and exit code 2."""
     import sqlite3
 
-    from apps.render.faults import WorkersDie
+    from apps.render.faults import StorageFault, WorkersDie
     from apps.render.jobs import JobFileError
     from apps.render.ledger import LedgerCorrupt
     from apps.render.lock import FolderBusy
@@ -38,5 +38,9 @@ def told() -> Iterator[None]:
         raise fail(f"the ledger cannot be used: {error}") from None
     except WorkersDie as error:
         raise fail(str(error), code=1) from None
+    except StorageFault as error:
+        raise fail(str(error), code=1 if error.started else 2) from None
+    except KeyboardInterrupt:
+        raise fail("interrupted", code=130) from None
     except (OSError, FolderBusy, LedgerCorrupt, ValueError) as error:
         raise fail(" ".join(str(error).split())) from None

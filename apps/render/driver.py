@@ -117,16 +117,20 @@ def _session(folder: Path, options: RunOptions) -> Iterator[None]:
         lock = folder_lock(folder, wait=options.wait)
     except OSError as error:
         raise StorageFault(f"output folder {folder}: {storage_reason(error)}") from error
+    started = False
     try:
         with lock:
+            started = True
             yield
     except StorageFault:
         raise
     except (OSError, sqlite3.OperationalError) as error:
         if not is_storage(error) and not isinstance(error, PermissionError):
             raise
-        reason = storage_reason(error)
-        raise StorageFault(f"output folder {folder}: {reason}; then: accel resume") from error
+        advice = f"; nothing is lost, continue with: accel resume {folder}" if started else ""
+        fault = StorageFault(f"output folder {folder}: {storage_reason(error)}{advice}")
+        fault.started = started
+        raise fault from error
 
 
 def _run(

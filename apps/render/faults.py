@@ -38,7 +38,13 @@ class JobCancelled(Stopped):
 
 
 class StorageFault(OSError):
-    """The output folder cannot be written (full, read-only, gone). Stops the render."""
+    """The output folder cannot be written (full, read-only, gone). Stops the render.
+
+    Attributes:
+        started: whether the render had begun; if not, nothing at all was changed.
+    """
+
+    started = False
 
 
 class WorkersDie(RuntimeError):

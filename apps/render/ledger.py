@@ -47,7 +47,6 @@ CREATE TABLE IF NOT EXISTS task (
   CHECK ((state = 'done') = (result IS NOT NULL))
 ) STRICT;
 CREATE INDEX IF NOT EXISTS task_by_state ON task (state, attempts, position);
-CREATE TABLE IF NOT EXISTS note (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
 _FREE = "lease_owner = NULL, lease_until = NULL, cancel_asked = 0"
 
@@ -171,15 +170,6 @@ class Ledger:
         """How many tasks are in each state; every state is a key."""
         rows = self._db.execute("SELECT state, count(*) AS n FROM task GROUP BY state").fetchall()
         return dict.fromkeys(STATES, 0) | {row["state"]: row["n"] for row in rows}
-
-    def note(self, key: str) -> Any:
-        """A JSON value kept beside the tasks; None when there is none."""
-        row = self._db.execute("SELECT value FROM note WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
-
-    def set_note(self, key: str, value: Any) -> None:
-        with self._change() as db:
-            db.execute("INSERT OR REPLACE INTO note VALUES (?, ?)", (key, _dump(value)))
 
     # leases
 

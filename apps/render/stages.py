@@ -22,7 +22,7 @@ from apps.render.faults import InvalidJob
 from apps.render.latents import Latents
 
 _CARD = 8  # smallest side of the test card in pixels
-_CALLBACKS = ("safety_checker", "watermark")
+_NEED_PIXELS = ("safety_checker", "watermark")  # components that look at decoded frames
 
 
 class Uncut(Exception):
@@ -144,7 +144,7 @@ def is_cuttable(pipe: Any) -> bool:
     """Whether the pipeline has an autoencoder and nothing alive that needs its real output."""
     if not hasattr(getattr(pipe, "vae", None), "decode"):
         return False
-    return all(getattr(pipe, name, None) is None for name in _CALLBACKS)
+    return all(getattr(pipe, name, None) is None for name in _NEED_PIXELS)
 
 
 def test_card(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -190,9 +190,10 @@ def _as_array(frames: Any) -> np.ndarray:
     if torch.is_tensor(frames):
         order = (0, 2, 3, 1) if frames.ndim == 4 else (0, 1, 3, 4, 2)
         return frames.cpu().permute(*order).float().numpy()
-    if isinstance(frames, Sequence) and frames and not isinstance(frames[0], np.ndarray):
-        return np.stack([np.asarray(frame, dtype=np.float32) / 255 for frame in frames])
-    return np.asarray(frames)
+    if isinstance(frames, (list, tuple)) and frames:
+        return np.stack([_as_array(frame) for frame in frames])
+    array = np.asarray(frames)
+    return array.astype(np.float32) / 255 if array.dtype == np.uint8 else array
 
 
 def _equal(left: np.ndarray, right: np.ndarray) -> bool:

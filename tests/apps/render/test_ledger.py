@@ -101,12 +101,6 @@ def test_a_cancel_of_a_task_whose_owner_died(ledger):
     assert ledger.task("a").state == "cancelled"
 
 
-def test_notes(ledger):
-    assert ledger.note("x") is None
-    ledger.set_note("x", {"a": 1})
-    assert ledger.note("x") == {"a": 1}
-
-
 def test_damage_is_detected(tmp_path):
     path = tmp_path / "ledger.sqlite"
     with Ledger.open(path) as ledger:
