@@ -311,7 +311,7 @@ class Attached:
 
 @dataclass(frozen=True)
 class Recipe(Method):
-    """Methods in attach order, the first innermost. Itself a ``Method``.
+    """Methods in attach order, the first innermost. Itself a ``Method``; recipes inside flatten.
 
     ``Recipe(())`` attaches nothing but the clock: its report counts the plain pipeline.
     """
@@ -319,9 +319,12 @@ class Recipe(Method):
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
+        flat: list[Method] = []
         for method in self.methods:
             if not isinstance(method, Method):
                 raise ValueError(f"Recipe holds methods, got {type(method).__name__}: {method!r}")
+            flat += method.methods if isinstance(method, Recipe) else (method,)
+        object.__setattr__(self, "methods", tuple(flat))
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
         taken: list[tuple[Method, frozenset[Claim]]] = []

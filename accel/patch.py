@@ -104,8 +104,8 @@ class Trampoline:
         return types.MethodType(method, memo.get(id(owner), owner))
 
     def __reduce__(self) -> Any:
-        owner = self.owner_ref()
-        return (getattr, (owner, self.name)) if owner is None else (_unpatched, (owner, self.name))
+        """Pickled, the owner gets its plain method back too."""
+        return _unpatched, (self.owner_ref(), self.name)
 
 
 def _unpatched(owner: Any, name: str) -> Any:
@@ -113,11 +113,26 @@ def _unpatched(owner: Any, name: str) -> Any:
 
 
 @dataclass
+class _Placed:
+    """A layer of one patch and where it is; ``module`` if it follows that module's calls."""
+
+    trampoline: Trampoline
+    entry: _Entry
+    module: Any = None
+
+    def take_off(self) -> None:
+        self.trampoline.entries.remove(self.entry)
+        self.trampoline.compose()
+        if not self.trampoline.entries:
+            self.trampoline.remove_if_topmost()
+
+
+@dataclass
 class _SwapStack:
-    """All swaps of one attribute, oldest first, over what the host had."""
+    """All swaps of one attribute, oldest first, over what the host had. Refers to no owner."""
 
     base: Any
-    entries: list[tuple[Patch, Any]] = field(default_factory=list)
+    entries: list[tuple[object, Any]] = field(default_factory=list)  # (token, value)
 
 
 class Patch:
@@ -128,29 +143,24 @@ class Patch:
     """
 
     def __init__(self) -> None:
-        self._layers: list[tuple[Trampoline, _Entry]] = []
-        self._calls: list[tuple[Any, Layer, bool]] = []
-        self._swaps: list[tuple[Any, str]] = []
+        self._placed: list[_Placed] = []
+        self._swaps: list[tuple[weakref.ref[Any], str, object]] = []
 
     def around(self, owner: Any, name: str, layer: Layer, *, outer: bool = False) -> None:
         """Run ``layer(call_next, *args, **kwargs)`` instead of ``owner.name(*args, **kwargs)``.
 
         Later layers run outside earlier ones; ``outer=True`` keeps a layer outside all others.
         """
-        trampoline = _trampoline(owner, name)
-        entry = _Entry(layer, outer)
-        trampoline.entries.append(entry)
-        trampoline.compose()
-        self._layers.append((trampoline, entry))
+        self._placed.append(_place(owner, name, _Entry(layer, outer)))
 
     def around_call(self, module: Any, layer: Layer, *, outer: bool = False) -> None:
         """``around`` for calls of a ``torch.nn.Module``, outside its compiled graph if it has one.
 
         Compiling the module later moves the layer along (at the next ``ensure``).
         """
-        owner, name = compat.call_point(module)
-        self.around(owner, name, layer, outer=outer)
-        self._calls.append((module, layer, outer))
+        placed = _place(*compat.call_point(module), _Entry(layer, outer))
+        placed.module = module
+        self._placed.append(placed)
 
     def swap(self, owner: Any, name: str, value: Any) -> None:
         """Set ``owner.name = value`` until undone (through the owner's own ``__setattr__``)."""
@@ -158,56 +168,52 @@ class Patch:
         stack = stacks.get(name)
         if stack is None:
             stack = stacks[name] = _SwapStack(base=vars(owner).get(name, _MISSING))
-        stack.entries.append((self, value))
-        self._swaps.append((owner, name))
+        token = object()
+        stack.entries.append((token, value))
+        self._swaps.append((weakref.ref(owner), name, token))
         setattr(owner, name, value)
 
     def ensure(self) -> None:
         """Put back what the host threw away, and follow modules that were compiled since."""
-        for module, layer, outer in self._calls:
-            owner, name = compat.call_point(module)
-            trampoline, entry = next(x for x in self._layers if x[1].layer is layer)
-            if trampoline.name != name:
-                self._remove(trampoline, entry)
-                self._layers.remove((trampoline, entry))
-                self.around(owner, name, layer, outer=outer)
-        for trampoline, _ in self._layers:
+        for placed in self._placed:
+            trampoline = placed.trampoline
+            if placed.module is not None:
+                owner, name = compat.call_point(placed.module)
+                if name != trampoline.name:
+                    placed.take_off()
+                    placed.trampoline = _place(owner, name, placed.entry).trampoline
+                    continue
             if trampoline.owner_ref() is not None and not trampoline.is_reachable():
                 trampoline.install()
 
     def undo(self) -> None:
         """Take all changes of this patch back. Safe to call twice."""
-        for trampoline, entry in reversed(self._layers):
-            self._remove(trampoline, entry)
-        self._layers.clear()
-        self._calls.clear()
-        for owner, name in reversed(self._swaps):
-            _unswap(self, owner, name)
-        self._swaps.clear()
-
-    @staticmethod
-    def _remove(trampoline: Trampoline, entry: _Entry) -> None:
-        trampoline.entries.remove(entry)
-        trampoline.compose()
-        if not trampoline.entries:
-            trampoline.remove_if_topmost()
+        while self._placed:
+            self._placed.pop().take_off()
+        while self._swaps:
+            owner_ref, name, token = self._swaps.pop()
+            owner = owner_ref()
+            if owner is not None:
+                _unswap(owner, name, token)
 
 
-def _trampoline(owner: Any, name: str) -> Trampoline:
+def _place(owner: Any, name: str, entry: _Entry) -> _Placed:
+    """Add a layer to the trampoline of ``owner.name``, made or put back as needed."""
     known = _TRAMPOLINES.setdefault(owner, {})
     trampoline = known[name]() if name in known else None
-    if trampoline is None or not trampoline.is_reachable():
-        if trampoline is not None and trampoline.entries:
-            trampoline.install()  # thrown away by the host while layers were on it
-        else:
-            trampoline = Trampoline(owner, name)
-            known[name] = weakref.ref(trampoline)
-    return trampoline
+    if trampoline is None or not (trampoline.entries or trampoline.is_reachable()):
+        trampoline = Trampoline(owner, name)
+        known[name] = weakref.ref(trampoline)
+    elif not trampoline.is_reachable():
+        trampoline.install()  # thrown away by the host while layers were on it
+    trampoline.entries.append(entry)
+    trampoline.compose()
+    return _Placed(trampoline, entry)
 
 
-def _unswap(patch: Patch, owner: Any, name: str) -> None:
+def _unswap(owner: Any, name: str, token: object) -> None:
     stack = _SWAPS[owner][name]
-    index = next(i for i, (p, _) in reversed(list(enumerate(stack.entries))) if p is patch)
+    index = next(i for i, (t, _) in enumerate(stack.entries) if t is token)
     _, value = stack.entries.pop(index)
     is_top = index == len(stack.entries)
     if is_top and vars(owner).get(name) is value:  # else: someone assigned it since; theirs stays

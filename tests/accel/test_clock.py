@@ -15,6 +15,7 @@ import accel
 from accel.clock import clock_of, denoiser_modules, sampling_grid
 from accel.method import Recipe
 from accel.testing import TINY_NAMES, assert_same_state, host_state, spy, tiny
+from samplers.swap import SwapScheduler
 
 BATCHED, SEQUENTIAL, NAMED = ["call0"], ["cond", "uncond"], ["cond_uncond"]
 BRANCHES = {
@@ -195,7 +196,8 @@ def test_no_trace_and_no_leak_after_the_last_user():
     assert_same_state(state, host_state(host.pipe))
     clock = weakref.ref(first.clock)
     pipe = weakref.ref(host.pipe)
-    Recipe(()).attach(host.pipe)  # attached and never detached: must still not outlive the pipe
+    # attached and never detached: must still not outlive the pipe
+    Recipe((SwapScheduler("UniPCMultistepScheduler"),)).attach(host.pipe)
     del host, first, second, state
     gc.collect()
     assert pipe() is None

@@ -217,6 +217,12 @@ def test_recipe_holds_methods_only():
         Recipe(("caches.native:FirstBlockCache",))  # type: ignore[arg-type]
 
 
+def test_recipes_inside_recipes_flatten():
+    a, b = Taker(), Other(slot="denoiser.call")
+    assert Recipe((a, Recipe((b,)))) == Recipe((a, b))
+    assert Recipe([a, b]).digest() == Recipe((a, b)).digest()  # type: ignore[arg-type]
+
+
 # -- running -----------------------------------------------------------------------------------
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -175,6 +178,43 @@ def test_layer_follows_a_module_compiled_later():
     assert eager == [False], "the layer runs outside the graph"
     patch.undo()
     assert "forward" not in vars(module)
+
+
+def test_one_layer_function_on_several_modules_follows_each():
+    modules, patch, calls = [Doubler(), Doubler()], Patch(), []
+
+    def layer(call_next, *args, **kwargs):
+        calls.append(torch.compiler.is_compiling())
+        return call_next(*args, **kwargs)
+
+    for module in modules:
+        patch.around_call(module, layer)
+    modules[1].compile(fullgraph=True, backend="eager")
+    patch.ensure()
+    patch.ensure()
+    for module in modules:
+        module(torch.ones(1))
+    assert calls == [False, False]
+    patch.undo()
+    assert all("forward" not in vars(module) for module in modules)
+
+
+def test_a_pickled_owner_is_unpatched():
+    module, patch = Doubler(), Patch()
+    patch.around(module, "forward", lambda call_next, *a, **k: call_next(*a, **k) + 100)
+    assert pickle.loads(pickle.dumps(module))(torch.ones(1)) == 2
+    patch.undo()
+
+
+def test_a_swap_never_undone_does_not_keep_its_owner():
+    host, patch = Host(), Patch()
+    host.setting = 1
+    patch.swap(host, "setting", 2)
+    patch.around(host, "call", lambda call_next, x, host_kept=host: call_next(x))
+    owner = weakref.ref(host)
+    del host, patch
+    gc.collect()
+    assert owner() is None
 
 
 @pytest.mark.parametrize("times", [1, 2])
