@@ -11,8 +11,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import nn
 
 from accel import zoo
+from accel.measure import hardware
 from accel.zoo.autoencoder import AutoencoderConfig, AutoencoderLoss, encode_pool, measure_scaling
 from accel.zoo.dit import DiTConfig, NoiseLoss
 from accel.zoo.judge import Judge, JudgeLoss
@@ -186,16 +185,6 @@ def _autoencoder(run: Training) -> AutoencoderKL:
     return vae
 
 
-def hardware(device: str) -> str:
-    """Name of the GPU, or of the processor and the number of threads used."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.machine()}, {threads} thread{'s'[: threads > 1]}"
-
-
 def _keep_record(run: Training, stage: str) -> None:
     """Carries the position of a stage that is not trained again into this run's folder."""
     folder = run.out / stage / "checkpoint-0"
@@ -277,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "start": args.start,
         "pool": preset.pool,
-        "hardware": hardware(preset.device),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
         "stages": {stage: dataclasses.asdict(preset.stages[stage]) for stage in stages},
     }
     if args.resume:
