@@ -62,7 +62,7 @@ class Worker:
         with _threads(payload["threads"]):
             latents = latents_file.read(kept)
             if latents is None:
-                latents = self._denoise(payload, kept, accelerated=True)
+                latents = self._denoise(payload, kept)
             self.emit({"event": "stage", "stage": "denoise"})
             frames, story = self._decode(payload, latents, kept)
             self.emit({"event": "stage", "stage": "decode"})
@@ -78,26 +78,27 @@ class Worker:
 
     # stages
 
-    def _denoise(self, payload: dict, kept: Path, *, accelerated: bool) -> latents_file.Latents:
-        """Denoise and keep the latents; a recipe that yields NaN is left out once."""
+    def _denoise(
+        self, payload: dict, kept: Path, without: str | None = None
+    ) -> latents_file.Latents:
+        """Denoise and keep the latents; a recipe that yields NaN is left out once.
+
+        `without` is the reason to leave the recipe out, and becomes part of the story.
+        """
         pipe = self._pipeline(payload)
         inputs = payload["job"]["inputs"]
         stages.check_inputs(pipe, inputs)
-        recipe = self._recipe(payload) if accelerated else None
+        recipe = self._recipe(payload) if without is None else None
         latents, story = self._call(pipe, inputs, payload, recipe)
+        if without is not None:
+            story["fallback"] = {"reason": without, "recipe": payload["recipe_sha256"]}
         latents = latents_file.Latents(latents.mode, latents.args, latents.kwargs, story)
         if not latents.is_finite():
             if recipe is None:
                 raise NotFinite("the output is not finite (NaN), without acceleration too")
-            return self._without_recipe(payload, kept, "nan")
+            return self._denoise(payload, kept, without="nan")
         with contextlib.suppress(latents_file.CannotKeep):  # then a failed decode costs a denoise
             latents_file.write(kept, latents)
-        return latents
-
-    def _without_recipe(self, payload: dict, kept: Path, reason: str) -> latents_file.Latents:
-        latents = self._denoise(payload, kept, accelerated=False)
-        latents.story["fallback"] = {"reason": reason, "recipe": payload["recipe_sha256"]}
-        latents_file.write(kept, latents)
         return latents
 
     def _decode(
@@ -107,7 +108,7 @@ class Worker:
         frames = self._decode_once(payload, latents)
         wrong = suspicion(frames)
         if wrong and payload["recipe"] is not None and "fallback" not in latents.story:
-            latents = self._without_recipe(payload, kept, wrong)
+            latents = self._denoise(payload, kept, without=wrong)
             frames = self._decode_once(payload, latents)
             wrong = suspicion(frames)
         if wrong == "nan":
