@@ -46,7 +46,8 @@ CREATE TABLE IF NOT EXISTS task (
   CHECK ((state = 'running') = (lease_until IS NOT NULL)),
   CHECK ((state = 'done') = (result IS NOT NULL))
 ) STRICT;
-CREATE INDEX IF NOT EXISTS task_by_state ON task (state, attempts, position);
+CREATE INDEX IF NOT EXISTS task_in_order ON task (state, attempts, position, id);
+CREATE INDEX IF NOT EXISTS task_in_bucket ON task (state, attempts, bucket, position, id);
 """
 _FREE = "lease_owner = NULL, lease_until = NULL, cancel_asked = 0"
 
@@ -180,19 +181,15 @@ class Ledger:
         """
         now = self._clock()
         with self._change() as db:
-            row = db.execute(
-                "SELECT id FROM task WHERE state = 'pending'"
-                " ORDER BY attempts, bucket != ?, position, id LIMIT 1",
-                (prefer_bucket or "",),
-            ).fetchone()
-            if row is None:
+            task_id = _next(db, prefer_bucket)
+            if task_id is None:
                 return None
             db.execute(
                 "UPDATE task SET state = 'running', attempts = attempts + 1, lease_owner = ?,"
                 " lease_until = ?, cancel_asked = 0, updated = ? WHERE id = ?",
-                (owner, now + seconds, now, row["id"]),
+                (owner, now + seconds, now, task_id),
             )
-        return self.task(row["id"])
+        return self.task(task_id)
 
     def heartbeat(self, owner: str, seconds: float) -> int:
         """Prolong all leases of `owner`; return how many it still holds."""
@@ -345,6 +342,16 @@ def integrity_problem(path: Path) -> str | None:
     except sqlite3.DatabaseError as error:
         return str(error)
     return None if verdict == "ok" else verdict
+
+
+def _next(db: sqlite3.Connection, prefer_bucket: str | None) -> str | None:
+    """The pending task to do next; each query is answered from an index, however many wait."""
+    fewest = db.execute("SELECT min(attempts) FROM task WHERE state = 'pending'").fetchone()[0]
+    waiting = "SELECT id FROM task WHERE state = 'pending' AND attempts = ?"
+    order = " ORDER BY position, id LIMIT 1"
+    row = db.execute(waiting + " AND bucket = ?" + order, (fewest, prefer_bucket)).fetchone()
+    row = row or db.execute(waiting + order, (fewest,)).fetchone()
+    return None if row is None else row["id"]
 
 
 def _dump(value: Any) -> str:
