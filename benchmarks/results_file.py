@@ -1,4 +1,4 @@
-"""Where figures are kept: ``benchmarks/results/NAME.json``, and ``NAME_DEVICE.json`` off the CPU."""
+"""Where figures are kept: ``results/NAME.json``, and ``NAME_DEVICE.json`` off the CPU."""
 
 from __future__ import annotations
 
