@@ -42,5 +42,5 @@ def told() -> Iterator[None]:
         raise fail(str(error), code=1 if error.started else 2) from None
     except KeyboardInterrupt:
         raise fail("interrupted", code=130) from None
-    except (OSError, FolderBusy, LedgerCorrupt, ValueError) as error:
+    except (OSError, FolderBusy, LedgerCorrupt, ValueError, ImportError) as error:
         raise fail(" ".join(str(error).split())) from None

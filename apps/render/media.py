@@ -77,7 +77,7 @@ def embedded_record(path: Path) -> dict[str, Any] | None:
     try:
         text = _png_text(path) if path.suffix == ".png" else _mp4_comment(path)
         record = json.loads(text) if text else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, ImportError):
         return None
     return record if isinstance(record, dict) else None
 

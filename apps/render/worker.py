@@ -119,15 +119,17 @@ class Worker:
 
     def _decode_once(self, payload: dict, latents: latents_file.Latents) -> Any:
         pipe = self._pipeline(payload)
+        recipe = None if "fallback" in latents.story else self._recipe(payload)
         started = time.perf_counter()
-        try:
-            frames = stages.decode(pipe, latents)
-        except Exception as error:
-            if classify(error).error_class != "memory" or latents.mode != "decode":
-                raise
-            _free_memory()
-            frames = stages.decode_tiled(pipe, latents)
-            latents.story["notes"].append("decoded in tiles: the whole did not fit into memory")
+        with _attached_to_decoder(recipe, pipe, payload["strict"]):
+            try:
+                frames = stages.decode(pipe, latents)
+            except Exception as error:
+                if classify(error).error_class != "memory" or latents.mode != "decode":
+                    raise
+                _free_memory()
+                frames = stages.decode_tiled(pipe, latents)
+                latents.story["notes"].append("decoded in tiles: the whole did not fit into memory")
         latents.story["timings"]["decode"] = time.perf_counter() - started
         return frames
 
@@ -256,6 +258,14 @@ def _attached(recipe: Any, pipe: Any, strict: bool, on_event: Callable) -> Itera
         if live is not None:
             stack.callback(live.clock.subscribe(on_event))
         yield live
+
+
+def _attached_to_decoder(recipe: Any, pipe: Any, strict: bool) -> Any:
+    """The recipe, attached for a decode, if it claims anything of the autoencoder."""
+    paths = [path for _, paths in recipe.claims(pipe) for path in paths] if recipe else []
+    if not any(path.split(".")[0] == "vae" for path in paths):
+        return contextlib.nullcontext()
+    return accel.attached(recipe, pipe, strict=strict)
 
 
 def _free_memory() -> None:

@@ -13,6 +13,7 @@ from accel.recipe_file import RecipeFile
 from apps.render import plan as plan_module
 from apps.render import worker as worker_module
 from apps.render.faults import InvalidJob, NotFinite
+from apps.render.media import frames_sha256
 from apps.render.outputs import read_sidecar
 from apps.render.worker import Worker
 from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
@@ -38,6 +39,19 @@ class Touch(Method):
             return output
 
         live.around_call(pipe.transformer, layer)
+
+
+@dataclass(frozen=True)
+class TouchDecoder(Method):
+    """Acts on the autoencoder, so it must be attached while that runs."""
+
+    SLOTS = ("linear",)
+
+    def claims(self, pipe):
+        return frozenset({("linear", frozenset({"vae.decoder"}))})
+
+    def build(self, pipe, live):
+        live.patch.around(pipe.vae.decoder, "forward", lambda call, *a, **k: call(*a, **k) * 0.5)
 
 
 @pytest.fixture
@@ -80,6 +94,18 @@ def test_a_recipe_acts_and_reports(run):
     assert touched["frames_sha256"] != plain["frames_sha256"]
     assert sidecar["report"]["members"][0]["effect"] == "some"
     assert touched["fallback"] is None
+
+
+def test_a_recipe_for_the_autoencoder_is_there_when_it_decodes(run, tiny_model):
+    result, sidecar = run(TouchDecoder())
+    pipe = accel.load(tiny_model)
+    pipe.set_progress_bar_config(disable=True)
+    job = sidecar["payload"]["job"]
+    call = {**job["inputs"], "generator": torch.Generator("cpu").manual_seed(job["seed"])}
+    with accel.attached(TouchDecoder(), pipe), pytest.warns(accel.NoEffectWarning):
+        (image,) = pipe(**call).images
+    assert result["frames_sha256"] == [frames_sha256(np.asarray(image))]
+    assert result["frames_sha256"] != run()[0]["frames_sha256"]
 
 
 def test_nan_under_a_recipe_is_made_again_without(run):
