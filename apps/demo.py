@@ -111,7 +111,7 @@ def print_table(results: Sequence[Result], threads: int) -> None:
     from rich.table import Table
 
     table = Table(title="the same jobs, the same seeds", title_justify="left")
-    for heading in ("render", "evaluations", "time an image", "speed", "PSNR", "SSIM", "fallbacks"):
+    for heading in ("render", "evaluations", "time each", "speed", "PSNR", "SSIM", "fallbacks"):
         table.add_column(heading, justify="left" if heading == "render" else "right")
     baseline = [second for r in results if r.time is not None for second in r.time.seconds_a]
     for result in results:
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     recipes = given.recipes
     if recipes is None:
-        recipes = sorted((ROOT / "recipes").glob("*.yaml"))
+        recipes = sorted((ROOT / "recipes").glob("*.yaml"), key=lambda path: path.stem)
     started = time.monotonic()
     try:
         results = run(given.jobs, given.model, recipes, given.out, given.threads)

@@ -108,7 +108,8 @@ def compose(jobs: Sequence[Rendered], rows: Sequence[Row], title: str) -> Image.
 
 def _baseline_row(name: str, rendered: list[Rendered]) -> Row:
     cells = [Cell(r, shown(r.seconds), "") for r in rendered]
-    return Row(name, [f"{shown(median_seconds(rendered))} each (median)", "no acceleration"], cells)
+    facts = [f"{shown(median_seconds(rendered))} each (median)", evaluations(rendered)]
+    return Row(name, facts, cells)
 
 
 def _compared_row(name: str, baseline: list[Rendered], pairs: list[Pair], speed: str | None) -> Row:
@@ -120,9 +121,16 @@ def _compared_row(name: str, baseline: list[Rendered], pairs: list[Pair], speed:
     ssim = statistics.mean(p.ssim for p in pairs)
     facts = [
         speed,
+        evaluations([p.other for p in pairs]),
         f"PSNR {mean_psnr(pairs)}, SSIM {ssim:.3f}",
     ]
     return Row(name, facts, cells)
+
+
+def evaluations(rendered: Sequence[Rendered]) -> str:
+    """How many network evaluations a job took, in words (median over jobs that were counted)."""
+    counted = [r.evaluations for r in rendered if r.evaluations is not None]
+    return f"{statistics.median(counted):.0f} evaluations each" if counted else "not counted"
 
 
 def shown(seconds: float) -> str:

@@ -76,9 +76,11 @@ def recipe_check(
 
 def _try_on(recipe: object, model: str) -> None:
     import accel
+    from apps.render.quiet import quiet_loading
 
     try:
-        pipe = accel.load(model)
+        with quiet_loading():
+            pipe = accel.load(model)
     except (OSError, ValueError) as error:
         raise fail(f"model {model}: {' '.join(str(error).split())}") from None
     for live in reversed(accel.live_on(pipe)):
