@@ -43,7 +43,7 @@ class RunOptions:
 
 @dataclass
 class Summary:
-    """The end of a render. `made` and `images` count this session only."""
+    """The end of a render. `made` and `images` count this run only."""
 
     counts: dict[str, int]
     made: int = 0
@@ -82,7 +82,7 @@ def submit(
         StorageFault: the folder cannot be made or written; nothing was started.
         FolderBusy: another renderer works in it.
     """
-    with _session(folder, options):
+    with _holding(folder, options):
         old = load_plan(folder) if (folder / PLAN_FILE).exists() else []
         plan = merge_plans(old, tasks)
         if [t.id for t in plan] != [t.id for t in old]:
@@ -105,12 +105,12 @@ def resume(
         StorageFault, FolderBusy: as `submit`.
     """
     load_plan(folder)
-    with _session(folder, options):
+    with _holding(folder, options):
         return _run(folder, load_plan(folder), options, progress or Silent(), list(retry))
 
 
 @contextlib.contextmanager
-def _session(folder: Path, options: RunOptions) -> Iterator[None]:
+def _holding(folder: Path, options: RunOptions) -> Iterator[None]:
     """Hold the folder, turning every storage error into a StorageFault that names it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _run(
 
 
 class Driver:
-    """One session on an open ledger. Use `submit` and `resume`."""
+    """One run on an open ledger. Use `submit` and `resume`."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class Driver:
                 self._loop()
         finally:
             self._executor.close()
-            with contextlib.suppress(sqlite3.OperationalError):  # else the next session does it
+            with contextlib.suppress(sqlite3.OperationalError):  # else the next run does it
                 for task_id in list(self._held):
                     self._ledger.release(task_id, self._owner, refund=True)
             self.summary.seconds = time.monotonic() - started
