@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline
 from torch import nn
 
+from accel.zoo.autoencoder import AutoencoderConfig
 from accel.zoo.dit import DiTConfig, build_scheduler
 from accel.zoo.judge import Judge
 from accel.zoo.loop import POSITION, Position, newest_checkpoint
@@ -59,7 +60,10 @@ def _newest(stage: Path) -> Path:
 def _ship_dit(out: Path, folder: Path) -> None:
     transformer = DiTConfig().build()
     transformer.load_state_dict(ema_weights(_newest(out / "denoiser")))
-    vae = AutoencoderKL.from_pretrained(out / "vae")
+    trained = AutoencoderKL.from_pretrained(out / "vae")
+    vae = AutoencoderConfig().build()  # a fresh one, whose configuration names no folder of ours
+    vae.load_state_dict(trained.state_dict())
+    vae.register_to_config(scaling_factor=trained.config.scaling_factor)
     pipe = DiTPipeline(transformer, vae, build_scheduler())
     labels = {str(i): class_label(i) for i in range(len(DIGITS) * len(COLOURS))}
     pipe.register_to_config(id2label=labels)

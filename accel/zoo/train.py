@@ -239,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="accel.zoo.train", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(STAGES))
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="default: out/NAME")
     parser.add_argument("--steps", type=int, help="of the last stage")
     parser.add_argument("--minutes", type=float, help="of the last stage")
     parser.add_argument("--batch", type=int, help="of the last stage")
@@ -252,6 +252,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Trains, then writes the model to OUT/shipped."""
     args = parse(argv)
+    args.out = args.out or Path("out") / args.name
     stages = STAGES[args.name]
     preset = _limited(PRESETS[args.preset], stages, args.steps, args.minutes, args.batch)
     if not args.resume and any(newest_checkpoint(args.out / stage) for stage in stages):

@@ -19,7 +19,7 @@ def pipe() -> DiTPipeline:
 
 def test_stock_loaders_read_the_folder(pipe):
     assert type(DiffusionPipeline.from_pretrained(zoo.path("digits-dit"))) is DiTPipeline
-    half = DiTPipeline.from_pretrained(zoo.path("digits-dit"), torch_dtype=torch.float16)
+    half = DiTPipeline.from_pretrained(zoo.path("digits-dit"), dtype=torch.float16)
     assert half.transformer.dtype == half.vae.dtype == torch.float16
     for name, weight in pipe.transformer.state_dict().items():
         assert torch.equal(weight, half.transformer.state_dict()[name].float())
@@ -35,6 +35,11 @@ def test_weights_on_disk_are_half_precision():
     for file in zoo.path("digits-dit").rglob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             assert {tensors.get_tensor(k).dtype for k in tensors.keys()} == {torch.float16}  # noqa: SIM118
+
+
+def test_no_file_names_a_folder_of_the_machine_it_was_made_on():
+    for file in zoo.path("digits-dit").rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(), file
 
 
 def test_labels_name_every_class(pipe):
