@@ -6,7 +6,9 @@ diffusers still loads that folder. ``load`` attaches the recipe. Safetensors onl
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +61,37 @@ def load(
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no diffusers pipeline (no model_index.json)")
-    pipe = DiffusionPipeline.from_pretrained(
-        source,
-        dtype=dtype or torch.float32,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        local_files_only=folder.is_dir(),
-        **kwargs,
-    )
+    own = str(ref).startswith(ZOO_PREFIX)  # known to be whole: nothing to remark on
+    with quiet_loading() if own else contextlib.nullcontext():
+        pipe = DiffusionPipeline.from_pretrained(
+            source,
+            dtype=dtype or torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=folder.is_dir(),
+            **kwargs,
+        )
     if device is not None:
         pipe.to(device)
     if (folder / RECIPE_FILE).is_file():
         read_recipe(folder / RECIPE_FILE).recipe.attach(pipe)
     return pipe
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence diffusers' progress bars and log lines below errors; what is wrong still raises."""
+    from diffusers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def zoo_path(ref: str) -> Path:

@@ -79,8 +79,8 @@ def measure(job: Rendered, recipe: Path) -> PairedTime:
     import torch
 
     import accel
+    from accel.loading import quiet_loading
     from accel.measure import paired_time
-    from apps.render.quiet import quiet_loading
     from apps.render.stages import generators, sample_count
 
     payload = job.content["payload"]
@@ -137,6 +137,13 @@ def _quality(result: Result) -> tuple[str, str, str]:
     return mean_psnr(result.pairs), f"{ssim:.3f}", str(fallbacks)
 
 
+def _methods_then_name(path: Path) -> tuple[int, str]:
+    """Single methods before combinations, so that the sheet reads like a waterfall."""
+    import accel
+
+    return len(accel.read_recipe(path).recipe.methods), path.stem
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
     parser = argparse.ArgumentParser(description="Render a demo with and without acceleration.")
@@ -148,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     recipes = given.recipes
     if recipes is None:
-        recipes = sorted((ROOT / "recipes").glob("*.yaml"), key=lambda path: path.stem)
+        recipes = sorted((ROOT / "recipes").glob("*.yaml"), key=_methods_then_name)
     started = time.monotonic()
     try:
         results = run(given.jobs, given.model, recipes, given.out, given.threads)

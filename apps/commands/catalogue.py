@@ -76,7 +76,7 @@ def recipe_check(
 
 def _try_on(recipe: object, model: str) -> None:
     import accel
-    from apps.render.quiet import quiet_loading
+    from accel.loading import quiet_loading
 
     try:
         with quiet_loading():

@@ -31,13 +31,15 @@ def measure(
         import torch
 
         import accel
+        from accel.loading import quiet_loading
         from accel.measure import compare
         from apps.render.jobs import read_jobs
 
         listed = [job.job for job in read_jobs(jobs)]
         found = accel.read_recipe(recipe)
         torch.set_num_threads(threads)
-        pipe = accel.load(model, device=device)
+        with quiet_loading():
+            pipe = accel.load(model, device=device)
         for live in reversed(accel.live_on(pipe)):
             live.detach()  # a folder's own recipe must not stand on both sides
         pipe.set_progress_bar_config(disable=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import accel
+from accel.loading import quiet_loading
 from apps.render import latents as latents_file
 from apps.render import stages
 from apps.render.environment import versions
@@ -25,7 +26,6 @@ from apps.render.files import remove
 from apps.render.identity import model_revision
 from apps.render.outputs import commit, encode_all, result_of
 from apps.render.plan import recipe_sha256
-from apps.render.quiet import quiet_loading
 from apps.render.sentinels import suspicion
 from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
 
@@ -180,7 +180,10 @@ class Worker:
                 continue
             arguments = {**inputs, "generator": stages.generators(seed, count)}
             try:
-                with _attached(recipe, pipe, payload["strict"], on_event) as live:
+                with (
+                    _own_global_rng(seed),
+                    _attached(recipe, pipe, payload["strict"], on_event) as live,
+                ):
                     latents = stages.denoise(pipe, arguments, cut=cut)
                 return latents, None if live is None else live.report()
             except stages.Uncut:
@@ -240,6 +243,16 @@ class Worker:
                 "submit it again"
             )
         return accel.read_recipe(payload["recipe"]).recipe
+
+
+@contextlib.contextmanager
+def _own_global_rng(seed: int) -> Iterator[None]:
+    """Seed the global generators for one call: a stochastic scheduler that its pipeline gives no
+    generator (DiT, every flow pipeline) draws from them, and the same job must give the same."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager
