@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from accel.method import NoEffectWarning as NoEffectWarning
     from accel.method import Recipe as Recipe
     from accel.method import Search as Search
-    from accel.settings import Settings as Settings
     from accel.method import Trainer as Trainer
     from accel.method import attached as attached
     from accel.method import live_on as live_on
     from accel.recipe_file import RecipeFile as RecipeFile
     from accel.recipe_file import read_recipe as read_recipe
     from accel.recipe_file import write_recipe as write_recipe
+    from accel.settings import Settings as Settings
 
 _HOME = {
     "Artifact": "artifact",

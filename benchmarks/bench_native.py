@@ -1,6 +1,6 @@
 """diffusers' own caches and a shorter solver on ``zoo:digits-dit``: speed, work, fidelity.
 
-    python -m benchmarks.bench_native [--model zoo:digits-dit] [--samples 48] [--rounds 5]
+    python -m benchmarks.bench_native [--model zoo:digits-dit] [--samples 32] [--rounds 5]
 
 Each row is paired with the unmodified pipeline: same seeds, same inputs, timed in turn. The
 controls do the same work without what the method adds, and must score worse: a first-order solver
@@ -71,7 +71,7 @@ def rows(pipe: Any, folder: Path) -> dict[str, Recipe]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="zoo:digits-dit")
-    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
