@@ -64,8 +64,9 @@ class SwapScheduler(Method):
             raise ValueError(f"{self.scheduler} has no setting {unknown[0]!r}{hint}")
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
+        new = self._made_for(pipe)
         kinds = {True: "flow-matching", False: "diffusion"}
-        have, want = kinds[is_flow(pipe.scheduler)], kinds[is_flow(self._made_for(pipe))]
+        have, want = kinds[is_flow(pipe.scheduler)], kinds[is_flow(new)]
         if have != want:
             raise ValueError(
                 f"{self.scheduler} as configured is a {want} sampler, {type(pipe).__name__} "
@@ -73,14 +74,14 @@ class SwapScheduler(Method):
                 "prediction_type and use_flow_sigmas)"
             )
         passed = step_keywords(type(pipe))
-        accepted = inspect.signature(_scheduler_class(self.scheduler).step).parameters
+        accepted = inspect.signature(type(new).step).parameters
         refused = sorted(passed - set(accepted))
         if refused:
             raise ValueError(
                 f"{type(pipe).__name__} calls its scheduler with {refused[0]}=..., which "
                 f"{self.scheduler}.step does not take; choose one that does"
             )
-        if not scales_initial_noise(type(pipe)) and noise_scale(self._made_for(pipe)) != 1:
+        if not scales_initial_noise(type(pipe)) and noise_scale(new) != 1:
             raise ValueError(
                 f"{type(pipe).__name__} starts from unit noise whatever its scheduler asks for; "
                 f"{self.scheduler} works in sigma space and would give garbage. Choose one with "
@@ -98,6 +99,7 @@ class SwapScheduler(Method):
             pipe.scheduler
         )
         live.names = {"scheduler": self.scheduler, "instead_of": type(pipe.scheduler).__name__}
+        live.takes_generator = "generator" in inspect.signature(new.step).parameters
         live.patch.swap(pipe, "scheduler", new)
         live.patch.around(new, "step", live.step)
         if self.steps is not None:
@@ -114,6 +116,7 @@ class SwapScheduler(Method):
 class _LiveSwap(Attached):
     differs = True  # in class or configuration from the scheduler it replaces
     steps_asked: int | None = None  # by the call, where `steps` overrides another number
+    takes_generator = False
     names: dict[str, str]
 
     def __init__(self, method: Method, pipe: Any) -> None:
@@ -145,14 +148,15 @@ class _LiveSwap(Attached):
         self.steps_asked = None if asked == method.steps else asked
         return call_next(**{**given, "num_inference_steps": method.steps})
 
-    def step(self, call_next: Callable, model_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around ``scheduler.step``: counts, and gives every sample a generator if none came."""
+    def step(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Around ``scheduler.step(model_output, t, sample)``: counts, and gives every sample a
+        generator if none came."""
         if self._in_run and (self.differs or self.steps_asked is not None):
             self.count("changed")
-        bound = _bind(call_next, model_output, args, kwargs)
-        if "generator" in bound.signature.parameters and not bound.arguments.get("generator"):
-            kwargs["generator"] = self._own_generators(bound.arguments["sample"])
-        return call_next(model_output, *args, **kwargs)
+        if self.takes_generator and kwargs.get("generator") is None:
+            sample = args[2] if len(args) > 2 else kwargs["sample"]
+            kwargs["generator"] = self._own_generators(sample)
+        return call_next(*args, **kwargs)
 
     def _own_generators(self, sample: Any) -> list[Any]:
         import torch
@@ -162,10 +166,6 @@ class _LiveSwap(Attached):
             seeds = [sample_seed(row) for row in sample]
             self._generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
         return self._generators
-
-
-def _bind(call: Callable, first: Any, args: tuple, kwargs: dict) -> inspect.BoundArguments:
-    return inspect.signature(call).bind(first, *args, **kwargs)
 
 
 @cache
