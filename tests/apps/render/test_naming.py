@@ -15,7 +15,7 @@ TEXT = st.text(string.printable + "äß日\u202e\ud7ff\u0301", max_size=150)
     st.integers(0, 10**7),
     st.dictionaries(
         st.sampled_from(["prompt", "class_labels", "other"]),
-        st.text() | st.lists(st.integers()) | st.lists(st.text()) | st.none(),
+        TEXT | st.lists(st.integers()) | st.lists(TEXT) | st.none(),
     ),
 )
 def test_default_stems_are_safe(index, inputs):

@@ -1,0 +1,17 @@
+"""Shared settings of all tests."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# The machine decides how long an example takes, so time is no criterion here. Under CI the examples
+# are the same every time; elsewhere they are new ones, and failures are kept in .hypothesis.
+settings.register_profile(
+    "accel",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
+settings.load_profile("accel")
