@@ -1,6 +1,6 @@
 """diffusers' own caches and a shorter solver on ``zoo:digits-dit``: speed, work, fidelity.
 
-    python -m benchmarks.bench_native [--model zoo:digits-dit] [--samples 32] [--rounds 5]
+    python -m benchmarks.bench_native [--samples 32] [--rounds 5] [--only NAME]
 
 Each row is paired with the unmodified pipeline: same seeds, same inputs, timed in turn. The
 controls do the same work without what the method adds, and must score worse: a first-order solver
@@ -20,7 +20,7 @@ import accel
 from accel.measure import compare, environment
 from accel.method import Method, Recipe
 from accel.settings import Settings
-from benchmarks.results_file import write
+from benchmarks.results_file import read, write
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from samplers.swap import SwapScheduler
 
@@ -53,13 +53,14 @@ def rows(pipe: Any, folder: Path) -> dict[str, Recipe]:
         "FirstBlockCache(0.1)": (FirstBlockCache(0.1),),
         "TaylorSeer(3)": (TaylorSeer(interval=3),),
         "TaylorSeer(5)": (TaylorSeer(interval=5),),
+        "TaylorSeer(4, lite)": (TaylorSeer(interval=4, warmup=5, modules="lite"),),
         "MagCache(0.06)": (MagCache(0.06, artifact=ratios),),
         "MagCache(0.12)": (MagCache(0.12, artifact=ratios),),
         "DPM-Solver++ 20 steps": (SwapScheduler(*DPM, steps=20),),
         "DPM-Solver++ 10 steps": (SwapScheduler(*DPM, steps=10),),
-        "DPM-Solver++ 20 steps + TaylorSeer(2)": (
+        "DPM-Solver++ 20 steps + TaylorSeer(2, lite)": (
             SwapScheduler(*DPM, steps=20),
-            TaylorSeer(interval=2),
+            TaylorSeer(interval=2, warmup=6, modules="lite"),
         ),
         "control: DDIM 10 steps": (SwapScheduler(*DDIM, steps=10),),
         "control: DDIM 20 steps": (SwapScheduler(*DDIM, steps=20),),
@@ -74,13 +75,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="rows whose name holds this; the others stay")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipe = accel.load(arguments.model, device=arguments.device)
     pipe.set_progress_bar_config(disable=True)
+    old = (read("native", arguments.device) or {}).get("rows", {}) if arguments.only else {}
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in rows(pipe, Path(folder)).items():
+            if arguments.only not in name:
+                measured |= {name: old[name]} if name in old else {}
+                continue
             calls = inputs(arguments.samples)
             seeds = [SEED + i for i in range(len(calls))]
             result = compare(pipe, recipe, calls, seeds=seeds, rounds=arguments.rounds)

@@ -28,6 +28,7 @@ from benchmarks.results_file import read
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
 RESULTS_WITH_METHODS = ("native",)
+DEVICES = ("cpu", "cuda")
 
 
 def method_classes(package: str) -> list[type[Method]]:
@@ -122,9 +123,16 @@ def _work(row: dict[str, Any]) -> str:
     return f"{row['flops'][1] / row['flops'][0]:.2f}"
 
 
-def _combinations() -> str:
-    result = read("native") or {"rows": {}}
-    lines = ["| what is on | speed-up | work | PSNR | SSIM |", "|---|---|---|---|---|"]
+def _every_device(name: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """``table`` of each device's result, the CPU's first."""
+    results = [read(name, device) for device in DEVICES]
+    return "\n\n".join(table(r) for r in results if r is not None) or "Not measured yet."
+
+
+def _combinations_on(result: dict[str, Any]) -> str:
+    where = f"{result['model']}, {result['hardware']}, {result['threads']} thread(s)"
+    head = ["| what is on | speed-up | work | PSNR | SSIM |", "|---|---|---|---|---|"]
+    lines = [f"{where}, batches of {result['batch']}, {result['steps']} steps asked:", "", *head]
     for label, row in result["rows"].items():
         lines.append(
             f"| {label} | {_interval(row['speedup'], '{:.2f}', 'x')} | {_work(row)} "
@@ -134,10 +142,7 @@ def _combinations() -> str:
     return "\n".join(lines)
 
 
-def _overhead() -> str:
-    result = read("overhead")
-    if result is None:
-        return "Not measured yet."
+def _overhead_on(result: dict[str, Any]) -> str:
     per_call = result["microseconds_per_wrapped_call"]
     lines = [
         f"A wrapped call costs {per_call['1_layers']:.2f} µs more than a bare one "
@@ -166,8 +171,8 @@ def _kills() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "methods": _methods,
-    "combinations": _combinations,
-    "overhead": _overhead,
+    "combinations": lambda: _every_device("native", _combinations_on),
+    "overhead": lambda: _every_device("overhead", _overhead_on),
     "kills": _kills,
 }
 

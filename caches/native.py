@@ -3,10 +3,11 @@
 FirstBlockCache (ParaAttention), TaylorSeer (arXiv 2503.06923) and MagCache (arXiv 2506.09045) run
 unchanged as diffusers 0.42 has them, but as layers of our patch instead of its hooks. Different: a
 model without hookable modules is refused; TaylorSeer's modules come from the table of denoisers
-(its own patterns match nothing in DiT, PixArt, Wan, CogVideoX, LTX); pipelines that name no
-guidance branch work (they raise there, or mix branches); state is cleared when a run starts;
-MagCache knows the run's true length and place. Left as it is: FirstBlockCache decides on a mean
-over the batch, so samples depend on batch mates, and waits for the device every call.
+(its own patterns match nothing in DiT, PixArt, Wan, CogVideoX, LTX, and its "lite" ones give noise
+on DiT); pipelines that name no guidance branch work (they raise there, or mix branches); state is
+cleared when a run starts; MagCache knows the run's true length and place. Left as it is:
+FirstBlockCache decides on a mean over the batch, so samples depend on batch mates, and waits for
+the device every call.
 Memory: two to three activations a branch; TaylorSeer (max_order + 1) for every cached module.
 """
 
@@ -120,14 +121,15 @@ class TaylorSeer(Method):
         assert isinstance(live, _LiveHooks)
         for denoiser in denoisers(pipe):
             lite = self.modules == "lite"
-            patterns = None if lite else [re.escape(p) for p in self._paths(denoiser)]
+            cached = [last_projection(denoiser)] if lite else self._paths(denoiser)
+            skipped = [p for p, _ in compat.hooked_blocks(denoiser.module)] if lite else []
             config = TaylorSeerCacheConfig(
                 cache_interval=self.interval,
                 disable_cache_before_step=self.warmup,
                 max_order=self.max_order,
                 taylor_factors_dtype=torch.float32,  # bf16 differences lose up to 8 bits
-                cache_identifiers=patterns,
-                use_lite_mode=lite,
+                cache_identifiers=[re.escape(path) for path in cached],
+                skip_predict_identifiers=[re.escape(path) for path in skipped],
             )
             live.adopt(denoiser, "TaylorSeer", config)
 
@@ -350,6 +352,21 @@ class _LiveMagCalibration(_LiveMag):
 
 
 # -- what can be cached ----------------------------------------------------------------------
+
+
+def last_projection(denoiser: Denoiser) -> str:
+    """Path of the linear layer behind the last block.
+
+    diffusers' own "lite" mode looks for "proj_out" alone: on DiT it then skips every block and
+    extrapolates nothing.
+    """
+    for name in ("proj_out", "proj_out_2"):
+        if hasattr(denoiser.module, name):
+            return name
+    raise ValueError(
+        f"TaylorSeer(modules='lite') knows no last projection of {denoiser.cls}; "
+        "use modules='attention+ff'"
+    )
 
 
 def _call_claim(pipe: Any) -> Claim:

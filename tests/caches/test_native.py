@@ -10,6 +10,9 @@ from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 
 import accel
 from accel.artifact import Artifact
+from accel.denoiser import denoisers
+from accel.measure import compare
+from accel.method import Recipe
 from accel.testing import assert_equal, assert_same_state, checks, conform, host_state, tiny
 from caches.native import FirstBlockCache, MagCache, TaylorSeer, mean_ratios
 
@@ -137,6 +140,29 @@ def test_taylor_seer_reaches_the_modules_the_host_misses():
     assert run["computed"] + run["reused"] == run["calls"] * blocks * 2  # attention, feed-forward
     assert run["reused"] > 0
     assert run["bytes_host"] > 0
+
+
+@pytest.mark.parametrize("pipeline", [p for p in TRANSFORMERS if p != "sd3"])
+def test_taylor_lite_extrapolates_a_last_projection(pipeline):
+    """diffusers' own patterns find none in DiT: all blocks skipped, nothing in their place."""
+    host = tiny(pipeline)
+    with accel.attached(TaylorSeer(2, 1, modules="lite"), host.pipe):
+        live = accel.live_on(host.pipe)[0]
+        active = [h for _, h in live.hooks if not h.state_manager._init_kwargs["is_inactive"]]
+    assert len(active) == len(denoisers(host.pipe))
+
+
+@pytest.mark.parametrize(
+    "method", [TaylorSeer(2, 5, modules="lite"), TaylorSeer(3), FirstBlockCache(0.05)], ids=_id
+)
+def test_a_trained_model_still_draws_the_same(method):
+    """20 dB: an unrelated sample of the same class scores about 10, noise below."""
+    pipe = accel.load("zoo:digits-dit")
+    pipe.set_progress_bar_config(disable=True)
+    inputs = [{"class_labels": [3, 67], "num_inference_steps": 50, "guidance_scale": 3.0}]
+    result = compare(pipe, Recipe((method,)), inputs, seeds=[5], rounds=1)
+    assert result.psnr.estimate > 20
+    assert result.flops[1] < 0.8 * result.flops[0]
 
 
 def test_branches_keep_separate_states():
