@@ -149,12 +149,13 @@ def _overhead_on(result: dict[str, Any]) -> str:
         f"({per_call['3_layers']:.2f} µs with three layers). Share of a DiT-XL/2-shaped step at "
         f"256 pixels ({result['hardware']}, {result['threads']} threads, random weights):",
         "",
-        "| attached | overhead |",
-        "|---|---|",
+        "| attached | wrapped calls a step | their cost by count | overhead, paired |",
+        "|---|---|---|---|",
     ]
     for name, row in result["dit_xl_256"].items():
         span = f"{row['low']:.2f} to {row['high']:.2f}"
-        lines.append(f"| {name} | {row['overhead_percent']:.2f} % ({span}) |")
+        counted = f"{row['wrapped_calls_per_step']} | {row['counted_percent']:.3f} %"
+        lines.append(f"| {name} | {counted} | {row['overhead_percent']:.1f} % ({span}) |")
     return "\n".join(lines)
 
 

@@ -24,8 +24,6 @@ from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method, attached
 
-MAG_EXTRA_STEPS = 1  # diffusers prints and clears the ratios at the last step; never get there
-
 
 def mean_ratios(curves: Sequence[Sequence[float]]) -> list[float]:
     """Mean of magnitude-ratio curves of equal length, position by position."""
@@ -62,8 +60,10 @@ class FirstBlockCache(Method):
         from diffusers.hooks import FirstBlockCacheConfig
 
         assert isinstance(live, _LiveHooks)
+        if self == self.neutral():
+            return  # would only look on
         live.syncs_per_call = 1
-        config = FirstBlockCacheConfig(threshold=self.threshold or -1.0)  # it reuses on equality
+        config = FirstBlockCacheConfig(threshold=self.threshold)
         for denoiser in denoisers(pipe):
             live.adopt(denoiser, "first-block cache", config)
 
@@ -119,6 +119,8 @@ class TaylorSeer(Method):
         from diffusers.hooks import TaylorSeerCacheConfig
 
         assert isinstance(live, _LiveHooks)
+        if self == self.neutral():
+            return  # would only keep copies
         for denoiser in denoisers(pipe):
             lite = self.modules == "lite"
             cached = [last_projection(denoiser)] if lite else self._paths(denoiser)
@@ -303,8 +305,7 @@ class _LiveHooks(Attached):
         self.on_run(run)  # let the tensors go
 
     def memory(self) -> dict[str, int]:
-        device, host = self._bytes
-        return {"bytes_device": device, "bytes_host": host}
+        return dict(zip(("bytes_device", "bytes_host"), self._bytes, strict=True))
 
 
 class _LiveMag(_LiveHooks):
@@ -342,7 +343,8 @@ class _LiveMagCalibration(_LiveMag):
     def config(self, steps: int) -> Any:
         from diffusers.hooks import MagCacheConfig
 
-        return MagCacheConfig(num_inference_steps=steps + MAG_EXTRA_STEPS, calibrate=True)
+        # one step more than there are: at the last one diffusers prints and clears the ratios
+        return MagCacheConfig(num_inference_steps=steps + 1, calibrate=True)
 
     def on_run_end(self, run: Run) -> None:
         self.last_run = run
