@@ -379,7 +379,10 @@ class _Spy(Method):
         return self
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        return frozenset({("denoiser.call", frozenset(s for s in ("unet", "transformer")))})
+        from accel.clock import denoiser_modules
+
+        slots = frozenset(slot for slot, _ in denoiser_modules(pipe))
+        return frozenset({("denoiser.call", slots)})
 
     def build(self, pipe: Any, live: Attached) -> None:
         from accel.clock import denoiser_modules

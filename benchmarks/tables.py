@@ -133,7 +133,10 @@ def _combinations_on(result: dict[str, Any]) -> str:
     where = f"{result['model']}, {result['hardware']}, {result['threads']} thread(s)"
     head = ["| what is on | speed-up | work | PSNR | SSIM |", "|---|---|---|---|---|"]
     lines = [f"{where}, batches of {result['batch']}, {result['steps']} steps asked:", "", *head]
+    above = {row["measured"]["setting"] for package in OWN for row in index_rows(package)}
     for label, row in result["rows"].items():
+        if label in above:
+            continue
         lines.append(
             f"| {label} | {_interval(row['speedup'], '{:.2f}', 'x')} | {_work(row)} "
             f"| {_interval(row['psnr'], '{:.1f}', ' dB')} "
