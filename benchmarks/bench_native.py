@@ -10,6 +10,7 @@ with as few steps, and a cache that repeats its last output from the first step 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def main() -> None:
             seeds = [SEED + i for i in range(len(calls))]
             result = compare(pipe, recipe, calls, seeds=seeds, rounds=arguments.rounds)
             row = {k: result.measured()[k] for k in ("speedup", "flops", "nfe", "psnr", "ssim")}
-            row["methods"] = [m.to_json() for m in recipe.methods]
+            placeless = json.dumps([m.to_json() for m in recipe.methods]).replace(folder + "/", "")
+            row["methods"] = json.loads(placeless)
             row["effect"] = [m["effect"] for m in result.report["members"]]
             measured[name] = row
             print(name, row["speedup"], row["psnr"], row["ssim"], flush=True)
