@@ -274,11 +274,8 @@ class Clock:
     def _locate_begin(self, run: Run, args: tuple, kwargs: dict, module: Any) -> None:
         begin = getattr(self._scheduler, "begin_index", None)
         if begin is None:
-            begin = (
-                run.timesteps.index(t)
-                if (t := _timestep(module, args, kwargs)) in (run.timesteps)
-                else 0
-            )
+            first = _timestep(module, args, kwargs)
+            begin = run.timesteps.index(first) if first in run.timesteps else 0
             run.syncs += 1
         run.begin = run.position = begin
 

@@ -155,7 +155,6 @@ def test_scheduler_signatures_are_kept():
 def test_driven_by_hand():
     host = tiny("dit")
     model = host.pipe.transformer
-    x = torch.randn(2, 4, 8, 8)[:, : model.config.in_channels]
     size = model.config.sample_size
     x = torch.zeros(2, model.config.in_channels, size, size)
     arguments = {"timestep": torch.tensor([5, 5]), "class_labels": torch.tensor([1, 1])}
