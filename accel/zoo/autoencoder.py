@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from accel.zoo.judge import to_tensor
 from accel.zoo.loop import step_generator
+from accel.zoo.training import Training
 from accel.zoo.world import DigitWorld
 
 KL_WEIGHT = 1e-5  # keeps latents bounded and smooth; the scale is fixed by `measure_scaling`
@@ -60,7 +62,7 @@ class AutoencoderLoss:
 
 
 def encode_decode(model: nn.Module, x: Tensor, generator: torch.Generator):
-    """Reconstruction (n, 3, h, w) from a sampled latent, and the latent's mean and log variance."""
+    """Reconstruction, like x, from a sampled latent, and the mean and log variance of the latent."""
     posterior = model.encode(x).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
     z = posterior.mean + posterior.std * noise
@@ -110,3 +112,23 @@ def to_uint8(x: Tensor) -> np.ndarray:
     """(n, 3, h, w) in -1..1 -> (n, h, w, 3) uint8."""
     x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return x.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def trained(run: Training) -> AutoencoderKL:
+    """The finished autoencoder of a run: read if there is one below `out`, else trained."""
+    folder = run.out / "vae"
+    if run.shipped:
+        AutoencoderKL.from_pretrained(run.shipped / "vae").save_pretrained(folder)
+        run.keep_record("autoencoder")
+    if run.shipped or (run.resume and (folder / "config.json").is_file()):
+        return AutoencoderKL.from_pretrained(folder).to(run.device).eval()
+    vae = AutoencoderConfig().build()
+    loss = AutoencoderLoss(run.batch("autoencoder"), run.seed, run.device)
+    vae.load_state_dict(run.stage("autoencoder", vae, loss))
+    vae.eval()
+    scale = measure_scaling(vae, DigitWorld("train", run.seed))
+    vae.register_to_config(scaling_factor=scale)
+    partial = folder.with_suffix(".tmp")
+    vae.save_pretrained(partial)
+    os.replace(partial, folder)  # whole or not at all
+    return vae

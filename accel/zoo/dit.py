@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from accel.zoo.loop import step_generator
-from accel.zoo.world import NULL_CLASS
+from accel.zoo import autoencoder
+from accel.zoo.loop import LoopSettings, step_generator
+from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
+from accel.zoo.world import COLOURS, DIGITS, NULL_CLASS, DigitWorld, class_label
 
 CLASS_DROPOUT = 0.1
 CODE_STD = 0.3
@@ -113,3 +117,83 @@ class NoiseLoss:
         ).sample
         error = (predicted.float() - eps.to(self.device)).square().mean(dim=(1, 2, 3))
         return (self.weights[t].to(self.device) * error).mean()
+
+
+def train(run: Training) -> None:
+    """The autoencoder, then the denoiser on its latents.
+
+    A warm restart keeps the shipped autoencoder, whose latents the denoiser knows.
+    """
+    run.seed_weights()
+    vae = autoencoder.trained(run)
+    run.seed_weights()
+    if run.shipped:
+        transformer = DiTTransformer2DModel.from_pretrained(run.shipped / "transformer").eval()
+    else:
+        transformer = DiTConfig().build()
+    world = DigitWorld("train", run.seed)
+    means, stds, classes = autoencoder.encode_pool(vae, world, run.preset.pool)
+    scale = vae.config.scaling_factor
+    print(f"denoiser: {len(classes)} pictures encoded", flush=True)
+    loss = NoiseLoss(
+        (means * scale, stds * scale, classes), run.batch("denoiser"), run.seed, run.device
+    )
+    run.stage("denoiser", transformer, loss)
+
+
+def write(out: Path, folder: Path) -> None:
+    """A stock DiTPipeline folder in half precision."""
+    transformer = DiTConfig().build()
+    transformer.load_state_dict(trained_weights(out, "denoiser"))
+    trained = AutoencoderKL.from_pretrained(out / "vae")
+    vae = autoencoder.AutoencoderConfig().build()  # whose configuration names no folder of ours
+    vae.load_state_dict(trained.state_dict())
+    vae.register_to_config(scaling_factor=trained.config.scaling_factor)
+    pipe = DiTPipeline(transformer, vae, build_scheduler())
+    labels = {str(i): class_label(i) for i in range(len(DIGITS) * len(COLOURS))}
+    pipe.register_to_config(id2label=labels)
+    for model in (transformer, vae):
+        nn.Module.half(model)  # diffusers' own warns of modules to keep in float32: it has none
+    for part in ("transformer", "vae", "scheduler"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    pipe.save_pretrained(folder, safe_serialization=True)
+
+
+MODEL = Model(
+    presets={
+        # About an hour on one core of a server CPU: what was shipped.
+        "cpu": Preset(
+            "cpu",
+            "no",
+            {
+                "autoencoder": Stage(32, LoopSettings(minutes=16, lr=2e-3)),
+                "denoiser": Stage(128, LoopSettings(minutes=38, lr=2e-3, warmup=500)),
+            },
+            pool=65_536,
+        ),
+        # For a better model where a GPU is at hand. No shipped weights come from it yet.
+        "gpu": Preset(
+            "cuda",
+            "bf16",
+            {
+                "autoencoder": Stage(256, LoopSettings(steps=30_000, lr=2e-3)),
+                "denoiser": Stage(
+                    1024, LoopSettings(steps=150_000, lr=1.5e-3, warmup=1000, ema_decay=0.9999)
+                ),
+            },
+            pool=524_288,
+        ),
+        # Proves the machinery in seconds; the result is noise.
+        "smoke": Preset(
+            "cpu",
+            "no",
+            {
+                "autoencoder": Stage(4, LoopSettings(steps=2, log_steps=2)),
+                "denoiser": Stage(4, LoopSettings(steps=6, checkpoint_steps=2, log_steps=2)),
+            },
+            pool=32,
+        ),
+    },
+    train=train,
+    write=write,
+)

@@ -1,14 +1,19 @@
-"""digits-judge: says which digit, colour and background a picture shows, with 64 features.
+"""digits-judge: says which digit, colour, background and motion it sees, and what is no digit.
 
 An objective verifier, because DigitWorld knows the truth: trained on the `train` scans, its
-accuracy is measured on the `heldout` ones.
+accuracy is measured on the `heldout` ones. Its confidence means something, too: a quarter of its
+training pictures are noise or blends of digits, for which no digit is the right answer. The referee
+in `judge_b.py` has the same interface, another architecture and other scans.
 """
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,59 +21,101 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from accel.zoo.loop import step_generator
-from accel.zoo.world import BACKGROUNDS, COLOURS, DIGITS, DigitWorld
+from accel import zoo
+from accel.zoo.judge_data import FRAMES, HEADS, VIDEO_HEADS, JudgeLoss
+from accel.zoo.loop import LoopSettings
+from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
+from accel.zoo.world import DigitWorld
 
-HEADS = {"digit": len(DIGITS), "colour": len(COLOURS), "background": len(BACKGROUNDS)}
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Widths of the three convolution stages and of the features."""
-
-    widths: tuple[int, int, int] = (24, 48, 96)
-    features: int = 64
+FEATURES = 64
+DIGIT_CONFIDENCE = 0.9  # above this a picture counts as a digit
 
 
-class Judge(nn.Module):
-    """Small convolutional classifier with one linear head per attribute."""
+class AttributeJudge(nn.Module):
+    """What both judges share: everything but how a picture becomes 64 features and a position."""
 
-    def __init__(self, config: JudgeConfig = JudgeConfig()):
-        super().__init__()
-        self.config = config
-        layers: list[nn.Module] = []
-        channels = 3
-        for width in config.widths:
-            layers += [
-                nn.Conv2d(channels, width, 3, padding=1),
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, stride=2, padding=1),
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-            ]
-            channels = width
-        self.trunk = nn.Sequential(*layers)
-        self.project = nn.Linear(channels * 16, config.features)
-        self.heads = nn.ModuleDict({k: nn.Linear(config.features, n) for k, n in HEADS.items()})
+    config: Any
+    defaults: type  # the class of `config`
 
-    def features(self, images: Tensor) -> Tensor:
-        """(n, 3, 32, 32) in -1..1 -> (n, 64)."""
-        return F.silu(self.project(self.trunk(images).flatten(1)))
+    def add_heads(self, hidden: int = 128) -> None:
+        """One linear head per attribute, and the network that sums up the frames of a video."""
+        self.heads = nn.ModuleDict({k: nn.Linear(FEATURES, n) for k, n in HEADS.items()})
+        self.sum_up = nn.Sequential(
+            nn.Linear(2 * FEATURES + 2 * FRAMES, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, FEATURES),
+            nn.SiLU(),
+        )
+        self.video_heads = nn.ModuleDict(
+            {k: nn.Linear(FEATURES, n) for k, n in VIDEO_HEADS.items()}
+        )
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(n, 3, 32, 32) in -1..1 -> logits (n, classes) per attribute."""
-        features = self.features(images)
+    @abstractmethod
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, 3, h, w) in -1..1 -> features (n, 64) and where the digit is, (n, 2) in -1..1."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pictures (n, 3, h, w) in -1..1, 32 or 64 pixels square -> (n, 64)."""
+        return self.look(x)[0]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Pictures (n, 3, h, w) in -1..1 -> logits (n, classes) per attribute."""
+        features = self.features(x)
         return {name: head(features) for name, head in self.heads.items()}
 
-    @torch.no_grad()
-    def answers(self, images: np.ndarray, batch: int = 250) -> dict[str, np.ndarray]:
-        """(n, 32, 32, 3) uint8 -> index (n,) of the answer per attribute."""
-        parts = [
-            {k: v.argmax(1) for k, v in self(to_tensor(images[i : i + batch])).items()}
-            for i in range(0, len(images), batch)
-        ]
-        return {name: torch.cat([p[name] for p in parts]).numpy() for name in HEADS}
+    def video_features(self, x: Tensor) -> Tensor:
+        """Videos (n, 3, f, 64, 64) in -1..1 -> (n, 64), from 5 evenly spaced frames.
+
+        Raises ValueError for fewer frames.
+        """
+        features, where = self.look(five_frames(x).transpose(1, 2).flatten(0, 1))
+        return self._sum_up(features, where)
+
+    def _sum_up(self, features: Tensor, where: Tensor) -> Tensor:
+        """Of all frames, (5n, 64) and (5n, 2) -> (n, 64). Their order matters to positions only."""
+        features = features.unflatten(0, (-1, FRAMES))
+        deviation = (features - features.mean(1, keepdim=True)).abs().mean(1)
+        where = where.unflatten(0, (-1, FRAMES)).flatten(1)
+        return self.sum_up(torch.cat([features.mean(1), deviation, where], 1))
+
+    def video_logits(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Videos (n, 3, f, 64, 64) -> logits of the videos (n, .) and of 5 frames each (5n, .)."""
+        features, where = self.look(five_frames(x).transpose(1, 2).flatten(0, 1))
+        video = self._sum_up(features, where)
+        whole = {name: head(video) for name, head in self.video_heads.items()}
+        return whole, {name: head(features) for name, head in self.heads.items()}
+
+    def answers(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """(n, h, w, 3) uint8 -> index (n,) of the answer per attribute."""
+        return {k: p.argmax(1) for k, p in self.probabilities(images).items()}
+
+    def confidences(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """(n, h, w, 3) uint8 -> probability (n,) of the answer per attribute."""
+        return {k: p.max(1) for k, p in self.probabilities(images).items()}
+
+    def digit_like(self, images: np.ndarray) -> np.ndarray:
+        """(n, h, w, 3) uint8 -> (n,) bool: is this a digit at all?"""
+        return self.confidences(images)["digit"] > DIGIT_CONFIDENCE
+
+    def video_answers(self, videos: np.ndarray) -> dict[str, np.ndarray]:
+        """(n, f, h, w, 3) uint8 -> index (n,) of the answer per attribute, and of the motion."""
+        return {k: p.argmax(1) for k, p in self.probabilities(videos).items()}
+
+    def video_confidences(self, videos: np.ndarray) -> dict[str, np.ndarray]:
+        """(n, f, h, w, 3) uint8 -> probability (n,) of the answer per attribute and motion."""
+        return {k: p.max(1) for k, p in self.probabilities(videos).items()}
+
+    @torch.inference_mode()
+    def probabilities(self, samples: np.ndarray) -> dict[str, np.ndarray]:
+        """Pictures (n, h, w, 3) or videos (n, f, h, w, 3), uint8 -> (n, classes) per attribute."""
+        video = samples.ndim == 5
+        size = 32 if video else 250
+        parts = []
+        for start in range(0, len(samples), size):
+            batch = samples[start : start + size]
+            logits = self.video_logits(video_tensor(batch))[0] if video else self(to_tensor(batch))
+            parts.append({k: v.softmax(1) for k, v in logits.items()})
+        return {k: torch.cat([p[k] for p in parts]).numpy() for k in parts[0]}
 
     def save(self, folder: Path) -> None:
         """Writes config.json and model.safetensors (half precision)."""
@@ -78,14 +125,81 @@ class Judge(nn.Module):
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
-    def load(cls, folder: Path) -> Judge:
+    def load(cls, folder: Path) -> Self:
         """Reads what `save` wrote; float32, in evaluation mode."""
         config = json.loads((folder / "config.json").read_text())
-        judge = cls(JudgeConfig(tuple(config["widths"]), config["features"]))
-        judge.load_state_dict(
-            {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
-        )
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        judge = cls(cls.defaults(**config))
+        weights = load_file(folder / "model.safetensors")
+        judge.load_state_dict({k: v.float() for k, v in weights.items()})
         return judge.eval()
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Widths of the trunk at 2, 4 and 8 pixels a cell."""
+
+    widths: tuple[int, int, int] = (24, 48, 96)
+
+
+class Judge(AttributeJudge):
+    """Convolutions down to 8 pixels a cell, then 64 features from every window of 4x4 cells.
+
+    A picture of 32 pixels is one window; a frame of 64 is 25, of which learned attention takes the
+    one with the digit, and so knows where that is.
+    """
+
+    defaults = JudgeConfig
+
+    def __init__(self, config: JudgeConfig = JudgeConfig()):
+        super().__init__()
+        self.config = config
+        a, b, c = config.widths
+        plan = ((3, a, 5, 2), (a, b, 3, 1), (b, b, 3, 2), (b, c, 3, 1), (c, c, 3, 2))
+        layers: list[nn.Module] = []
+        for before, after, side, stride in plan:
+            layers += [
+                nn.Conv2d(before, after, side, stride, padding=side // 2),
+                nn.GroupNorm(8, after),
+                nn.SiLU(),
+            ]
+        self.trunk = nn.Sequential(*layers)
+        self.window = nn.Conv2d(c, FEATURES, 4)
+        self.mix = nn.Conv2d(FEATURES, FEATURES, 1)
+        self.attention = nn.Conv2d(FEATURES, 1, 1)
+        self.add_heads()
+
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        windows = F.silu(self.mix(F.silu(self.window(self.trunk(x)))))  # (n, 64, rows, columns)
+        return attend(windows, self.attention(windows))
+
+
+def attend(cells: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention over a map: cells (n, c, h, w), logits (n, 1, h, w).
+
+    Returns the mean cell (n, c) and the mean position (n, 2) as x, y in -1..1.
+    """
+    weights = logits.flatten(1).softmax(1).view_as(logits)
+    across, down = weights.sum((1, 2)), weights.sum((1, 3))  # (n, w), (n, h)
+    where = torch.stack([across @ _axis(across), down @ _axis(down)], 1)
+    return (cells * weights).sum((2, 3)), where
+
+
+def _axis(line: Tensor) -> Tensor:
+    """Positions -1..1 of the cells of (n, m); a single cell is in the middle."""
+    count = line.shape[1]
+    return torch.linspace(-1, 1, count, device=line.device) if count > 1 else line.new_zeros(1)
+
+
+def five_frames(x: Tensor) -> Tensor:
+    """(n, c, f, h, w) -> (n, c, 5, h, w): evenly spaced, from the first to the last.
+
+    Raises ValueError for fewer than 5 frames.
+    """
+    count = x.shape[2]
+    if count < FRAMES:
+        raise ValueError(f"judge: a video of {count} frames; it needs at least {FRAMES}")
+    return x if count == FRAMES else x[:, :, np.linspace(0, count - 1, FRAMES).round()]
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -93,41 +207,67 @@ def to_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
-class JudgeLoss:
-    """Cross entropies of the heads on fresh pictures, some of them noisy, blurred or shifted."""
-
-    def __init__(self, batch: int, seed: int, device: torch.device):
-        self.world = DigitWorld("train", seed)
-        self.batch, self.seed, self.device = batch, seed, device
-
-    def __call__(self, model: nn.Module, step: int) -> Tensor:
-        images, what = self.world.batch(np.arange(step * self.batch, (step + 1) * self.batch))
-        x = _roughen(to_tensor(images), step_generator(self.seed, step)).to(self.device)
-        logits = model(x)
-        truth = {k: torch.from_numpy(getattr(what, k)).to(self.device) for k in HEADS}
-        return sum(
-            (F.cross_entropy(logits[k], truth[k], label_smoothing=0.02) for k in HEADS),
-            start=torch.zeros((), device=self.device),
-        )
+def video_tensor(videos: np.ndarray) -> Tensor:
+    """(n, f, h, w, 3) uint8 -> (n, 3, f, h, w) float32 in -1..1."""
+    flat = to_tensor(videos.reshape(-1, *videos.shape[2:]))
+    return flat.unflatten(0, videos.shape[:2]).transpose(1, 2)
 
 
-def _roughen(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotation, shear and stretch of the whole picture, blur and noise: what scans lack."""
-    n = len(x)
-    bend = torch.randn(n, 2, 2, generator=generator) * 0.1
-    theta = torch.cat([torch.eye(2) + bend, torch.randn(n, 2, 1, generator=generator) * 0.03], 2)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    x = torch.lerp(x, soft, torch.rand(n, 1, 1, 1, generator=generator))
-    strength = 0.1 * torch.rand(n, 1, 1, 1, generator=generator)
-    return x + strength * torch.randn(x.shape, generator=generator)
+def accuracy(
+    judge: AttributeJudge, world: DigitWorld, count: int, *, videos: bool = False
+) -> dict[str, float]:
+    """Share of `count` real samples of `world` judged right, per attribute and for "all".
+
+    Pictures, or videos of 17 frames; of those, the motion counts, too.
+    """
+    right: dict[str, list[np.ndarray]] = {}
+    for start in range(0, count, 100):
+        indices = np.arange(start, min(start + 100, count))
+        samples, what = world.videos(indices) if videos else world.batch(indices)
+        for name, answer in judge.probabilities(samples).items():
+            right.setdefault(name, []).append(answer.argmax(1) == getattr(what, name))
+    joined = {name: np.concatenate(parts) for name, parts in right.items()}
+    joined["all"] = np.logical_and.reduce(list(joined.values()))
+    return {name: float(ok.mean()) for name, ok in joined.items()}
 
 
-def accuracy(judge: Judge, world: DigitWorld, count: int) -> dict[str, float]:
-    """Share of `count` real pictures of `world` judged right, per attribute and for "all"."""
-    images, what = world.batch(np.arange(count))
-    answers = judge.answers(images)
-    right = {name: answers[name] == getattr(what, name) for name in HEADS}
-    right["all"] = np.logical_and.reduce(list(right.values()))
-    return {name: float(ok.mean()) for name, ok in right.items()}
+@cache
+def judge(name: str = "digits-judge") -> AttributeJudge:
+    """A shipped judge by name, "digits-judge" or "digits-judge-b"; loaded once.
+
+    Raises ValueError for any other name.
+    """
+    from accel.zoo.judge_b import Referee  # it is built from this module
+
+    kinds = {"digits-judge": Judge, "digits-judge-b": Referee}
+    if name not in kinds:
+        raise ValueError(f"zoo: no judge {name!r}; known: {', '.join(kinds)}")
+    return kinds[name].load(zoo.path(name))
+
+
+def train(run: Training) -> None:
+    """One stage."""
+    run.seed_weights()
+    judge = Judge.load(run.shipped).train() if run.shipped else Judge()
+    loss = JudgeLoss(run.batch("judge"), run.seed, run.device)
+    run.stage("judge", judge, loss)
+
+
+def write(out: Path, folder: Path) -> None:
+    """The judge's EMA weights as `save` keeps them."""
+    judge = Judge()
+    judge.load_state_dict(trained_weights(out, "judge"))
+    judge.save(folder)
+
+
+def presets(minutes: float, steps: int) -> dict[str, Preset]:
+    """One stage, "judge": so many minutes on a CPU core, so many steps on a GPU."""
+    brief = LoopSettings(steps=6, checkpoint_steps=2, log_steps=2)
+    return {
+        "cpu": Preset("cpu", "no", {"judge": Stage(64, LoopSettings(minutes=minutes, lr=2e-3))}),
+        "gpu": Preset("cuda", "bf16", {"judge": Stage(256, LoopSettings(steps=steps, lr=2e-3))}),
+        "smoke": Preset("cpu", "no", {"judge": Stage(16, brief)}),
+    }
+
+
+MODEL = Model(presets=presets(minutes=11, steps=20_000), train=train, write=write)

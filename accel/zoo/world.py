@@ -12,7 +12,7 @@ Three disjoint sets of scans: `train` for generators and the judge, `heldout` fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -38,11 +38,17 @@ BACKGROUNDS = tuple(LEVELS)
 LEVEL_JITTER = 0.04  # uniform, either side of the level
 TEXTURES = ("plain", "gradient", "stripes", "waves")
 TEXTURE_AMPLITUDE = 0.06  # of the full range, either side of the level
-MOTIONS = ("left", "right", "up", "down")
+# Direction of movement as (x, y) on the screen, y downwards.
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+MOTIONS = tuple(DIRECTIONS)
 SPLITS = {"train": 1077, "referee": 420, "heldout": 300}
 
 NULL_CLASS = 1000  # stock DiTPipeline hard-codes it as "no class"
 _DRAWS = 12  # uniform numbers per sample; fixed, so that new attributes do not move the old ones
+_MOTION_DRAWS = 4  # further ones per video
+_MOTION_STREAM = 0x5EED_0000  # added to the stream of a split, so that they are other numbers
+VIDEO_FRAMES = 17  # 1 + 4 x 4: five latent frames of a video autoencoder
+VIDEO_CANVAS = 64
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Attributes:
     background: np.ndarray
     texture: np.ndarray
     scan: np.ndarray  # row of scikit-learn's `load_digits`
+    motion: np.ndarray | None = None  # of videos: index into MOTIONS
 
     @property
     def class_id(self) -> np.ndarray:
@@ -62,9 +69,10 @@ class Attributes:
 
     def captions(self) -> list[str]:
         """One sentence per sample, by the grammar of `caption`."""
+        motions = [None] * len(self.digit) if self.motion is None else self.motion
         return [
-            caption(d, c, b)
-            for d, c, b in zip(self.digit, self.colour, self.background, strict=True)
+            caption(*row)
+            for row in zip(self.digit, self.colour, self.background, motions, strict=True)
         ]
 
 
@@ -188,6 +196,7 @@ class DigitWorld:
         self.split, self.seed, self.canvas = split, seed, canvas
         rows = split_scans(split)
         digits = scans()[1][rows]
+        self._stream = seed * len(SPLITS) + list(SPLITS).index(split)
         self._by_digit = [rows[digits == digit] for digit in range(10)]
 
     def attributes(self, indices, class_ids=None, backgrounds=None) -> Attributes:
@@ -201,6 +210,26 @@ class DigitWorld:
         size = self.canvas * (22 + 5 * u[:, 5]) / 32  # 22 to 27 of 32 pixels
         centre = self.canvas * (0.5 + (4 * u[:, 6:8] - 2) / 32)  # 2 of 32 pixels either way
         return self._draw(what, u, size, centre), what
+
+    def videos(
+        self, indices, class_ids=None, backgrounds=None, motions=None, frames: int = VIDEO_FRAMES
+    ) -> tuple[np.ndarray, Attributes]:
+        """Videos (n, frames, canvas, canvas, 3) uint8 RGB of a digit that moves, and their content.
+
+        The digit is as large as in a picture of 32 pixels and moves 18 to 26 pixels in a straight
+        line at constant speed, whatever the number of frames; the background stands still.
+        """
+        u = self._uniforms(indices)
+        v = uniforms(self._stream + _MOTION_STREAM, np.atleast_1d(indices), _MOTION_DRAWS)
+        motion = _pick(v[:, 0], len(MOTIONS)) if motions is None else np.asarray(motions)
+        what = replace(self._attributes(u, class_ids, backgrounds), motion=motion)
+        size = 22 + 5 * u[:, 5]
+        way = np.array(list(DIRECTIONS.values()), dtype=np.float64)[motion]  # (n, 2)
+        middle = self.canvas / 2 + (2 * v[:, 2:4] - 1) * np.where(way == 0, 7.0, 2.0)
+        reach = (18 + 8 * v[:, 1, None]) / 2 * way
+        parts = np.linspace(-1, 1, frames) if frames > 1 else np.zeros(1)
+        pictures = [self._draw(what, u, size, middle + part * reach) for part in parts]
+        return np.stack(pictures, axis=1), what
 
     def sample(self, index: int) -> tuple[np.ndarray, Attributes]:
         """One picture (canvas, canvas, 3) uint8 RGB; its attributes have shape (1,)."""
@@ -218,8 +247,7 @@ class DigitWorld:
         return np.round(mixed * 255).astype(np.uint8)
 
     def _uniforms(self, indices) -> np.ndarray:
-        stream = self.seed * len(SPLITS) + list(SPLITS).index(self.split)
-        return uniforms(stream, np.atleast_1d(np.asarray(indices)), _DRAWS)
+        return uniforms(self._stream, np.atleast_1d(np.asarray(indices)), _DRAWS)
 
     def _attributes(self, u, class_ids, backgrounds) -> Attributes:
         classes = _pick(u[:, 0], 100) if class_ids is None else np.asarray(class_ids)

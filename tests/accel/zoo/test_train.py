@@ -14,8 +14,9 @@ from torch import nn
 from accel import zoo
 from accel.zoo import loop, train
 from accel.zoo.dit import DiTConfig, NoiseLoss, build_scheduler
+from accel.zoo.judge import Judge
 from accel.zoo.loop import Ema, LoopSettings, Position, newest_checkpoint
-from accel.zoo.ship import ema_weights
+from accel.zoo.training import ema_weights
 from accel.zoo.world import NULL_CLASS
 
 ROOT = Path(__file__).parents[3]
@@ -74,7 +75,7 @@ def test_warm_restart_goes_on_from_the_shipped_weights_and_position(tmp_path):
     train.main([*arguments(tmp_path, "--start", "shipped"), "--steps", "1"])
     end = newest_checkpoint(tmp_path / "judge")
     assert Position.read(end / loop.POSITION).step == began + 1
-    shipped = train.Judge.load(zoo.path("digits-judge")).state_dict()
+    shipped = Judge.load(zoo.path("digits-judge")).state_dict()
     for name, weight in ema_weights(end).items():
         assert torch.allclose(weight, shipped[name], atol=1e-4)
 

@@ -1,0 +1,268 @@
+"""digits-wan: a small WanTransformer3DModel on 1,280 video tokens, with its text encoder.
+
+Trained in three stages: the autoencoder; the transformer and the text encoder on single pictures of
+64 tokens, where strokes, colours and words are learned 20 times cheaper; then on whole videos, where
+only movement is new. Rotary positions are relative, and a digit has the same size in both.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch import Tensor, nn
+from transformers import UMT5EncoderModel
+
+from accel.zoo import wan_autoencoder
+from accel.zoo.judge import to_tensor
+from accel.zoo.loop import LoopSettings, step_generator
+from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
+from accel.zoo.wan_autoencoder import WanAutoencoderConfig, videos_to_tensor
+from accel.zoo.wan_text import MAX_LENGTH, TextConfig, build_tokenizer
+from accel.zoo.world import VIDEO_CANVAS, DigitWorld
+
+CAPTION_DROPOUT = 0.1
+FLOW_SHIFT = 3.0  # WanPipeline's scheduler for small pictures
+SHORT = 16  # tokens; more than any caption has
+PICTURES_PER_VIDEO = 16  # in the pools; a video costs as much to encode as 50 pictures
+LONG_EVERY = 4  # every 4th step pads the text to what the pipeline pads it to
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Size of the transformer. A 17x64x64 video is 5x16x16 tokens of patch (1, 1, 1)."""
+
+    layers: int = 6
+    heads: int = 3
+    head_dim: int = 32
+    latent_channels: int = WanAutoencoderConfig.latent_channels
+    text_width: int = TextConfig.width
+
+    def build(self) -> WanTransformer3DModel:
+        """A fresh transformer; as in DiT, every block starts as the identity."""
+        width = self.heads * self.head_dim
+        model = WanTransformer3DModel(
+            patch_size=(1, 1, 1),
+            num_attention_heads=self.heads,
+            attention_head_dim=self.head_dim,
+            in_channels=self.latent_channels,
+            out_channels=self.latent_channels,
+            text_dim=self.text_width,
+            freq_dim=64,
+            ffn_dim=4 * width,
+            num_layers=self.layers,
+            rope_max_seq_len=64,
+        )
+        nn.init.zeros_(model.condition_embedder.time_proj.weight)
+        nn.init.zeros_(model.condition_embedder.time_proj.bias)
+        nn.init.zeros_(model.proj_out.weight)
+        nn.init.zeros_(model.proj_out.bias)
+        with torch.no_grad():
+            for block in model.blocks:
+                block.scale_shift_table.zero_()  # (1, 6, width): shift, scale and gate, twice
+                nn.init.zeros_(block.attn2.to_out[0].weight)
+                nn.init.zeros_(block.attn2.to_out[0].bias)
+        return model
+
+
+def build_scheduler() -> UniPCMultistepScheduler:
+    """The solver Wan 2.1 is shipped with."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
+    )
+
+
+class TextToVideo(nn.Module):
+    """The two networks that are trained together."""
+
+    def __init__(self, transformer: WanTransformer3DModel, text: UMT5EncoderModel):
+        super().__init__()
+        self.transformer, self.text = transformer, text
+
+    def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor, length: int) -> Tensor:
+        """Velocity (n, c, f, h, w) from latents, timesteps (n,) in 0..1000 and token ids (n, s).
+
+        The text is padded with zeros to `length` states, as WanPipeline does it.
+        """
+        mask = (tokens != 0).long()
+        states = self.text(tokens, mask).last_hidden_state * mask[..., None]
+        states = nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
+        return self.transformer(x, timestep, states).sample
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded samples: means and deviations (count, c, f, h, w) in half precision, token ids."""
+
+    means: Tensor
+    deviations: Tensor
+    tokens: Tensor  # (count, SHORT)
+
+
+class VelocityLoss:
+    """Squared error of the predicted velocity eps - x0 over a fixed pool (flow matching).
+
+    The noise level is uniform, then shifted as the solver shifts it; one in each of `batch` equal
+    parts. Everything follows from the step.
+    """
+
+    def __init__(self, pool: Pool, batch: int, seed: int, shift: float, device: torch.device):
+        self.pool, self.batch, self.seed = pool, batch, seed
+        self.shift, self.device = shift, device
+        self.empty = tokenize([""])[0]
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def rows(self, step: int) -> Tensor:
+        """Rows of the pool used at a step, (batch,): a new order every pass."""
+        count = len(self.pool.tokens)
+        epoch, at = divmod(step, count // self.batch)
+        if self._order[0] != epoch:
+            generator = step_generator(self.seed + 1, epoch)
+            self._order = (epoch, torch.randperm(count, generator=generator))
+        return self._order[1][at * self.batch : (at + 1) * self.batch]
+
+    def __call__(self, model: nn.Module, step: int) -> Tensor:
+        rows, g = self.rows(step), step_generator(self.seed, step)
+        mean = self.pool.means[rows].float()
+        x0 = mean + self.pool.deviations[rows].float() * torch.randn(mean.shape, generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        u = (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch
+        sigma = self.shift * u / (1 + (self.shift - 1) * u)
+        dropped = torch.rand(self.batch, generator=g) < CAPTION_DROPOUT
+        tokens = torch.where(dropped[:, None], self.empty, self.pool.tokens[rows])
+        s = sigma[:, None, None, None, None]
+        x = (1 - s) * x0 + s * eps
+        length = SHORT if step % LONG_EVERY else MAX_LENGTH
+        v = model(
+            x.to(self.device), 1000 * sigma.to(self.device), tokens.to(self.device), length
+        ).float()
+        return (v - (eps - x0).to(self.device)).square().mean()
+
+
+def tokenize(captions: list[str]) -> Tensor:
+    """Token ids (n, SHORT)."""
+    tokenizer = build_tokenizer()
+    return tokenizer(
+        captions, padding="max_length", max_length=SHORT, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def encode_pictures(vae: AutoencoderKLWan, world: DigitWorld, count: int) -> Pool:
+    """The first `count` pictures of 32x32 as videos of one frame."""
+    return _encoded(vae, count, 128, lambda i: (to_tensor((w := world.batch(i))[0])[:, :, None], w))
+
+
+def encode_videos(vae: AutoencoderKLWan, world: DigitWorld, count: int) -> Pool:
+    """The first `count` videos."""
+    return _encoded(vae, count, 8, lambda i: (videos_to_tensor((w := world.videos(i))[0]), w))
+
+
+def _encoded(vae: AutoencoderKLWan, count: int, batch: int, draw) -> Pool:
+    means, deviations, captions = [], [], []
+    for start in range(0, count, batch):
+        x, (_, what) = draw(np.arange(start, min(start + batch, count)))
+        mean, deviation = wan_autoencoder.encode(vae, x)
+        means.append(mean.half())
+        deviations.append(deviation.half())
+        captions += what.captions()
+    return Pool(torch.cat(means), torch.cat(deviations), tokenize(captions))
+
+
+def train(run: Training) -> None:
+    """Autoencoder, pictures, videos. A warm restart goes on with the videos."""
+    run.seed_weights()
+    vae = wan_autoencoder.trained(run)
+    run.seed_weights()
+    model = TextToVideo(WanConfig().build(), TextConfig().build())
+    if run.shipped:
+        model = shipped(run.shipped)
+        run.keep_record("pictures")
+    else:
+        pool = encode_pictures(vae, DigitWorld("train", run.seed), run.preset.pool)
+        print(f"pictures: {len(pool.tokens)} encoded", flush=True)
+        loss = VelocityLoss(pool, run.batch("pictures"), run.seed, 2.0, run.device)
+        model.load_state_dict(run.stage("pictures", model, loss))
+    world = DigitWorld("train", run.seed, VIDEO_CANVAS)
+    pool = encode_videos(vae, world, run.preset.pool // PICTURES_PER_VIDEO)
+    print(f"videos: {len(pool.tokens)} encoded", flush=True)
+    loss = VelocityLoss(pool, run.batch("videos"), run.seed, FLOW_SHIFT, run.device)
+    run.stage("videos", model, loss)
+
+
+def shipped(folder: Path) -> TextToVideo:
+    """The trained pair of a shipped folder, in float32."""
+    return TextToVideo(
+        WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=torch.float32),
+        UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+    )
+
+
+def write(out: Path, folder: Path) -> None:
+    """A stock WanPipeline folder in half precision."""
+    model = TextToVideo(WanConfig().build(), TextConfig().build())
+    stage = "videos" if (out / "videos").is_dir() else "pictures"
+    model.load_state_dict(trained_weights(out, stage))
+    trained = AutoencoderKLWan.from_pretrained(out / "vae")
+    vae = WanAutoencoderConfig().build()  # whose configuration names no folder of ours
+    vae.load_state_dict(trained.state_dict())
+    vae.register_to_config(
+        latents_mean=trained.config.latents_mean, latents_std=trained.config.latents_std
+    )
+    for part in (model, vae):
+        nn.Module.half(part)
+    pipe = WanPipeline(
+        build_tokenizer(), model.text, vae, build_scheduler(), transformer=model.transformer
+    )
+    for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    pipe.save_pretrained(folder, safe_serialization=True)
+
+
+MODEL = Model(
+    presets={
+        # About two hours on one core of a server CPU: what was shipped.
+        "cpu": Preset(
+            "cpu",
+            "no",
+            {
+                "autoencoder": Stage(4, LoopSettings(minutes=24, lr=3e-3)),
+                "pictures": Stage(64, LoopSettings(minutes=22, lr=2e-3, warmup=300)),
+                "videos": Stage(4, LoopSettings(minutes=50, lr=1e-3)),
+            },
+            pool=65_536,
+        ),
+        # For a better model where a GPU is at hand. No shipped weights come from it yet.
+        "gpu": Preset(
+            "cuda",
+            "bf16",
+            {
+                "autoencoder": Stage(32, LoopSettings(steps=20_000, lr=3e-3)),
+                "pictures": Stage(1024, LoopSettings(steps=60_000, lr=2e-3, warmup=1000)),
+                "videos": Stage(64, LoopSettings(steps=40_000, lr=1e-3, warmup=1000)),
+            },
+            pool=262_144,
+        ),
+        # Proves the machinery in seconds; the result is noise.
+        "smoke": Preset(
+            "cpu",
+            "no",
+            {
+                "autoencoder": Stage(1, LoopSettings(steps=2, log_steps=2)),
+                "pictures": Stage(4, LoopSettings(steps=2, log_steps=2)),
+                "videos": Stage(1, LoopSettings(steps=2, log_steps=2)),
+            },
+            pool=32,
+        ),
+    },
+    train=train,
+    write=write,
+)
