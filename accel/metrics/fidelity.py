@@ -61,6 +61,72 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return (top / bottom).reshape(len(a), -1).mean(1)
 
 
+def feature_distance(a: Tensor, reference: Tensor) -> Tensor:
+    """Distance of each pair of features, in units of the distance of unrelated references.
+
+    |a_i - r_i| / (mean over i, j of |r_i - r_j|^2)^(1/2): 0 is the same content, 1 is as far as
+    another sample. Chosen over 1 - cosine and |a - r| / |r| because both depend on the mean of the
+    features, which is large and says nothing (features behind a ReLU all point the same way).
+
+    Args:
+        a, reference: (n, d) of equal shape, n at least 2.
+
+    Returns:
+        (n,) float64.
+
+    Raises:
+        ValueError: other shapes, or references that are all equal.
+    """
+    _check_shapes(a, reference)
+    if a.ndim != 2 or len(a) < 2:
+        raise ValueError(f"feature_distance: wants (n, d) with n >= 2; got {tuple(a.shape)}")
+    unrelated = (2 * reference.double().var(dim=0).sum()).sqrt()
+    if unrelated == 0:
+        raise ValueError("feature_distance: the references are all equal, there is no unit")
+    return (a.double() - reference.double()).norm(dim=1) / unrelated
+
+
+def frame_psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each frame, in dB; ``inf`` for equal frames.
+
+    Args:
+        a, b: values in [0, 1], (n, f, c, h, w) of equal shape.
+
+    Returns:
+        (n, f) float64: a curve for each video.
+    """
+    _check_videos(a, b, frames=1)
+    return psnr(a.flatten(0, 1), b.flatten(0, 1)).reshape(a.shape[:2])
+
+
+def worst_frame(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The frame of each video with the lowest PSNR: ((n,) dB, (n,) index). Shapes of frame_psnr."""
+    worst = frame_psnr(a, b).min(dim=1)
+    return worst.values, worst.indices
+
+
+def temporal_error(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square error of frame-to-frame differences, in units of the full range.
+
+    Blind to what is wrong alike in all frames, so it is what flicker and wrong motion add.
+
+    Args:
+        a, b: values in [0, 1], (n, f, c, h, w) of equal shape, f at least 2.
+
+    Returns:
+        (n,) float64.
+    """
+    _check_videos(a, b, frames=2)
+    error = (a.double() - b.double()).diff(dim=1)
+    return error.square().flatten(1).mean(1).sqrt()
+
+
 def _check_shapes(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
         raise ValueError(f"paired samples differ in shape: {tuple(a.shape)}, {tuple(b.shape)}")
+
+
+def _check_videos(a: Tensor, b: Tensor, frames: int) -> None:
+    _check_shapes(a, b)
+    if a.ndim != 5 or a.shape[1] < frames:
+        raise ValueError(f"wants videos (n, f, c, h, w), f >= {frames}; got {tuple(a.shape)}")

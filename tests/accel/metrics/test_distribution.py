@@ -201,7 +201,7 @@ class _Given(torch.nn.Module):
 
 @pytest.mark.parametrize(("n", "d"), [(60, 1), (200, 16), (400, 64)])
 def test_agrees_with_torchmetrics(n, d):
-    """Its root is of eigenvalues, good to about sqrt(eps) = 1.5e-8 of the trace each; 64 of them."""
+    """Its root is of up to 64 eigenvalues, each good to sqrt(eps) = 1.5e-8 of the trace."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
