@@ -1,30 +1,46 @@
-"""What an acceleration gains and costs: paired timing, counted work, memory, fidelity.
+"""What an acceleration gains and costs: paired timing, counted work, memory, quality.
 
 A speed is a ratio, measured in turn in one process: plain, accelerated, accelerated, plain, ...
-Work is counted (floating-point operations, network evaluations), so it is exact and repeatable.
+Work is counted (floating-point operations, network evaluations, bytes of tensors), so it is exact
+and repeatable. Quality is paired: same inputs, same seeds. Whether an output is right is judged by
+a ``Referee``, a value from outside.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from accel.artifact import inputs_digest, versions
+from accel.artifact import Fingerprint, inputs_digest
+from accel.counting import counted_flops, peak_memory, synchronize
+from accel.denoiser import denoisers
+from accel.environment import environment, hardware, load_average
 from accel.method import Method, Recipe, attached
-from accel.metrics.fidelity import SSIM_WINDOW, psnr, ssim
+from accel.metrics.distribution import SAMPLES_PER_FEATURE, frechet
+from accel.metrics.fidelity import SSIM_WINDOW, feature_distance, psnr, ssim
+from accel.metrics.protocol import Protocol
 from accel.metrics.statistics import Interval, bootstrap
 
+__all__ = [
+    "PLAIN", "Comparison", "Judged", "PairedTime", "Pass", "Referee", "Study", "Verdict", "compare",
+    "counted_flops", "environment", "hardware", "paired_time", "peak_memory",
+]  # fmt: skip
+
 PSNR_CAP = 100.0  # dB; equal samples have infinite PSNR, which has no mean
+
+Inputs = Sequence[dict[str, Any]]  # pipeline-call arguments, JSON values only
+Around = Callable[[], AbstractContextManager[Any]]
+
+
+# -- time ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -42,85 +58,133 @@ class PairedTime:
 
 
 def paired_time(
-    a: Callable[[], Any], b: Callable[[], Any], *, rounds: int = 7, warmup: int = 1
+    a: Callable[[], Any],
+    b: Callable[[], Any],
+    *,
+    rounds: int = 7,
+    warmup: int = 1,
+    around: tuple[Around, Around] = (nullcontext, nullcontext),
 ) -> PairedTime:
     """Time two callables in turn, in alternating order, after ``warmup`` rounds.
 
-    Waits for the accelerator after every call, if there is one.
+    Waits for the accelerator after every call, if there is one. Each call runs inside a context of
+    its own, made by ``around``: entering and leaving it is not timed.
     """
     if rounds < 1:
         raise ValueError(f"paired_time: rounds = {rounds}, at least 1")
-    seconds: dict[int, list[float]] = {0: [], 1: []}
+    seconds: tuple[list[float], list[float]] = ([], [])
     for i in range(warmup + rounds):
         for which in (0, 1) if i % 2 == 0 else (1, 0):
-            elapsed = _timed((a, b)[which])
+            with around[which]():
+                elapsed = _timed((a, b)[which])
             if i >= warmup:
                 seconds[which].append(elapsed)
     return PairedTime(tuple(seconds[0]), tuple(seconds[1]))
 
 
 def _timed(fn: Callable[[], Any]) -> float:
-    _synchronize()
+    synchronize()
     begin = time.perf_counter()
     fn()
-    _synchronize()
+    synchronize()
     return time.perf_counter() - begin
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+# -- quality ---------------------------------------------------------------------------------
 
 
-def counted_flops(fn: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products and convolutions that ``fn`` really runs."""
-    from torch.utils.flop_counter import FlopCounterMode
+class Verdict(NamedTuple):
+    """What a referee says of n samples: ``right`` (n,) bool, ``features`` (n, d)."""
 
-    with FlopCounterMode(display=False) as counter:
-        fn()
-    return int(counter.get_total_flops())
+    right: np.ndarray
+    features: np.ndarray
 
 
-def peak_memory(fn: Callable[[], Any]) -> int | None:
-    """Bytes that ``fn`` needs at most above what is there before: device memory, else resident.
+@dataclass(frozen=True)
+class Referee:
+    """Judges outputs by what was asked for; neither a method nor this file knows how.
 
-    ``None`` where the operating system does not let a process reset its high-water mark.
+    judge: takes samples, (n, h, w, 3) or (n, frames, h, w, 3) uint8, and the inputs they were made
+    from. real: takes inputs and the number of a draw, gives features (n, d) of as many real samples
+    with the same content; other draws are other samples. ``None`` where there are no real ones.
     """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        fn()
-        _synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_bytes("VmRSS")
-        fn()
-        return max(0, _status_bytes("VmHWM") - before)
-    except OSError:
-        return None
+
+    name: str
+    sha256: str
+    judge: Callable[[np.ndarray, Inputs], Verdict]
+    real: Callable[[Inputs, int], np.ndarray] | None = None
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+@dataclass(frozen=True)
+class Judged:
+    """A referee's figures, plain and accelerated, of the same inputs and seeds.
+
+    difference: of accuracy, accelerated - plain, paired by sample. feature_distance: of each
+    accelerated sample to its plain one, in units of unrelated samples. frechet: distance to real
+    samples, plain and accelerated, and of real samples to other real ones (the floor), all of
+    equal counts; ``None`` where there are no real samples, or too few samples for the features.
+    """
+
+    referee: str
+    before: Interval
+    after: Interval
+    difference: Interval
+    feature_distance: Interval | None
+    frechet: tuple[float, float, float] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        intervals = {k: getattr(self, k).as_json() for k in ("before", "after", "difference")}
+        distances = None
+        if self.frechet is not None:
+            names = ("before", "after", "floor")
+            distances = {k: round(v, 4) for k, v in zip(names, self.frechet, strict=True)}
+        return {
+            "referee": self.referee,
+            "accuracy": intervals,
+            "feature_distance": self.feature_distance.as_json() if self.feature_distance else None,
+            "frechet": distances,
+        }
+
+
+# -- one recipe against another --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pass:
+    """All inputs through a pipeline once: samples in [0, 1], (n, c, h, w) or (n, f, c, h, w).
+
+    ``flops``, ``nfe`` and ``peak_bytes`` are of the timed inputs.
+    """
+
+    samples: torch.Tensor
+    verdict: Verdict | None
+    report: dict[str, Any]
+    flops: int
+    nfe: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One recipe against the plain pipeline, on the same inputs and seeds."""
+    """One recipe against another (or none), on the same inputs and seeds.
+
+    ``per_sample`` has "psnr", "ssim" and, where there is a referee, "right" (of the accelerated
+    side) and "feature_distance", for paired tests between recipes of the same protocol.
+    """
 
     time: PairedTime
     flops: tuple[int, int]
-    peak_bytes: tuple[int | None, int | None]
+    peak_bytes: tuple[int, int]
     nfe: tuple[int, int]
     psnr: Interval
     ssim: Interval | None
+    judged: Judged | None
+    per_sample: dict[str, list[float]]
     samples: int
     report: dict[str, Any]
-    inputs_sha256: str
+    protocol: Protocol
+    environment: dict[str, Any]
 
     def measured(self) -> dict[str, Any]:
         """The ``measured`` block of a recipe file, plain JSON."""
@@ -131,64 +195,182 @@ class Comparison:
             "peak_bytes": list(self.peak_bytes),
             "psnr": self.psnr.as_json(),
             "ssim": self.ssim.as_json() if self.ssim else None,
+            "judged": self.judged.as_json() if self.judged else None,
             "samples": self.samples,
             "rounds": len(self.time.seconds_a),
-            "inputs_sha256": self.inputs_sha256,
-            **environment(),
+            "protocol": self.protocol.as_json(),
+            "environment": self.environment,
         }
+
+
+PLAIN = Recipe(())
+
+
+class Study:
+    """A pipeline with inputs and seeds. What was run once, such as the plain pipeline, is kept."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        inputs: Inputs,
+        *,
+        seeds: Sequence[int] | None = None,
+        timed: int | None = None,
+        referee: Referee | None = None,
+        model: Any = None,
+    ) -> None:
+        """Input i runs with a CPU generator of seed ``seeds[i]`` (its index by default).
+
+        Args:
+            inputs: pipeline-call arguments.
+            timed: how many of the first inputs are timed and counted; all by default.
+            model: the pipeline's name and revision as plain JSON; what it consists of by default.
+
+        Raises:
+            ValueError: no inputs, not one seed for each, or not so many to time.
+        """
+        self.seeds = list(range(len(inputs)) if seeds is None else seeds)
+        if not inputs or len(self.seeds) != len(inputs):
+            raise ValueError(
+                f"Study: {len(inputs)} inputs, {len(self.seeds)} seeds; wants some, paired"
+            )
+        self.timed = len(inputs) if timed is None else timed
+        if not 1 <= self.timed <= len(inputs):
+            raise ValueError(f"Study: timed = {timed} of {len(inputs)} inputs")
+        self.pipe, self.inputs, self.referee = pipe, list(inputs), referee
+        self.model = _model_record(pipe) if model is None else model
+        self._passes: dict[Method, Pass] = {}
+        self._load = load_average()
+
+    def run(self, method: Method = PLAIN) -> Pass:
+        """Run all inputs with ``method``, and count the timed ones; done once for each method.
+
+        Raises:
+            ValueError: what attaching raises.
+        """
+        if method not in self._passes:
+            self._passes[method] = self._run(method)
+        return self._passes[method]
+
+    def _run(self, method: Method) -> Pass:
+        with attached(method, self.pipe) as live:
+            samples = self._outputs(len(self.inputs))
+            report = live.report()
+        with attached(method, self.pipe) as live:
+            flops = counted_flops(self._timed_outputs)
+            nfe = sum(run["nfe"] for run in live.report()["runs"])
+        with attached(method, self.pipe):
+            peak = peak_memory(self._timed_outputs, self.pipe.device.type)
+        verdict = None
+        if self.referee is not None:
+            verdict = self.referee.judge(_as_bytes(samples), self.inputs)
+        return Pass(samples, verdict, report, flops, nfe, peak)
+
+    def paired_time(self, a: Method, b: Method, *, rounds: int = 5) -> PairedTime:
+        """Time the timed inputs under two methods in turn; attaching them is not timed."""
+        around = tuple(lambda m=m: attached(m, self.pipe) for m in (a, b))
+        run = self._timed_outputs
+        return paired_time(run, run, rounds=rounds, around=(around[0], around[1]))
+
+    def compare(self, method: Method, base: Method = PLAIN, *, rounds: int = 5) -> Comparison:
+        """``method`` against ``base``, the plain pipeline by default."""
+        before, after = self.run(base), self.run(method)
+        values = _paired_values(before, after)
+        return Comparison(
+            time=self.paired_time(base, method, rounds=rounds),
+            flops=(before.flops, after.flops),
+            peak_bytes=(before.peak_bytes, after.peak_bytes),
+            nfe=(before.nfe, after.nfe),
+            psnr=bootstrap(values["psnr"]),
+            ssim=bootstrap(values["ssim"]) if "ssim" in values else None,
+            judged=self._judged(before.verdict, after.verdict, values),
+            per_sample={k: [round(x, 4) for x in v] for k, v in values.items()},
+            samples=len(before.samples),
+            report=after.report,
+            protocol=self.protocol(),
+            environment=environment(self.pipe.device.type, load_before=self._load),
+        )
+
+    def _judged(
+        self, before: Verdict | None, after: Verdict | None, values: dict[str, list[float]]
+    ) -> Judged | None:
+        if self.referee is None or before is None or after is None:
+            return None
+        right = [v.right.astype(float) for v in (before, after)]
+        distance = values.get("feature_distance")
+        return Judged(
+            referee=self.referee.name,
+            before=bootstrap(right[0].tolist()),
+            after=bootstrap(right[1].tolist()),
+            difference=bootstrap((right[1] - right[0]).tolist()),
+            feature_distance=bootstrap(distance) if distance else None,
+            frechet=self._frechet(before.features, after.features),
+        )
+
+    def _frechet(self, before: np.ndarray, after: np.ndarray) -> tuple[float, float, float] | None:
+        count, size = before.shape
+        if self.referee is None or self.referee.real is None or count < SAMPLES_PER_FEATURE * size:
+            return None
+        real, other = (self.referee.real(self.inputs, draw) for draw in (0, 1))
+        return frechet(before, real), frechet(after, real), frechet(other, real)
+
+    def protocol(self) -> Protocol:
+        """How everything here is evaluated."""
+        scheduler = self.pipe.scheduler
+        first = self.run().samples
+        return Protocol(
+            model=self.model,
+            inputs={"sha256": inputs_digest(self.inputs), "calls": len(self.inputs)},
+            samples=len(first),
+            seeds=self.seeds,
+            steps=self._common("num_inference_steps"),
+            guidance=self._common("guidance_scale"),
+            scheduler=type(scheduler).__name__,
+            features=self.referee.name if self.referee else None,
+            features_sha256=self.referee.sha256 if self.referee else None,
+            size=[*first.shape[1:-3], *first.shape[-2:]],
+            quantise="round(255 x) before the referee, none before psnr and ssim",
+            more={"timed_calls": self.timed, "dtype": str(self.pipe.dtype)},
+        )
+
+    def _common(self, argument: str) -> Any:
+        """The value of a call argument where all inputs agree, else ``None``."""
+        values = [x.get(argument) for x in self.inputs]
+        return values[0] if all(v == values[0] for v in values) else None
+
+    def _timed_outputs(self) -> torch.Tensor:
+        return self._outputs(self.timed)
+
+    def _outputs(self, count: int) -> torch.Tensor:
+        pairs = zip(self.inputs[:count], self.seeds[:count], strict=True)
+        return torch.cat([_samples(self.pipe, x, s) for x, s in pairs])
 
 
 def compare(
     pipe: Any,
     method: Method,
-    inputs: list[dict[str, Any]],
+    inputs: Inputs,
     *,
     seeds: Sequence[int] | None = None,
     rounds: int = 5,
 ) -> Comparison:
-    """Measure ``method`` against the plain pipeline on ``inputs`` (pipeline-call arguments).
+    """Measure ``method`` against the plain pipeline on ``inputs``; see ``Study``."""
+    return Study(pipe, inputs, seeds=seeds).compare(method, rounds=rounds)
 
-    Input i runs with a CPU generator of seed ``seeds[i]`` (its index by default). Samples are
-    compared as values in [0, 1]; for SSIM, frames of a video count as images.
 
-    Raises:
-        ValueError: no inputs, not one seed for each, or what attaching raises.
-    """
-    seeds = range(len(inputs)) if seeds is None else seeds
-    if not inputs or len(seeds) != len(inputs):
-        raise ValueError(f"compare: {len(inputs)} inputs, {len(seeds)} seeds; wants some, paired")
-
-    def plain() -> torch.Tensor:
-        return torch.cat([_samples(pipe, x, s) for x, s in zip(inputs, seeds, strict=True)])
-
-    reports: list[dict[str, Any]] = []
-
-    def accelerated() -> torch.Tensor:
-        with attached(method, pipe) as live:
-            output = plain()
-            reports.append(live.report())
-        return output
-
-    with attached(Recipe(()), pipe) as bare:
-        reference = plain()
-        nfe = sum(run["nfe"] for run in bare.report()["runs"])
-    output = accelerated()
-    flops = (counted_flops(plain), counted_flops(accelerated))
-    peaks = (peak_memory(plain), peak_memory(accelerated))
-    decibels = psnr(reference, output).clamp(max=PSNR_CAP).tolist()
-    frames = [x.reshape(-1, *x.shape[-3:]) for x in (reference, output)]
-    large = min(reference.shape[-2:]) >= SSIM_WINDOW
-    return Comparison(
-        time=paired_time(plain, accelerated, rounds=rounds),
-        flops=flops,
-        peak_bytes=peaks,
-        nfe=(nfe, sum(run["nfe"] for run in reports[0]["runs"])),
-        psnr=bootstrap(decibels),
-        ssim=bootstrap(ssim(frames[0], frames[1]).tolist()) if large else None,
-        samples=len(reference),
-        report=reports[0],
-        inputs_sha256=inputs_digest(inputs),
-    )
+def _paired_values(before: Pass, after: Pass) -> dict[str, list[float]]:
+    """One number a sample and measure; SSIM only where its window fits (a video's is the mean)."""
+    a, b = before.samples, after.samples
+    values = {"psnr": psnr(a, b).clamp(max=PSNR_CAP).tolist()}
+    if min(a.shape[-2:]) >= SSIM_WINDOW:
+        frames = [x.reshape(-1, *x.shape[-3:]) for x in (a, b)]
+        values["ssim"] = ssim(*frames).reshape(len(a), -1).mean(1).tolist()
+    if before.verdict is not None and after.verdict is not None:
+        values["right"] = after.verdict.right.astype(float).tolist()
+        if len(a) > 1:
+            features = [torch.from_numpy(v.features) for v in (after.verdict, before.verdict)]
+            values["feature_distance"] = feature_distance(*features).tolist()
+    return values
 
 
 def _samples(pipe: Any, arguments: dict[str, Any], seed: int) -> torch.Tensor:
@@ -199,34 +381,15 @@ def _samples(pipe: Any, arguments: dict[str, Any], seed: int) -> torch.Tensor:
     return array.movedim(-1, -3)  # channels last in numpy
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, threads, versions, commit and date: what every figure is stored with."""
+def _as_bytes(samples: torch.Tensor) -> np.ndarray:
+    """(..., c, h, w) in [0, 1] -> (..., h, w, c) uint8."""
+    return (samples.movedim(-3, -1) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _model_record(pipe: Any) -> dict[str, str]:
+    prints = [asdict(Fingerprint.of(d.module)) for d in denoisers(pipe)]
+    text = json.dumps(prints, sort_keys=True)
     return {
-        "hardware": hardware(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "commit": _commit(),
-        "date": datetime.now(UTC).date().isoformat(),
+        "pipeline": type(pipe).__name__,
+        "fingerprint_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-
-
-def hardware() -> str:
-    """The accelerator if there is one, else the processor with its core count."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -1,0 +1,110 @@
+"""The referee of the embedded models: was the digit made that the call asked for?
+
+It judges by what the pipeline call says, a class or a caption, with a shipped judge that no method,
+training or calibration has used ("digits-judge-b"), and knows real samples of the same content.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from accel.measure import Inputs, Referee, Verdict
+
+NAME = "digits-judge-b"
+BATCH = 100  # samples judged at a time
+CLASSES = 100  # of digits-dit; its other label is "no class"
+VIDEO_FRAMES = 17  # where a call does not say `num_frames`; what digits-wan makes
+
+
+def digits_referee(inputs: Inputs, name: str = NAME) -> Referee | None:
+    """The shipped judge ``name`` as a referee; ``None`` if ``inputs`` ask for nothing it knows.
+
+    Raises:
+        ValueError: no judge of that name is shipped.
+    """
+    from accel import zoo
+    from accel.measure import Referee
+    from accel.metrics.protocol import file_sha256
+    from accel.zoo.judge import judge
+
+    if not asked(inputs):
+        return None
+    sha256 = file_sha256(zoo.path(name) / "model.safetensors")
+    model = judge(name)
+    return Referee(
+        name=name,
+        sha256=sha256,
+        judge=lambda samples, given: _verdict(model, samples, asked(given)),
+        real=lambda given, draw: _features(model, real_samples(given, draw)),
+    )
+
+
+def asked(inputs: Inputs) -> dict[str, np.ndarray]:
+    """What each sample of some pipeline calls should show: index (n,) by attribute.
+
+    From ``class_labels`` (digit + 10 x colour) or the words of ``prompt``; an attribute that not
+    every sample names is left out.
+    """
+    samples = [x for call in inputs for x in _samples_asked(call)]
+    names = set.intersection(*(set(s) for s in samples)) if samples else set()
+    return {k: np.array([s[k] for s in samples]) for k in sorted(names)}
+
+
+def _samples_asked(call: dict[str, Any]) -> list[dict[str, int]]:
+    if "class_labels" in call:
+        labels = call["class_labels"]
+        return [{"digit": c % 10, "colour": c // 10} if c < CLASSES else {} for c in labels]
+    prompts = call.get("prompt", [])
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    copies = call.get("num_images_per_prompt", call.get("num_videos_per_prompt", 1))
+    return [_named(prompt) for prompt in prompts for _ in range(copies)]
+
+
+def _named(prompt: str) -> dict[str, int]:
+    """Attributes that a caption names, such as "a red three moving left on a dark background"."""
+    from accel.zoo.world import BACKGROUNDS, COLOURS, DIGITS, MOTIONS
+
+    words = prompt.lower().replace(".", " ").replace(",", " ").split()
+    known = {"digit": DIGITS, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS}
+    found = {k: [names.index(w) for w in words if w in names] for k, names in known.items()}
+    return {k: v[0] for k, v in found.items() if len(v) == 1}
+
+
+def real_samples(inputs: Inputs, draw: int) -> np.ndarray:
+    """Real held-out samples with the asked content, uint8: (n, 32, 32, 3) or (n, f, 64, 64, 3)."""
+    from accel.zoo.world import VIDEO_CANVAS, DigitWorld
+
+    what = asked(inputs)
+    classes = what["digit"] + 10 * what["colour"]
+    rows, grounds = np.arange(len(classes)), what.get("background")
+    if "motion" not in what:
+        return DigitWorld("heldout", seed=draw).batch(rows, classes, grounds)[0]
+    frames = inputs[0].get("num_frames", VIDEO_FRAMES)
+    world = DigitWorld("heldout", seed=draw, canvas=VIDEO_CANVAS)
+    return world.videos(rows, classes, grounds, what["motion"], frames)[0]
+
+
+def _verdict(model: Any, samples: np.ndarray, what: dict[str, np.ndarray]) -> Verdict:
+    from accel.measure import Verdict
+
+    answers = model.video_answers(samples) if samples.ndim == 5 else model.answers(samples)
+    right = np.logical_and.reduce([answers[k] == v for k, v in what.items() if k in answers])
+    return Verdict(right, _features(model, samples))
+
+
+def _features(model: Any, samples: np.ndarray) -> np.ndarray:
+    """(n, 64), of pictures (n, h, w, 3) or videos (n, f, h, w, 3), uint8."""
+    import torch
+
+    from accel.zoo.judge import to_tensor, video_tensor
+
+    video = samples.ndim == 5
+    tensor, features = (
+        (video_tensor, model.video_features) if video else (to_tensor, model.features)
+    )
+    with torch.inference_mode():
+        parts = [features(tensor(samples[i : i + BATCH])) for i in range(0, len(samples), BATCH)]
+    return torch.cat(parts).numpy()
