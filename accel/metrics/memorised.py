@@ -53,8 +53,8 @@ def _nearest_rows(a: np.ndarray, b: np.ndarray, k: int) -> tuple[np.ndarray, np.
 def copied(samples: Any, train: Any) -> np.ndarray:
     """Which samples are nearer to a training item than its nearest fellow is: bool (n,).
 
-    The complement of authenticity (Alaa et al. 2022, arXiv 2102.08921). Held-out data of
-    the same distribution has a share of about one half: a memorising model has more.
+    The complement of authenticity (Alaa et al. 2022, arXiv 2102.08921). Held-out data of the same
+    distribution have a large share, too, often more than half: a memorising model has a larger one.
 
     Args:
         samples, train: (n, d) and (m, d), m at least 2. Copies of a row that is in `train` twice
