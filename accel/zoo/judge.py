@@ -137,7 +137,7 @@ class AttributeJudge(nn.Module):
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Widths of the trunk at 2, 4 and 8 pixels a cell."""
+    """Widths of the three convolution stages, which end at 2, 4 and 8 pixels a cell."""
 
     widths: tuple[int, int, int] = (24, 48, 96)
 
@@ -154,23 +154,27 @@ class Judge(AttributeJudge):
     def __init__(self, config: JudgeConfig = JudgeConfig()):
         super().__init__()
         self.config = config
-        a, b, c = config.widths
-        plan = ((3, a, 5, 2), (a, b, 3, 1), (b, b, 3, 2), (b, c, 3, 1), (c, c, 3, 2))
         layers: list[nn.Module] = []
-        for before, after, side, stride in plan:
+        channels = 3
+        for width in config.widths:
             layers += [
-                nn.Conv2d(before, after, side, stride, padding=side // 2),
-                nn.GroupNorm(8, after),
+                nn.Conv2d(channels, width, 3, padding=1),
+                nn.GroupNorm(8, width),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 3, stride=2, padding=1),
+                nn.GroupNorm(8, width),
                 nn.SiLU(),
             ]
+            channels = width
         self.trunk = nn.Sequential(*layers)
-        self.window = nn.Conv2d(c, FEATURES, 4)
-        self.mix = nn.Conv2d(FEATURES, FEATURES, 1)
+        self.window = nn.Conv2d(channels, FEATURES, 4)
         self.attention = nn.Conv2d(FEATURES, 1, 1)
         self.add_heads()
+        self.to(memory_format=torch.channels_last)  # a quarter less time on a CPU
 
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        windows = F.silu(self.mix(F.silu(self.window(self.trunk(x)))))  # (n, 64, rows, columns)
+        x = x.contiguous(memory_format=torch.channels_last)
+        windows = F.silu(self.window(self.trunk(x)))  # (n, 64, rows, columns)
         return attend(windows, self.attention(windows))
 
 
@@ -260,14 +264,18 @@ def write(out: Path, folder: Path) -> None:
     judge.save(folder)
 
 
-def presets(minutes: float, steps: int) -> dict[str, Preset]:
+def presets(minutes: float, steps: int, lr: float) -> dict[str, Preset]:
     """One stage, "judge": so many minutes on a CPU core, so many steps on a GPU."""
     brief = LoopSettings(steps=6, checkpoint_steps=2, log_steps=2)
     return {
-        "cpu": Preset("cpu", "no", {"judge": Stage(64, LoopSettings(minutes=minutes, lr=2e-3))}),
-        "gpu": Preset("cuda", "bf16", {"judge": Stage(256, LoopSettings(steps=steps, lr=2e-3))}),
+        "cpu": Preset(
+            "cpu",
+            "no",
+            {"judge": Stage(64, LoopSettings(minutes=minutes, lr=lr, warmup=50, ema_decay=0.99))},
+        ),
+        "gpu": Preset("cuda", "bf16", {"judge": Stage(256, LoopSettings(steps=steps, lr=lr))}),
         "smoke": Preset("cpu", "no", {"judge": Stage(16, brief)}),
     }
 
 
-MODEL = Model(presets=presets(minutes=11, steps=20_000), train=train, write=write)
+MODEL = Model(presets=presets(minutes=9, steps=20_000, lr=2e-3), train=train, write=write)
