@@ -31,7 +31,7 @@ from accel.metrics.statistics import Interval, bootstrap
 
 __all__ = [
     "PLAIN", "Comparison", "Judged", "PairedTime", "Pass", "Referee", "Study", "Verdict", "compare",
-    "counted_flops", "environment", "hardware", "paired_time", "peak_memory",
+    "counted_flops", "environment", "hardware", "load_average", "paired_time", "peak_memory",
 ]  # fmt: skip
 
 PSNR_CAP = 100.0  # dB; equal samples have infinite PSNR, which has no mean

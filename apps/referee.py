@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 NAME = "digits-judge-b"
 BATCH = 100  # samples judged at a time
+STEPS, SAMPLES, CALL, VIDEOS = 50, 40, 10, 8  # of the standard inputs; CALL: samples in a call
+STRIDE = 37  # prime to 100: goes round all classes before any comes twice
 CLASSES = 100  # of digits-dit; its other label is "no class"
 VIDEO_FRAMES = 17  # where a call does not say `num_frames`; what digits-wan makes
 
@@ -40,6 +42,31 @@ def digits_referee(inputs: Inputs, name: str = NAME) -> Referee | None:
         judge=lambda samples, given: _verdict(model, samples, asked(given)),
         real=lambda given, draw: _features(model, real_samples(given, draw)),
     )
+
+
+def standard_inputs(pipe: Any) -> list[dict[str, Any]]:
+    """Pipeline calls that go round what an embedded model can be asked for.
+
+    Raises:
+        ValueError: a pipeline of a class that the zoo does not have.
+    """
+    from accel.zoo.world import caption
+
+    kind, steps = type(pipe).__name__, {"num_inference_steps": STEPS}
+    rows = [
+        [(i + start) * STRIDE % CLASSES for i in range(CALL)] for start in range(0, SAMPLES, CALL)
+    ]
+    if kind == "DiTPipeline":
+        return [{"class_labels": row, "guidance_scale": 3.0, **steps} for row in rows]
+    if kind in ("DDPMPipeline", "DDIMPipeline"):
+        return [{"batch_size": CALL, **steps} for _ in rows]
+    if kind == "StableDiffusionPipeline":
+        return [{"prompt": [caption(c % 10, c // 10, c % 5) for c in row], **steps} for row in rows]
+    if kind == "WanPipeline":
+        size = {"height": 64, "width": 64, "num_frames": VIDEO_FRAMES}
+        prompts = [caption(c % 10, c // 10, c % 5, c % 4) for c in rows[0][:VIDEOS]]
+        return [{"prompt": prompt, **size, **steps} for prompt in prompts]
+    raise ValueError(f"no standard inputs for a {kind}; give some with --jobs FILE")
 
 
 def asked(inputs: Inputs) -> dict[str, np.ndarray]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from apps.commands.say import told
 
 if TYPE_CHECKING:
-    from accel.measure import Comparison
+    from accel.measure import Comparison, Study
+
+QUIET_LOAD = 1.5  # processes beyond our own threads, of which load averages always show some
 
 
 def register(app: typer.Typer) -> None:
@@ -20,57 +23,119 @@ def register(app: typer.Typer) -> None:
 def measure(
     recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
     model: Annotated[str, typer.Option(help="Model: zoo:NAME, a folder or a hub id.")],
-    jobs: Annotated[Path, typer.Option(help="Job file whose inputs and seeds are used.")],
+    jobs: Annotated[
+        Path | None,
+        typer.Option(help="Job file whose inputs and seeds are used; zoo models have their own."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Paired timings.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Store it in the recipe.")] = False,
+    write: Annotated[bool, typer.Option(help="Store the figures in the recipe file.")] = True,
 ) -> None:
-    """Measure a recipe against the unmodified model: paired speed, counted work, fidelity."""
+    """Measure a recipe against the unmodified model, in turn: speed, work, memory, quality.
+
+    The figures go into the `measured` block of the recipe file; nothing else in it changes.
+    """
     with told():
         import torch
 
         import accel
-        from accel.loading import quiet_loading
-        from accel.measure import compare
-        from apps.render.jobs import read_jobs
+        from apps.recipe_text import store_measured
 
-        listed = [job.job for job in read_jobs(jobs)]
         found = accel.read_recipe(recipe)
         torch.set_num_threads(threads)
-        with quiet_loading():
-            pipe = accel.load(model, device=device)
-        for live in reversed(accel.live_on(pipe)):
-            live.detach()  # a folder's own recipe must not stand on both sides
-        pipe.set_progress_bar_config(disable=True)
-        result = compare(
-            pipe,
-            found.recipe,
-            [job.inputs for job in listed],
-            seeds=[job.seed for job in listed],
-            rounds=rounds,
-        )
-        _show(found.name, model, result)
+        study = _study(model, jobs, device)
+        result = study.compare(found.recipe, rounds=rounds)
+        for line in table(found.name, model, result):
+            typer.echo(line)
         if write:
-            measured = {"model": model, **result.measured()}
-            accel.write_recipe(
-                recipe,
-                found.recipe,
-                name=found.name,
-                description=found.description,
-                measured=measured,
-            )
-            typer.echo(f"written into {recipe}")
+            store_measured(recipe, {"model": model, **result.measured()})
+            typer.echo(f"stored in {recipe}")
 
 
-def _show(name: str, model: str, result: Comparison) -> None:
-    speed, psnr, ssim = result.time.speedup, result.psnr, result.ssim
-    typer.echo(f"{name} on {model}: {result.samples} samples, {len(result.time.seconds_a)} rounds")
-    typer.echo(f"  speed-up  {speed.estimate:.2f}x ({speed.low:.2f} to {speed.high:.2f})")
-    typer.echo(f"  work      {result.flops[1] / result.flops[0]:.2f} of the operations")
-    typer.echo(f"  network   {result.nfe[1]} of {result.nfe[0]} evaluations")
-    typer.echo(f"  PSNR      {psnr.estimate:.1f} dB ({psnr.low:.1f} to {psnr.high:.1f})")
-    if ssim is not None:
-        typer.echo(f"  SSIM      {ssim.estimate:.3f} ({ssim.low:.3f} to {ssim.high:.3f})")
-    for member in result.report.get("members", []):
-        typer.echo(f"  {member['method']}: effect {member['effect']}")
+def _study(model: str, jobs: Path | None, device: str | None) -> Study:
+    """The model without any recipe, its inputs and, for zoo models, their referee."""
+    import accel
+    from accel.loading import quiet_loading
+    from accel.measure import Study
+    from apps.referee import digits_referee, standard_inputs
+    from apps.render.identity import model_revision
+    from apps.render.jobs import read_jobs
+
+    listed = [job.job for job in read_jobs(jobs)] if jobs is not None else []
+    zoo = model.startswith("zoo:")
+    if jobs is None and not zoo:
+        raise ValueError(f"no inputs are known for {model}; give some with --jobs FILE")
+    with quiet_loading():
+        pipe = accel.load(model, device=device)
+    for live in reversed(accel.live_on(pipe)):
+        live.detach()  # a folder's own recipe must not stand on both sides
+    pipe.set_progress_bar_config(disable=True)
+    inputs = [job.inputs for job in listed] if jobs is not None else standard_inputs(pipe)
+    return Study(
+        pipe,
+        inputs,
+        seeds=[job.seed for job in listed] if jobs is not None else None,
+        referee=digits_referee(inputs) if zoo else None,
+        model={"name": model, "revision": model_revision(model)},
+    )
+
+
+def table(name: str, model: str, result: Comparison) -> list[str]:
+    """The figures as lines of text: without, with, and the change with its interval."""
+    env = result.environment
+    seconds = [statistics.median(s) for s in (result.time.seconds_a, result.time.seconds_b)]
+    lines = [
+        f"{name} on {model}: {result.samples} samples, {len(result.time.seconds_a)} rounds, "
+        f"{env['hardware']}, {env['threads']} thread(s)",
+        _line("", "without", "with", "change, with 95 % interval"),
+        _line("seconds, median", *(f"{s:.3f}" for s in seconds), _span(result.time.speedup, "x")),
+        _counted("operations (G)", result.flops, 1e9, "{:.2f}"),
+        _counted("network evaluations", result.nfe, 1, "{:.0f}"),
+        _counted("peak memory (MB)", result.peak_bytes, 1e6, "{:.1f}"),
+        _line("PSNR", "", "", _span(result.psnr, " dB", "{:.1f}")),
+    ]
+    if result.ssim is not None:
+        lines.append(_line("SSIM", "", "", _span(result.ssim, "", "{:.3f}")))
+    lines += _judged(result)
+    members = result.report.get("members", [])
+    lines += [f"  {m['method']}: effect {m['effect']}" for m in members]
+    load = max((x for x in env["load"] if x is not None), default=0.0)
+    if load > env["threads"] + QUIET_LOAD:
+        lines.append(f"the machine was busy (load {load}): expect other times on a quiet one")
+    return lines
+
+
+def _judged(result: Comparison) -> list[str]:
+    judged = result.judged
+    if judged is None:
+        return []
+    shares = [100 * x.estimate for x in (judged.before, judged.after)]
+    points = [100 * x for x in judged.difference]
+    change = f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f})"
+    lines = [_line("judged right", *(f"{s:.1f} %" for s in shares), change)]
+    if judged.feature_distance is not None:
+        lines.append(
+            _line("feature distance", "", "", _span(judged.feature_distance, "", "{:.3f}"))
+        )
+    if judged.frechet is not None:
+        before, after, floor = judged.frechet
+        note = f"real to other real samples: {floor:.2f}"
+        lines.append(_line("Frechet distance", f"{before:.2f}", f"{after:.2f}", note))
+    return lines
+
+
+def _line(what: str, *cells: str) -> str:
+    """One row: without, with, change."""
+    without, with_recipe, change = cells
+    return f"  {what:<20}{without:>10}{with_recipe:>10}   {change}".rstrip()
+
+
+def _counted(what: str, pair: tuple[int, int], unit: float, form: str) -> str:
+    ratio = f"{pair[1] / pair[0]:.2f} of it" if pair[0] else "-"
+    return _line(what, *(form.format(n / unit) for n in pair), ratio)
+
+
+def _span(interval: Any, unit: str, form: str = "{:.2f}") -> str:
+    estimate, low, high = (form.format(x) for x in interval)
+    return f"{estimate}{unit} ({low} to {high})"

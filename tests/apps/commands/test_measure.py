@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from accel.method import Recipe
+from accel.metrics.protocol import Protocol
 from accel.recipe_file import read_recipe, write_recipe
 from accel.testing import tiny
 from apps.cli import app
@@ -35,16 +36,30 @@ def _measure(folder, *more: str):
 
 def test_says_what_it_measured_and_leaves_the_recipe(folder):
     before = (folder / "fbc.yaml").read_bytes()
-    result = _measure(folder)
+    result = _measure(folder, "--no-write")
     assert result.exit_code == 0, result.output
-    assert "2 samples" in result.output
-    assert "24 of 24 evaluations" in result.output
+    assert "2 samples, 1 rounds" in result.output
+    assert _cells(result.output, "network evaluations") == ["24", "24", "1.00", "of", "it"]
+    without, with_recipe, *_ = _cells(result.output, "operations (G)")
+    assert float(with_recipe) <= float(without)
+    assert "PSNR" in result.output
+    assert "judged" not in result.output, "no referee knows this model"
     assert "caches.native:FirstBlockCache: effect some" in result.output
     assert (folder / "fbc.yaml").read_bytes() == before
 
 
-def test_writes_the_measured_block(folder):
-    assert _measure(folder, "--write").exit_code == 0
+def _cells(output: str, what: str) -> list[str]:
+    (line,) = (x for x in output.splitlines() if x.strip().startswith(what))
+    return line.replace(what, "").split()
+
+
+def test_writes_the_measured_block_and_nothing_else(folder):
+    text = (folder / "fbc.yaml").read_text().replace("measured: null", "# mine\nmeasured: null")
+    (folder / "fbc.yaml").write_text(text)
+    result = _measure(folder)
+    assert result.exit_code == 0, result.output
+    written = (folder / "fbc.yaml").read_text()
+    assert written.startswith(text.split("measured:")[0])
     read = read_recipe(folder / "fbc.yaml")
     assert read.recipe == Recipe((FirstBlockCache(10.0),))
     assert (read.name, read.description) == ("fbc", "d")
@@ -52,11 +67,37 @@ def test_writes_the_measured_block(folder):
     assert read.measured["samples"] == 2
     assert read.measured["flops"][1] < read.measured["flops"][0]
     assert read.measured["model"] == str(folder / "model")
+    assert read.measured["environment"]["threads"] == 1
+    protocol = Protocol.read(read.measured["protocol"])
+    assert protocol.model["revision"].startswith("sha256:")
 
 
-def test_errors_are_one_line(folder):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--jobs", "jobs.jsonl"], "jobs.jsonl:2"),
+        (["--jobs", "none.jsonl"], "none.jsonl"),
+        (["--model", "zoo:nothing"], "no embedded model 'nothing'"),
+        (["--model", "not/there"], "not/there"),
+    ],
+)
+def test_errors_are_one_line_and_leave_the_recipe(folder, change, message):
     (folder / "jobs.jsonl").write_text("{}\nnot json\n")
-    result = _measure(folder)
+    before = (folder / "fbc.yaml").read_bytes()
+    option = [change[0], str(folder / change[1]) if change[0] == "--jobs" else change[1]]
+    command = ["measure", str(folder / "fbc.yaml"), *option]
+    if change[0] == "--jobs":
+        command += ["--model", str(folder / "model")]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
-    assert "jobs.jsonl:2" in result.output
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
     assert "Traceback" not in result.output
+    assert (folder / "fbc.yaml").read_bytes() == before
+
+
+def test_a_model_without_inputs_of_its_own_wants_jobs(folder):
+    command = ["measure", str(folder / "fbc.yaml"), "--model", str(folder / "model")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "--jobs" in result.output
