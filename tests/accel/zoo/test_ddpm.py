@@ -1,0 +1,118 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
+from safetensors import safe_open
+from torch import nn
+
+from accel import zoo
+from accel.zoo import ddpm, train
+from accel.zoo.judge import Judge
+from accel.zoo.loop import newest_checkpoint
+from accel.zoo.training import ema_weights
+
+NAME = "digits-ddpm"
+HALF_ROUNDING = {"rtol": 2**-11, "atol": 2**-25}  # relative; absolute below the normal numbers
+
+
+class Recorder(nn.Module):
+    """Stands for the network; keeps what it was called with and predicts zero."""
+
+    def forward(self, x, timestep):
+        self.x, self.t = x, timestep
+        return type("Output", (), {"sample": torch.zeros_like(x)})
+
+
+def test_loss_is_a_function_of_the_step():
+    losses = [ddpm.NoiseLoss(4, 0, "cpu")(Recorder(), step) for step in (5, 6, 5)]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_the_true_noise_has_no_loss():
+    class Oracle(Recorder):
+        def forward(self, x, timestep):
+            alpha = ddpm.build_scheduler().alphas_cumprod[timestep][:, None, None, None]
+            eps = (x - alpha.sqrt() * self.x0) / (1 - alpha).sqrt()
+            return type("Output", (), {"sample": eps})
+
+    loss, oracle = ddpm.NoiseLoss(4, 0, "cpu"), Oracle()
+    oracle.x0 = ddpm.to_tensor(loss.world.batch(np.arange(8, 12))[0])
+    # Rounding of x (2^-24 of its size, about 1) is divided by (1 - alpha)^(1/2) >= 1e-2.
+    assert loss(oracle, 2).item() < (2**-23 / 1e-2) ** 2 * 1024
+    assert loss(oracle, 3).item() > 0.1  # control: the pictures of another step
+
+
+def test_timesteps_cover_the_schedule():
+    t = ddpm.stratified_timesteps(2000, 1000, torch.Generator().manual_seed(0))
+    assert torch.equal(t // 2, torch.arange(2000) // 4)
+    assert (t.min(), t.max()) == (0, 999)
+
+
+def test_weights_follow_min_snr():
+    alphas = ddpm.build_scheduler().alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weights = ddpm.min_snr_weights(alphas)
+    assert (weights[snr < 5] == 1).all()
+    assert weights[0].item() == pytest.approx(5 / snr[0].item())
+
+
+def test_every_scale_of_an_error_counts_by_its_side():
+    """A constant error is the same at 1, 2, 4 and 8 pixels; one that alternates is at 1 only."""
+    constant = torch.full((1, 3, 8, 8), 2.0)
+    assert ddpm.multiscale_error(constant).item() == 4 * (1 + 2 + 4 + 8)
+    signs = 1 - 2 * (torch.arange(8) % 2)
+    assert ddpm.multiscale_error(constant * signs).item() == 4
+
+
+def test_fresh_network_predicts_zero():
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert ddpm.UNetConfig().build()(x, torch.tensor([3, 700])).sample.abs().max() == 0
+
+
+def test_trained_shipped_and_loaded_from_nothing(tmp_path):
+    train.main([NAME, "--preset", "smoke", "--steps", "2", "--out", str(tmp_path)])
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "shipped")
+    assert type(pipe.scheduler) is DDPMScheduler
+    trained = ema_weights(newest_checkpoint(tmp_path / "unet"))
+    for name, weight in pipe.unet.state_dict().items():
+        assert torch.allclose(weight, trained[name], **HALF_ROUNDING), name
+    record = json.loads((tmp_path / "shipped" / "training.json").read_text())
+    assert record["stages"]["unet"]["step"] == 2
+
+
+def test_warm_restart_goes_on_from_the_shipped_weights(tmp_path):
+    smoke = ["--preset", "smoke", "--steps", "1", "--out", str(tmp_path), "--start", "shipped"]
+    train.main([NAME, *smoke])
+    shipped = DDPMPipeline.from_pretrained(zoo.path(NAME)).unet.state_dict()
+    end = newest_checkpoint(tmp_path / "unet")
+    for name, weight in ema_weights(end).items():
+        # Adam's first step is at most lr = 1e-3 / warmup 200, of which the average takes a part.
+        assert torch.allclose(weight, shipped[name], atol=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DDIMPipeline:
+    pipe = DDIMPipeline.from_pretrained(zoo.path(NAME))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_shipped_folder_is_stock_small_and_half_precision(pipe):
+    config = pipe.scheduler.config
+    assert (config.beta_schedule, config.prediction_type) == ("linear", "epsilon")
+    assert config.clip_sample
+    (file,) = zoo.path(NAME).rglob("*.safetensors")
+    assert file.stat().st_size < 4e6
+    with safe_open(file, "pt") as tensors:
+        assert {tensors.get_tensor(k).dtype for k in tensors.keys()} == {torch.float16}  # noqa: SIM118
+    for config in zoo.path(NAME).rglob("*.json"):
+        assert "_name_or_path" not in config.read_text(), config
+
+
+def test_shipped_model_draws_digits(pipe):
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(batch_size=20, num_inference_steps=20, generator=generator, output_type="np")
+    pictures = np.round(images.images * 255).astype(np.uint8)
+    assert Judge.load(zoo.path("digits-judge")).digit_like(pictures).mean() >= 0.6
