@@ -60,7 +60,7 @@ class JudgeLoss:
         if step % self.film_every:
             return loss
         x, targets, of_frames = self.videos(step, generator)
-        videos, frames = model.video_logits(x.to(self.device))
+        videos, frames = model.training_logits(x.to(self.device))
         return loss + cross_entropy(videos, targets) + cross_entropy(frames, of_frames)
 
     def pictures(self, step: int, generator: torch.Generator) -> tuple[Tensor, Targets]:

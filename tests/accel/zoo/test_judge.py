@@ -19,6 +19,7 @@ from accel.zoo.judge import (
     five_frames,
     judge,
     to_tensor,
+    travel,
 )
 from accel.zoo.judge_b import Referee
 from accel.zoo.judge_data import JudgeLoss, non_digits, one_hot, roughen, signed
@@ -191,6 +192,13 @@ def test_attention_knows_where_it_looks():
     mean, where = attend(cells, logits)
     assert mean.item() == pytest.approx(9)  # row 1, column 4
     assert where[0].tolist() == pytest.approx([1.0, -0.5])  # x, y in -1..1
+
+
+def test_travel_is_from_end_to_end_and_nothing_where_it_stands():
+    line = torch.linspace(-0.5, 0.7, 5)
+    where = torch.stack([line, torch.full((5,), 0.3)], 1)[None]
+    assert travel(where)[0].tolist() == pytest.approx([1.2, 0.0], abs=1e-6)
+    assert travel(where.flip(1))[0].tolist() == pytest.approx([-1.2, 0.0], abs=1e-6)
 
 
 def test_loss_is_a_function_of_the_step():
