@@ -1,10 +1,10 @@
-# make demo | test | check | bench | gpu. Every target sets up its own environment in .venv.
+# make demo | test | check | bench | figures | gpu. Every target sets up its own environment in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench gpu index clean
+.PHONY: demo test check bench figures gpu clean
 
 demo: $(READY)
 	$(PY) -m apps.demo
@@ -19,20 +19,29 @@ check: $(READY)
 	$(PY) -m benchmarks.tables --check
 	$(PY) -m pytest tests/test_layout.py tests/accel/test_compat.py -q
 
-# The slow studies: full conformance matrix, random kills, figures of README. About an hour on two cores.
-bench: $(READY)
+# The slow studies, then every figure of README and the model cards. Figures want a quiet machine.
+bench: $(READY) figures
 	$(PY) -m pytest -m slow
-	$(PY) -m benchmarks.bench_overhead
-	$(PY) -m benchmarks.bench_native
 	$(PY) -m benchmarks.bench_kill
+	$(PY) -m benchmarks.bench_zoo
 	$(PY) -m benchmarks.tables
 
-# The same on a machine with an accelerator: figures go to benchmarks/results/ under its name.
+# Speeds and qualities of the methods, of peers and of the core: about a quarter of an hour.
+figures: $(READY)
+	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
+	$(PY) -m benchmarks.bench_native
+	$(PY) -m benchmarks.waterfall
+	$(PY) -m benchmarks.bench_overhead
+	$(PY) -m benchmarks.tables
+
+# The same on a machine with an accelerator: figures go to results files of their own.
 gpu: $(READY)
 	$(PY) -c "import torch, sys; sys.exit(not torch.cuda.is_available())"
+	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
 	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers
-	$(PY) -m benchmarks.bench_overhead --device cuda
 	$(PY) -m benchmarks.bench_native --device cuda
+	$(PY) -m benchmarks.waterfall --device cuda
+	$(PY) -m benchmarks.bench_overhead --device cuda
 	$(PY) -m benchmarks.tables
 
 $(READY): pyproject.toml constraints.txt

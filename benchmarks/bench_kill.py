@@ -212,8 +212,11 @@ def frames_of(sidecar: Path) -> str:
 
 def study(kills: int, workers: list[int], seed: int) -> dict[str, Any]:
     """Trials of up to three kills each until `kills` were tried; the figures as JSON."""
-    from accel.measure import environment as measurement_environment
+    from accel.environment import environment as where_measured
+    from accel.environment import load_average
+    from accel.metrics.protocol import Protocol
 
+    load = load_average()
     moments: Counter[str] = Counter()
     problems: list[str] = []
     tried = survived = 0
@@ -231,7 +234,17 @@ def study(kills: int, workers: list[int], seed: int) -> dict[str, Any]:
             moments.update(result.moments)
             problems += result.problems
             number += 1
+    protocol = Protocol(
+        model="tiny random DiT",
+        inputs={"jobs": JOBS},
+        samples=JOBS,
+        seeds="that of job i is i",
+        steps=STEPS,
+        more={"kills": kills, "workers": workers, "moments_seed": seed},
+    )
     return {
+        "environment": where_measured("cpu", load),
+        "protocol": protocol.as_json(),
         "what": "kill -9 of `accel render` at random moments, then resume",
         "tried": tried,
         "survived": survived,
@@ -240,7 +253,6 @@ def study(kills: int, workers: list[int], seed: int) -> dict[str, Any]:
         "workers": workers,
         "last_event_before_kill": dict(sorted(moments.items())),
         "problems": problems,
-        **measurement_environment(),
     }
 
 

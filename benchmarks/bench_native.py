@@ -1,60 +1,50 @@
-"""diffusers' own caches and a shorter solver on ``zoo:digits-dit``: speed, work, fidelity.
+"""diffusers' own caches, a shorter solver and cache-dit on ``zoo:digits-dit``.
 
-    python -m benchmarks.bench_native [--samples 32] [--rounds 5] [--only NAME]
+    python -m benchmarks.bench_native [--samples 200] [--rounds 7] [--only NAME] [--device cuda]
 
-Each row is paired with the unmodified pipeline: same seeds, same inputs, timed in turn. The
-controls do the same work without what the method adds, and must score worse: a first-order solver
-with as few steps, and a cache that repeats its last output from the first step on.
+Speed, work and quality; each row is paired with the unmodified pipeline: same seeds, same inputs,
+timed in turn, judged by the referee. The controls do the same work without what the method adds,
+and must score worse: a first-order solver with as few steps, a cache that repeats its last output
+from the first step on. cache-dit needs the ``peers`` extra. One row has its own default threshold,
+one the best settings found for this model; its default of 8 computed blocks is more than there are.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import accel
-from accel.measure import compare, environment
+from accel.measure import environment, load_average
 from accel.method import Method, Recipe
+from accel.metrics.protocol import Protocol, require_same
 from accel.settings import Settings
-from benchmarks.results_file import read, write
+from apps.referee import NAME
+from benchmarks.digits_study import BATCH, DDIM, DPM, SAMPLES, head, inputs, row, study
+from benchmarks.peers import CacheDit
+from benchmarks.results_file import DEVICES, read, write
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from samplers.swap import SwapScheduler
 
-STEPS, GUIDANCE, BATCH = 50, 3.0, 8
-SEED = 1000
-# a grid that starts at full noise, whatever the number of steps; DDIM's "leading" one does not
-DPM = ("DPMSolverMultistepScheduler", Settings(timestep_spacing="trailing"))
-DDIM = ("DDIMScheduler", Settings(timestep_spacing="trailing"))
-
-
-def inputs(samples: int) -> list[dict[str, Any]]:
-    """Batches of class labels that go round all classes, as pipeline-call arguments."""
-    labels = [(i * 37) % 100 for i in range(samples)]
-    return [
-        {
-            "class_labels": labels[i : i + BATCH],
-            "num_inference_steps": STEPS,
-            "guidance_scale": GUIDANCE,
-        }
-        for i in range(0, samples, BATCH)
-    ]
-
 
 def rows(pipe: Any, folder: Path) -> dict[str, Recipe]:
-    """What is measured: one method each, then combinations."""
+    """What is measured: one method each, then combinations, peers and controls."""
     calibration = [{**x, "output_type": "np"} for x in inputs(BATCH)]
     ratios = MagCache.calibrate(pipe, calibration).save(folder / "mag.safetensors")
+    every_fourth = Settings(
+        Fn_compute_blocks=1,
+        max_warmup_steps=5,
+        residual_diff_threshold=0.24,
+        max_continuous_cached_steps=3,
+    )
     methods: dict[str, tuple[Method, ...]] = {
-        "FirstBlockCache(0.05)": (FirstBlockCache(0.05),),
-        "FirstBlockCache(0.1)": (FirstBlockCache(0.1),),
+        "TaylorSeer(4, lite)": (TaylorSeer(interval=4, warmup=5, modules="lite"),),
         "TaylorSeer(3)": (TaylorSeer(interval=3),),
         "TaylorSeer(5)": (TaylorSeer(interval=5),),
-        "TaylorSeer(4, lite)": (TaylorSeer(interval=4, warmup=5, modules="lite"),),
+        "FirstBlockCache(0.05)": (FirstBlockCache(0.05),),
+        "FirstBlockCache(0.1)": (FirstBlockCache(0.1),),
         "MagCache(0.06)": (MagCache(0.06, artifact=ratios),),
         "MagCache(0.12)": (MagCache(0.12, artifact=ratios),),
         "DPM-Solver++ 20 steps": (SwapScheduler(*DPM, steps=20),),
@@ -63,6 +53,8 @@ def rows(pipe: Any, folder: Path) -> dict[str, Recipe]:
             SwapScheduler(*DPM, steps=20),
             TaylorSeer(interval=2, warmup=6, modules="lite"),
         ),
+        "cache-dit DBCache F1B0, 0.08": (CacheDit(Settings(Fn_compute_blocks=1)),),
+        "cache-dit DBCache + TaylorSeer": (CacheDit(every_fourth, taylor_order=1),),
         "control: DDIM 10 steps": (SwapScheduler(*DDIM, steps=10),),
         "control: DDIM 20 steps": (SwapScheduler(*DDIM, steps=20),),
         "control: TaylorSeer(5), order 0, warmup 1": (TaylorSeer(5, 1, 0),),
@@ -70,36 +62,56 @@ def rows(pipe: Any, folder: Path) -> dict[str, Recipe]:
     return {name: Recipe(m) for name, m in methods.items()}
 
 
+def kept_rows(old: dict[str, Any] | None, protocol: Protocol, here: dict[str, Any]) -> dict:
+    """Rows of an earlier run that new ones may stand beside.
+
+    Raises:
+        ValueError: they are of another protocol, machine or number of threads.
+    """
+    if old is None:
+        return {}
+    if old["protocol"] is None:
+        raise ValueError("the rows in the file have no protocol; measure all of them again")
+    require_same(Protocol.read(old["protocol"]), protocol)
+    for key in ("hardware", "threads"):
+        if old["environment"][key] != here[key]:
+            raise ValueError(
+                f"the rows in the file are of {key} {old['environment'][key]!r}, this is "
+                f"{here[key]!r}; measure all of them again"
+            )
+    return old["rows"]
+
+
+def here(device: str, load_before: float | None) -> dict[str, Any]:
+    """The environment block, with the peer's version."""
+    block = environment(device, load_before)
+    return {**block, "versions": {**block["versions"], "cache-dit": version("cache-dit")}}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="zoo:digits-dit")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
+    parser.add_argument("--referee", default=NAME, help="a shipped judge")
     parser.add_argument("--only", default="", help="rows whose name holds this; the others stay")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    pipe = accel.load(arguments.model, device=arguments.device)
-    pipe.set_progress_bar_config(disable=True)
-    old = (read("native", arguments.device) or {}).get("rows", {}) if arguments.only else {}
-    measured = {}
+    given = parser.parse_args()
+    load = load_average()
+    bench = study(given.samples, given.device, given.referee)
+    block = here(given.device, load)
+    old = read("native", given.device) if given.only else None
+    kept = kept_rows(old, bench.protocol(), block)
+    measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, recipe in rows(pipe, Path(folder)).items():
-            if arguments.only not in name:
-                measured |= {name: old[name]} if name in old else {}
+        for name, recipe in rows(bench.pipe, Path(folder)).items():
+            if given.only not in name:
+                measured |= {name: kept[name]} if name in kept else {}
                 continue
-            calls = inputs(arguments.samples)
-            seeds = [SEED + i for i in range(len(calls))]
-            result = compare(pipe, recipe, calls, seeds=seeds, rounds=arguments.rounds)
-            row = {k: result.measured()[k] for k in ("speedup", "flops", "nfe", "psnr", "ssim")}
-            placeless = json.dumps([m.to_json() for m in recipe.methods]).replace(folder + "/", "")
-            row["methods"] = json.loads(placeless)
-            row["effect"] = [m["effect"] for m in result.report["members"]]
-            measured[name] = row
-            print(name, row["speedup"], row["psnr"], row["ssim"], flush=True)
-    setting = {"model": arguments.model, "steps": STEPS, "guidance": GUIDANCE, "batch": BATCH}
-    content = {**setting, "samples": arguments.samples, "rows": measured, **environment()}
-    write("native", arguments.device, content)
+            result = bench.compare(recipe, rounds=given.rounds)
+            measured[name] = row(recipe, result, folder)
+            print(name, *(measured[name][k] for k in ("speedup", "psnr", "judged")), flush=True)
+    block = here(given.device, load)
+    write("native", given.device, {**head(bench, given.samples, block), "rows": measured})
 
 
 if __name__ == "__main__":

@@ -18,15 +18,18 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import accel
-from accel.measure import environment, paired_time
+from accel.measure import environment, load_average, paired_time
 from accel.method import Recipe
+from accel.metrics.protocol import Protocol
 from accel.patch import Patch
 from accel.testing import spy
-from benchmarks.results_file import write
+from benchmarks.results_file import DEVICES, write
 from caches.native import FirstBlockCache
 
 CALLS = 20_000
+REPEATS = 9  # of those calls, bare and wrapped in turn
 STEPS = 1
+GUIDANCE = 4.0
 
 
 def microseconds_per_wrapped_call() -> dict[str, float]:
@@ -48,7 +51,7 @@ def microseconds_per_wrapped_call() -> dict[str, float]:
     extra = {}
     for layers in (1, 3):
         module, patch, differences = Nothing(), Patch(), []
-        for _ in range(9):
+        for _ in range(REPEATS):
             bare = loop(module)
             for _ in range(layers):
                 patch.around_call(module, layer)
@@ -81,7 +84,13 @@ def share_of_a_step(device: str, rounds: int, per_call: float) -> dict[str, dict
 
     def run() -> None:
         generator = torch.Generator("cpu").manual_seed(0)
-        pipe([1], num_inference_steps=STEPS, generator=generator, output_type="pt")
+        pipe(
+            [1],
+            guidance_scale=GUIDANCE,
+            num_inference_steps=STEPS,
+            generator=generator,
+            output_type="pt",
+        )
 
     neutral = Recipe((FirstBlockCache().neutral(),))
     recipes = {"a neutral cache": neutral, "every module wrapped": spy()}
@@ -109,17 +118,35 @@ def share_of_a_step(device: str, rounds: int, per_call: float) -> dict[str, dict
     return rows
 
 
+def protocol(rounds: int) -> Protocol:
+    """What is timed."""
+    return Protocol(
+        model="DiT-XL/2 in shape, random weights",
+        inputs={"class_labels": [1]},
+        samples=1,
+        seeds=[0],
+        steps=STEPS,
+        guidance=GUIDANCE,
+        scheduler="DDIMScheduler",
+        size=[256, 256],
+        more={"rounds": rounds, "wrapped_calls": CALLS, "repeats": REPEATS},
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
+    load = load_average()
     per_call = microseconds_per_wrapped_call()
     print(per_call, flush=True)
+    rows = share_of_a_step(arguments.device, arguments.rounds, per_call["1_layers"])
     result = {
+        "environment": environment(arguments.device, load),
+        "protocol": protocol(arguments.rounds).as_json(),
         "microseconds_per_wrapped_call": per_call,
-        "dit_xl_256": share_of_a_step(arguments.device, arguments.rounds, per_call["1_layers"]),
-        **environment(),
+        "dit_xl_256": rows,
     }
     write("overhead", arguments.device, result)
 

@@ -23,12 +23,13 @@ from typing import Any
 
 from accel.method import Method, Recipe
 from accel.methods import INDEX_FILE, packages
-from benchmarks.results_file import read
+from benchmarks.results_file import DEVICES, path, read
+from benchmarks.waterfall_picture import PICTURE, drawn_from
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
 RESULTS_WITH_METHODS = ("native",)
-DEVICES = ("cpu", "cuda")
+PEERS = "benchmarks.peers:"
 
 
 def method_classes(package: str) -> list[type[Method]]:
@@ -45,6 +46,9 @@ def method_classes(package: str) -> list[type[Method]]:
     return sorted(found, key=lambda cls: cls.name())
 
 
+FIGURES = ("speedup", "flops", "nfe", "psnr", "ssim", "judged")
+
+
 def measured_row(cls: type[Method]) -> dict[str, Any] | None:
     """The first measured row that holds this method alone, with its conditions."""
     for name in RESULTS_WITH_METHODS:
@@ -52,13 +56,13 @@ def measured_row(cls: type[Method]) -> dict[str, Any] | None:
         for label, row in result.get("rows", {}).items():
             alone = [m["method"] for m in row["methods"]] == [cls.name()]
             if alone and not label.startswith("control"):
-                figures = {k: row[k] for k in ("speedup", "flops", "nfe", "psnr", "ssim")}
                 return {
                     "setting": label,
                     "model": result["model"],
-                    "hardware": result["hardware"],
-                    "threads": result["threads"],
-                    **figures,
+                    "hardware": row["environment"]["hardware"],
+                    "threads": row["environment"]["threads"],
+                    "protocol": row["protocol"],
+                    **{k: row[k] for k in FIGURES},
                 }
     return None
 
@@ -92,24 +96,39 @@ def _interval(value: dict[str, float] | None, form: str, unit: str) -> str:
     return f"{form.format(value['estimate'])}{unit} ({low} to {high})"
 
 
-def _methods() -> str:
-    lines = [
-        "| method | slots | source | setting | speed-up | work | PSNR | SSIM |",
-        "|---|---|---|---|---|---|---|---|",
+QUALITY = "speed-up | work | PSNR | SSIM | judged right | Frechet |"
+RULE = "---|" * QUALITY.count("|")
+
+
+def _quality(row: dict[str, Any]) -> str:
+    """The cells under ``QUALITY``."""
+    cells = [
+        _interval(row["speedup"], "{:.2f}", "x"),
+        f"{row['flops'][1] / row['flops'][0]:.2f}",
+        _interval(row["psnr"], "{:.1f}", " dB"),
+        _interval(row["ssim"], "{:.3f}", ""),
     ]
-    conditions = set()
-    for package in OWN:
-        for row in index_rows(package):
-            m = row["measured"]
-            conditions.add((m["model"], m["hardware"], m["threads"]))
-            lines.append(
-                f"| `{row['name']}` | {', '.join(row['slots'])} | {row['paper']} | {m['setting']} "
-                f"| {_interval(m['speedup'], '{:.2f}', 'x')} | {_work(m)} "
-                f"| {_interval(m['psnr'], '{:.1f}', ' dB')} "
-                f"| {_interval(m['ssim'], '{:.3f}', '')} |"
-            )
-    where = "; ".join(f"{m}, {h}, {t} thread(s)" for m, h, t in sorted(conditions))
-    return "\n".join([*lines, "", f"Measured on: {where}. {_CAPTION}"])
+    judged = row["judged"]
+    if judged is None:
+        return " | ".join([*cells, "-", "- |"])
+    points = {k: 100 * v for k, v in judged["accuracy"]["difference"].items()}
+    share = 100 * judged["accuracy"]["after"]["estimate"]
+    right = f"{share:.1f} % ({points['low']:+.1f} to {points['high']:+.1f})"
+    distance = f"{judged['frechet']['after']:.2f}" if judged["frechet"] else "-"
+    return " | ".join([*cells, right, f"{distance} |"])
+
+
+def _methods() -> str:
+    lines = [f"| method | slots | source | setting | {QUALITY}", f"|---|---|---|---|{RULE}"]
+    rows = [row for package in OWN for row in index_rows(package)]
+    for row in rows:
+        m = row["measured"]
+        what = f"`{row['name']}` | {', '.join(row['slots'])} | {row['paper']} | {m['setting']}"
+        lines.append(f"| {what} | {_quality(m)}")
+    measured = [row["measured"] for row in rows]
+    where = "; ".join(f"{m}, {h}, {t} thread(s)" for m, h, t in conditions(measured))
+    baseline = next((_baseline(m["judged"]) for m in measured if m["judged"]), "")
+    return "\n".join([*lines, "", f"Measured on: {where}. {_CAPTION}{baseline}"])
 
 
 _CAPTION = (
@@ -119,8 +138,36 @@ _CAPTION = (
 )
 
 
-def _work(row: dict[str, Any]) -> str:
-    return f"{row['flops'][1] / row['flops'][0]:.2f}"
+def _baseline(judged: dict[str, Any]) -> str:
+    """What the unmodified pipeline scores, and what "judged right" means."""
+    before = 100 * judged["accuracy"]["before"]["estimate"]
+    text = (
+        f" Judged right: share with what was asked, by `{judged['referee']}` (paired interval of "
+        f"the change in points); unmodified {before:.1f} %."
+    )
+    if (distances := judged["frechet"]) is not None:
+        text += (
+            f" Frechet: to real samples at equal counts; unmodified {distances['before']:.2f}, "
+            f"other real samples {distances['floor']:.2f}."
+        )
+    return text
+
+
+def conditions(rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """(model, hardware, threads) of measured rows, one for each model.
+
+    Raises:
+        ValueError: rows of one model that do not compare.
+    """
+    found: dict[str, tuple[str, int, str | None]] = {}
+    for row in rows:
+        own = (row["hardware"], row["threads"], row["protocol"])
+        if found.setdefault(row["model"], own) != own:
+            raise ValueError(
+                f"rows of {row['model']} were measured as {own} and as {found[row['model']]}; "
+                "one table wants one machine, one number of threads and one protocol"
+            )
+    return [(model, hardware, threads) for model, (hardware, threads, _) in sorted(found.items())]
 
 
 def _every_device(name: str, table: Callable[[dict[str, Any]], str]) -> str:
@@ -129,28 +176,39 @@ def _every_device(name: str, table: Callable[[dict[str, Any]], str]) -> str:
     return "\n\n".join(table(r) for r in results if r is not None) or "Not measured yet."
 
 
-def _combinations_on(result: dict[str, Any]) -> str:
-    where = f"{result['model']}, {result['hardware']}, {result['threads']} thread(s)"
-    head = ["| what is on | speed-up | work | PSNR | SSIM |", "|---|---|---|---|---|"]
-    lines = [f"{where}, batches of {result['batch']}, {result['steps']} steps asked:", "", *head]
-    above = {row["measured"]["setting"] for package in OWN for row in index_rows(package)}
+def _beside_on(result: dict[str, Any]) -> str:
+    """Combinations, peers and controls; single settings that are not above stay in the file."""
+    env = result["environment"]
+    where = f"{result['model']}, {env['hardware']}, {env['threads']} thread(s)"
+    lines = [
+        "Combinations, peers, and controls that do the same work without what the method adds "
+        f"({where}, batches of {result['batch']}, {result['steps']} steps asked):",
+        "",
+        f"| what is on | {QUALITY}",
+        f"|---|{RULE}",
+    ]
     for label, row in result["rows"].items():
-        if label in above:
-            continue
-        lines.append(
-            f"| {label} | {_interval(row['speedup'], '{:.2f}', 'x')} | {_work(row)} "
-            f"| {_interval(row['psnr'], '{:.1f}', ' dB')} "
-            f"| {_interval(row['ssim'], '{:.3f}', '')} |"
-        )
+        names = [m["method"] for m in row["methods"]]
+        if len(names) > 1 or label.startswith("control") or names[0].startswith(PEERS):
+            lines.append(f"| {label} | {_quality(row)}")
     return "\n".join(lines)
 
 
+def _waterfall_on(result: dict[str, Any]) -> str:
+    bars = [f"{k} {r['speedup']['estimate']:.2f}x" for k, r in result["rows"].items()]
+    device = "cpu" if result == read("waterfall") else "cuda"
+    picture = PICTURE[device]
+    text = f"speed-up and quality: unmodified 1.00x, {', '.join(bars)}"
+    return f"![{text}]({picture.parent.name}/{picture.name})"
+
+
 def _overhead_on(result: dict[str, Any]) -> str:
-    per_call = result["microseconds_per_wrapped_call"]
+    per_call, env = result["microseconds_per_wrapped_call"], result["environment"]
+    where = f"{env['hardware']}, {env['threads']} threads"
     lines = [
         f"A wrapped call costs {per_call['1_layers']:.2f} µs more than a bare one "
         f"({per_call['3_layers']:.2f} µs with three layers). Share of a DiT-XL/2-shaped step at "
-        f"256 pixels ({result['hardware']}, {result['threads']} threads, random weights):",
+        f"256 pixels ({where}, random weights):",
         "",
         "| attached | wrapped calls a step | their cost by count | overhead, paired |",
         "|---|---|---|---|",
@@ -175,7 +233,8 @@ def _kills() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "methods": _methods,
-    "combinations": lambda: _every_device("native", _combinations_on),
+    "waterfall": lambda: _every_device("waterfall", _waterfall_on),
+    "beside": lambda: _every_device("native", _beside_on),
     "overhead": lambda: _every_device("overhead", _overhead_on),
     "kills": _kills,
 }
@@ -200,19 +259,32 @@ def outputs() -> dict[Path, str]:
     return files
 
 
+def stale_pictures() -> list[Path]:
+    """Pictures that were not drawn from the results there are now."""
+    pairs = [(PICTURE[device], path("waterfall", device)) for device in DEVICES]
+    return [p for p, source in pairs if source.is_file() and not drawn_from(p, source)]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
     check = parser.parse_args().check
     assert set(OWN) <= set(packages()), "install the project first"
-    stale = []
-    for path, content in outputs().items():
-        if not path.is_file() or path.read_text("utf-8") != content:
-            stale.append(path.relative_to(ROOT))
-            if not check:
-                path.write_text(content, "utf-8")
-    print("\n".join(f"{'out of date' if check else 'wrote'}: {p}" for p in stale) or "up to date")
-    return int(check and bool(stale))
+    stale = [
+        target
+        for target, content in outputs().items()
+        if not target.is_file() or target.read_text("utf-8") != content
+    ]
+    for target in [] if check else stale:
+        target.write_text(outputs()[target], "utf-8")
+    for target in stale:
+        print(f"{'out of date' if check else 'wrote'}: {target.relative_to(ROOT)}")
+    pictures = stale_pictures()
+    for picture in pictures:
+        print(f"out of date: {picture.name}; run python -m benchmarks.waterfall --draw")
+    if not stale and not pictures:
+        print("up to date")
+    return int(bool(pictures) or (check and bool(stale)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import sys
 
 import pytest
 
@@ -26,22 +29,129 @@ def test_a_figure_typed_by_hand_is_overwritten():
         tables.render_readme("<!-- generated: nothing -->\n<!-- end -->")
 
 
+def _run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["tables", *arguments])
+    return tables.main()
+
+
+@pytest.fixture
+def copy_of_root(tmp_path, monkeypatch):
+    for package in tables.OWN:
+        (tmp_path / package).mkdir()
+        shutil.copy(tables.ROOT / package / INDEX_FILE, tmp_path / package)
+    shutil.copy(tables.ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", ["methods", "beside", "overhead", "kills"])
+def test_one_digit_changed_in_readme_is_found(copy_of_root, monkeypatch, block, capsys):
+    assert _run(monkeypatch, "--check") == 0
+    readme = copy_of_root / "README.md"
+    good = readme.read_text("utf-8")
+    begin = good.index(f"<!-- generated: {block} -->")
+    place = re.compile(r"\d").search(good, begin)
+    assert place is not None
+    digit = str((int(place[0]) + 1) % 10)
+    readme.write_text(good[: place.start()] + digit + good[place.end() :], "utf-8")
+    assert _run(monkeypatch, "--check") == 1
+    assert "README.md" in capsys.readouterr().out
+    assert _run(monkeypatch) == 0
+    assert readme.read_text("utf-8") == good
+
+
+def test_one_digit_changed_in_an_index_is_found(copy_of_root, monkeypatch):
+    index = copy_of_root / "caches" / INDEX_FILE
+    index.write_text(re.sub(r"\d", lambda m: str(9 - int(m[0])), index.read_text(), count=1))
+    assert _run(monkeypatch, "--check") == 1
+
+
+def test_a_picture_of_other_results_is_found(tmp_path, monkeypatch):
+    source = tmp_path / "waterfall.json"
+    source.write_text("{}")
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "PICTURE", dict.fromkeys(results_file.DEVICES, tmp_path / "w.png"))
+    assert tables.stale_pictures() == [tmp_path / "w.png"], "there is none"
+
+
+def test_the_shipped_picture_is_of_the_shipped_results():
+    assert tables.stale_pictures() == []
+
+
+def test_rows_that_do_not_compare_are_not_put_into_one_table():
+    row = {"model": "m", "hardware": "h", "threads": 1, "protocol": "p"}
+    assert tables.conditions([row, row, {**row, "model": "n", "threads": 2}]) == [
+        ("m", "h", 1),
+        ("n", "h", 2),
+    ]
+    for key, other in (("hardware", "g"), ("threads", 2), ("protocol", None)):
+        with pytest.raises(ValueError, match="one protocol"):
+            tables.conditions([row, {**row, key: other}])
+
+
 def test_a_method_without_a_measured_row_is_not_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "RESULTS", tmp_path)
     assert tables.index_rows("caches") == []
-    interval = {"estimate": 2.0, "low": 1.9, "high": 2.1}
-    figures = {"speedup": interval, "flops": [4, 2], "nfe": [8, 8], "psnr": interval, "ssim": None}
-    rows = {
-        "both": {"methods": [TaylorSeer().to_json()] * 2, **figures},
-        "control: x": {"methods": [TaylorSeer().to_json()], **figures},
-    }
-    common = {"model": "m", "hardware": "h", "threads": 1}
-    (tmp_path / "native.json").write_text(json.dumps({**common, "rows": rows}))
+    both = {**ROW, "methods": [TaylorSeer().to_json()] * 2}
+    rows = {"both": both, "control: x": ROW, "peer": {**ROW, "methods": [PEER]}}
+    (tmp_path / "native.json").write_text(json.dumps({**STUDY, "rows": rows}))
     assert tables.index_rows("caches") == [], "combinations and controls are not rows of a method"
-    rows["alone"] = {"methods": [TaylorSeer().to_json()], **figures}
-    (tmp_path / "native.json").write_text(json.dumps({**common, "rows": rows}))
+    (tmp_path / "native.json").write_text(json.dumps({**STUDY, "rows": {**rows, "alone": ROW}}))
     (row,) = tables.index_rows("caches")
     assert row["name"] == "caches.native:TaylorSeer"
     assert row["measured"]["setting"] == "alone"
+    assert row["measured"]["judged"] == ROW["judged"]
     assert row["fields"] == ["interval", "warmup", "max_order", "modules"]
-    assert tables.ROOT.joinpath("caches", INDEX_FILE).is_file()
+
+
+def test_the_table_beside_shows_what_the_first_one_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    rows = {"alone": ROW, "control: x": ROW, "peer": {**ROW, "methods": [PEER]}}
+    (tmp_path / "native.json").write_text(json.dumps({**STUDY, "rows": rows}))
+    made = tables.BLOCKS["beside"]()
+    assert "| control: x |" in made
+    assert "| peer |" in made
+    assert "| alone |" not in made
+    assert "200.0 % (+190.0 to +210.0) | 1.50 |" in made  # what the example row says
+    assert "unmodified 200.0 %" in tables.BLOCKS["methods"]()
+
+
+ENVIRONMENT = {
+    "hardware": "a processor",
+    "threads": 1,
+    "versions": {"torch": "2"},
+    "commit": None,
+    "date": "2026-01-31",
+    "load": None,
+}
+INTERVAL = {"estimate": 2.0, "low": 1.9, "high": 2.1}
+PEER = {"method": "benchmarks.peers:CacheDit", "settings": {}}
+ROW = {
+    "speedup": INTERVAL,
+    "flops": [4, 2],
+    "nfe": [8, 8],
+    "peak_bytes": None,
+    "psnr": INTERVAL,
+    "ssim": None,
+    "judged": {
+        "referee": "r",
+        "accuracy": {"before": INTERVAL, "after": INTERVAL, "difference": INTERVAL},
+        "feature_distance": None,
+        "frechet": {"before": 1.0, "after": 1.5, "floor": 0.5},
+    },
+    "methods": [TaylorSeer().to_json()],
+    "effect": ["some"],
+    "seconds": None,
+    "per_sample": None,
+    "protocol": None,
+    "environment": ENVIRONMENT,
+}
+STUDY = {
+    "environment": ENVIRONMENT,
+    "protocol": None,
+    "model": "m",
+    "steps": 50,
+    "guidance": 3.0,
+    "batch": 2,
+    "samples": 4,
+}

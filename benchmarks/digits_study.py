@@ -1,0 +1,95 @@
+"""The study that ``bench_native`` and ``waterfall`` share: inputs, seeds, referee and rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import accel
+from accel.loading import zoo_path
+from accel.measure import Comparison, Study
+from accel.method import Recipe
+from accel.settings import Settings
+from apps.referee import NAME, digits_referee
+
+MODEL = "zoo:digits-dit"
+STEPS, GUIDANCE, BATCH = 50, 3.0, 20
+SAMPLES = 200  # two of each class, and enough for a Frechet distance of 64 features
+TIMED = 1  # of the batches
+SEED = 1000
+STRIDE = 37  # prime to 100: goes round all classes before any comes twice
+# grids that start at full noise, whatever the number of steps; DDIM's "leading" one does not
+DPM = ("DPMSolverMultistepScheduler", Settings(timestep_spacing="trailing"))
+DDIM = ("DDIMScheduler", Settings(timestep_spacing="trailing"))
+
+
+def inputs(samples: int) -> list[dict[str, Any]]:
+    """Batches of class labels that go round all classes, as pipeline-call arguments."""
+    labels = [(i * STRIDE) % 100 for i in range(samples)]
+    return [
+        {
+            "class_labels": labels[i : i + BATCH],
+            "num_inference_steps": STEPS,
+            "guidance_scale": GUIDANCE,
+        }
+        for i in range(0, samples, BATCH)
+    ]
+
+
+def study(samples: int = SAMPLES, device: str = "cpu", referee: str = NAME) -> Study:
+    """The shipped pipeline, one thread, with its inputs and referee."""
+    torch.set_num_threads(1)
+    pipe = accel.load(MODEL, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    calls = inputs(samples)
+    return Study(
+        pipe,
+        calls,
+        seeds=[SEED + i for i in range(len(calls))],
+        timed=TIMED,
+        referee=digits_referee(calls, referee),
+        model={"name": MODEL, "weights_sha256": weights_sha256(zoo_path(MODEL))},
+    )
+
+
+def weights_sha256(folder: Path) -> str:
+    """Over all weights and configurations of a pipeline's components; cards do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.glob("*/*") if p.suffix in (".safetensors", ".json")):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def row(recipe: Recipe, result: Comparison, artifacts: str = "") -> dict[str, Any]:
+    """A row of ``schema.Row``. ``artifacts``: folder whose name is left out of artifact paths."""
+    measured = result.measured()
+    kept = ("speedup", "flops", "nfe", "peak_bytes", "psnr", "ssim", "judged")
+    methods = json.dumps([m.to_json() for m in recipe.methods])
+    seconds = (result.time.seconds_a, result.time.seconds_b)
+    return {
+        **{k: measured[k] for k in kept},
+        "methods": json.loads(methods.replace(f"{artifacts}/", "") if artifacts else methods),
+        "effect": [m["effect"] for m in result.report["members"]],
+        "seconds": [[round(x, 6) for x in side] for side in seconds],
+        "per_sample": result.per_sample,
+        "protocol": result.protocol.sha256,
+        "environment": measured["environment"],
+    }
+
+
+def head(study: Study, samples: int, environment: dict[str, Any]) -> dict[str, Any]:
+    """What stands above the rows of ``schema.Study``."""
+    return {
+        "environment": environment,
+        "protocol": study.protocol().as_json(),
+        "model": MODEL,
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "batch": BATCH,
+        "samples": samples,
+    }

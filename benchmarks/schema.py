@@ -1,0 +1,270 @@
+"""What a results file holds: one strict model for each kind, checked at every write and read.
+
+    python -m benchmarks.schema [KIND]
+
+prints the JSON schema. ``null`` means "not recorded", never zero. Rows of one file must have been
+measured under one protocol, on one machine, with one number of threads: speeds and qualities of
+others do not compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from accel.metrics.protocol import Protocol
+
+ZOO = "zoo"  # files zoo_NAME.json: written by bench_zoo.py, which has its own content
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _whole_protocol(record: dict[str, Any]) -> dict[str, Any]:
+    Protocol.read(record)  # raises ValueError if it was edited
+    return record
+
+
+def _iso_date(text: str) -> str:
+    date.fromisoformat(text)
+    return text
+
+
+ProtocolRecord = Annotated[dict[str, Any], AfterValidator(_whole_protocol)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+IsoDate = Annotated[str, AfterValidator(_iso_date)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Pair = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Environment(_Strict):
+    """``accel.environment.environment``. load: one-minute average at the start and at the end."""
+
+    hardware: str
+    threads: Positive
+    versions: dict[str, str]
+    commit: str | None
+    date: IsoDate
+    load: Annotated[list[float | None], Field(min_length=2, max_length=2)] | None = None
+
+    def machine(self) -> tuple[str, int]:
+        """What a time depends on."""
+        return self.hardware, self.threads
+
+
+class Interval(_Strict):
+    """An estimate with its 95 % bootstrap interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Interval:
+        if not self.low <= self.high:
+            raise ValueError(f"interval from {self.low} to {self.high}")
+        return self
+
+
+class Envelope(BaseModel):
+    """What every results file has."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    environment: Environment
+    protocol: ProtocolRecord | None = None
+
+
+class Measured(_Strict):
+    """``speedup`` > 1 is faster; a of pairs [a, b] is the side compared with."""
+
+    speedup: Interval
+    flops: Pair
+    nfe: Pair
+    peak_bytes: Pair | None
+    psnr: Interval
+    ssim: Interval | None
+    judged: Judged | None
+
+
+class Accuracy(_Strict):
+    """Share judged right without and with, and the difference paired by sample."""
+
+    before: Interval
+    after: Interval
+    difference: Interval
+
+
+class Frechet(_Strict):
+    """To real samples without and with; floor: of real samples to others. Equal counts."""
+
+    before: Annotated[float, Field(ge=0)]
+    after: Annotated[float, Field(ge=0)]
+    floor: Annotated[float, Field(ge=0)]
+
+
+class Judged(_Strict):
+    """A referee's figures."""
+
+    referee: str
+    accuracy: Accuracy
+    feature_distance: Interval | None
+    frechet: Frechet | None
+
+
+class MethodRecord(_Strict):
+    method: str
+    settings: dict[str, Any]
+
+
+class PerSample(_Strict):
+    """In the order of the inputs, for paired tests between rows."""
+
+    psnr: list[float]
+    ssim: list[float] | None = None
+    right: list[Share] | None = None
+    feature_distance: list[float] | None = None
+
+
+class Row(Measured):
+    """A recipe against the unmodified pipeline. seconds: of each round, [without, with]."""
+
+    methods: list[MethodRecord]
+    effect: list[Literal["some", "none"]]
+    seconds: Annotated[list[list[float]], Field(min_length=2, max_length=2)] | None
+    per_sample: PerSample | None
+    protocol: Sha256 | None
+    environment: Environment
+
+
+class Study(_Strict):
+    """Rows of one model under one protocol on one machine."""
+
+    environment: Environment
+    protocol: ProtocolRecord | None
+    model: str
+    steps: Positive
+    guidance: float
+    batch: Positive
+    samples: Positive
+    rows: dict[str, Row]
+
+    @model_validator(mode="after")
+    def _rows_compare(self) -> Study:
+        own = None if self.protocol is None else self.protocol["sha256"]
+        for name, row in self.rows.items():
+            if row.protocol != own:
+                raise ValueError(f"row {name!r} is of another protocol than the file")
+            if row.environment.machine() != self.environment.machine():
+                raise ValueError(
+                    f"row {name!r} is of {row.environment.machine()}, the file of "
+                    f"{self.environment.machine()}: measure all rows on one machine"
+                )
+        return self
+
+
+class Native(Study):
+    """``native.json``: single methods, combinations, peers and controls."""
+
+
+class Bar(Row):
+    """One more method. over_previous: speed-up over the bar before, timed in turn with it."""
+
+    over_previous: Interval | None
+
+
+class Waterfall(Study):
+    """``waterfall.json``: each row adds a method to the one before; a control comes last."""
+
+    rows: dict[str, Bar]  # type: ignore[assignment]  # pydantic fields are covariant here
+
+
+class WrappedCall(_Strict):
+    """Microseconds of one call more than of a bare one, by number of layers."""
+
+    one: float = Field(alias="1_layers")
+    three: float = Field(alias="3_layers")
+
+
+class OverheadRow(_Strict):
+    overhead_percent: float
+    low: float
+    high: float
+    wrapped_calls_per_step: Count
+    counted_percent: Annotated[float, Field(ge=0)]
+    bare_seconds_per_step: Annotated[float, Field(gt=0)]
+
+
+class Overhead(_Strict):
+    """``overhead.json``."""
+
+    environment: Environment
+    protocol: ProtocolRecord | None
+    microseconds_per_wrapped_call: WrappedCall
+    dit_xl_256: dict[str, OverheadRow]
+
+
+class Kill(_Strict):
+    """``kill.json``."""
+
+    environment: Environment
+    protocol: ProtocolRecord | None
+    what: str
+    tried: Positive
+    survived: Count
+    renders: Positive
+    jobs_per_render: Positive
+    workers: list[Positive]
+    last_event_before_kill: dict[str, Count]
+    problems: list[str]
+
+    @model_validator(mode="after")
+    def _kills_add_up(self) -> Kill:
+        if self.survived > self.tried or sum(self.last_event_before_kill.values()) != self.tried:
+            raise ValueError(f"{self.survived} of {self.tried} survived, or moments are missing")
+        return self
+
+
+KINDS: dict[str, type[BaseModel]] = {
+    "native": Native,
+    "waterfall": Waterfall,
+    "overhead": Overhead,
+    "kill": Kill,
+    ZOO: Envelope,
+}
+
+
+def kind_of(name: str) -> str:
+    """The kind of a results file by its name. Raises ``ValueError`` for an unknown one."""
+    kind = ZOO if name.startswith(f"{ZOO}_") else name
+    if kind not in KINDS:
+        raise ValueError(f"no kind of results is called {name!r}; known: {', '.join(KINDS)}")
+    return kind
+
+
+def checked(name: str, text: str) -> dict[str, Any]:
+    """The content of a results file. Raises ``ValueError`` naming every field that is wrong."""
+    KINDS[kind_of(name)].model_validate_json(text)
+    return json.loads(text)
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """JSON schema of one kind of results file."""
+    return TypeAdapter(KINDS[kind_of(name)]).json_schema()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("kind", nargs="?", choices=list(KINDS), default="native")
+    print(json.dumps(json_schema(parser.parse_args().kind), indent=2))
+
+
+if __name__ == "__main__":
+    main()
