@@ -67,12 +67,6 @@ def build_scheduler() -> DDPMScheduler:
     )
 
 
-def min_snr_weights(alphas: Tensor) -> Tensor:
-    """Weight of the squared error of the noise at each timestep (n,); 1 for SNR below gamma."""
-    snr = alphas / (1 - alphas)
-    return snr.clamp(max=MIN_SNR_GAMMA) / snr
-
-
 def stratified_timesteps(batch: int, count: int, generator: torch.Generator) -> Tensor:
     """One timestep (batch,) in each of `batch` equal parts of 0..count - 1.
 
@@ -88,28 +82,30 @@ def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
     return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
 
-def multiscale_error(error: Tensor) -> Tensor:
-    """Squared error (n,) of square maps (n, c, s, s), summed over averages of 1, 2, 4.. s pixels.
+def multiscale_error(error: Tensor, snr: Tensor) -> Tensor:
+    """Error (n,) of noise, from its differences (n, c, s, s) and the ratio of variances snr (n,).
 
-    Each scale has the square error of its averages times their side, as in Hoogeboom et al. 2023,
-    "simple diffusion". The best prediction is the same; but the error of a picture's mean, on which
-    brightness and colour depend, would be a 1024th of the loss.
+    The weights of Min-SNR on averages over 1, 2, 4.. s pixels, whose ratio is 1, 4, 16.. s^2 times
+    that of a pixel; many scales as in Hoogeboom et al. 2023, "simple diffusion". The best
+    prediction is the same; but by pixels alone, the mean of a picture, its brightness and colour,
+    is a 1024th of the loss, and is learned last.
     """
-    total, side = error.square().mean(dim=(1, 2, 3)), 1
-    while error.shape[-1] > 1:
+    total, side = torch.zeros_like(snr), 1
+    while True:
+        weight = (side**2 * snr).clamp(max=MIN_SNR_GAMMA) / snr
+        total = total + weight * error.square().mean(dim=(1, 2, 3))
+        if error.shape[-1] == 1:
+            return total
         error, side = F.avg_pool2d(error, 2), 2 * side
-        total = total + side * error.square().mean(dim=(1, 2, 3))
-    return total
 
 
 class NoiseLoss:
-    """Min-SNR weighted error of the predicted noise, on fresh pictures at every step."""
+    """`multiscale_error` of the predicted noise, on fresh pictures at every step."""
 
     def __init__(self, batch: int, seed: int, device: torch.device | str):
         self.world = DigitWorld("train", seed)
         self.batch, self.seed, self.device = batch, seed, device
         self.alphas = build_scheduler().alphas_cumprod
-        self.weights = min_snr_weights(self.alphas)
 
     def __call__(self, model: nn.Module, step: int) -> Tensor:
         indices = np.arange(step * self.batch, (step + 1) * self.batch)
@@ -118,8 +114,9 @@ class NoiseLoss:
         t = stratified_timesteps(self.batch, len(self.alphas), g)
         xt = add_noise(x0, eps, self.alphas[t]).to(self.device, memory_format=torch.channels_last)
         predicted = model(xt, timestep=t.to(self.device)).sample
-        error = multiscale_error(predicted.float() - eps.to(self.device))
-        return (self.weights[t].to(self.device) * error).mean()
+        snr = self.alphas[t] / (1 - self.alphas[t])
+        error = predicted.float() - eps.to(self.device)
+        return multiscale_error(error, snr.to(self.device)).mean()
 
 
 def train(run: Training) -> None:

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from accel import zoo
 from accel.zoo.autoencoder import AutoencoderConfig, encode_pool
-from accel.zoo.ddpm import add_noise, min_snr_weights, stratified_timesteps
+from accel.zoo.ddpm import add_noise, multiscale_error, stratified_timesteps
 from accel.zoo.judge import to_tensor
 from accel.zoo.loop import LoopSettings, step_generator
 from accel.zoo.tokens import BEGIN, END, LENGTH, build_tokenizer, phrase, write_tokenizer
@@ -122,7 +122,7 @@ def _tokens(texts: list[str]) -> Tensor:
 
 
 class LatentLoss:
-    """Min-SNR weighted squared error of the predicted noise, over a fixed pool of latents.
+    """`multiscale_error` of the predicted noise, over a fixed pool of latents.
 
     means, stds: (count, 4, 8, 8) scaled latents; content: (count, 3) digit, colour, background. The
     step decides the pictures, the noise, the timesteps and what is left out of the captions.
@@ -132,7 +132,6 @@ class LatentLoss:
         self.means, self.stds, self.content = pool
         self.batch, self.seed, self.device = batch, seed, device
         self.alphas = build_scheduler().alphas_cumprod
-        self.weights = min_snr_weights(self.alphas)
         self.table, self.empty = caption_table(), _tokens([""])
 
     def captions(self, content: Tensor, g: torch.Generator) -> Tensor:
@@ -154,8 +153,9 @@ class LatentLoss:
         ids = self.captions(self.content[rows], g)
         xt = add_noise(x0, eps, self.alphas[t])
         predicted = model(xt.to(self.device), t.to(self.device), ids.to(self.device))
-        error = (predicted.float() - eps.to(self.device)).square().mean(dim=(1, 2, 3))
-        return (self.weights[t].to(self.device) * error).mean()
+        snr = self.alphas[t] / (1 - self.alphas[t])
+        error = predicted.float() - eps.to(self.device)
+        return multiscale_error(error, snr.to(self.device)).mean()
 
 
 def latent_pool(vae: AutoencoderKL, world: DigitWorld, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,8 +286,8 @@ MODEL = Model(
         "cpu": Preset(
             "cpu",
             "no",
-            {"denoiser": Stage(64, LoopSettings(minutes=38, lr=2e-3, warmup=300))},
-            pool=32_768,
+            {"denoiser": Stage(32, LoopSettings(minutes=40, lr=2e-3, warmup=300))},
+            pool=16_384,
         ),
         # For a better model where a GPU is at hand. No shipped weights come from it yet.
         "gpu": Preset(
