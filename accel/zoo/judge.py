@@ -245,12 +245,13 @@ def accuracy(
 ) -> dict[str, float]:
     """Share of `count` real samples of `world` judged right, per attribute and for "all".
 
-    Pictures, or videos of 17 frames; of those, the motion counts, too.
+    Pictures, or videos, of which only the 5 frames that a judge looks at are drawn; of those, the
+    motion counts, too.
     """
     right: dict[str, list[np.ndarray]] = {}
     for start in range(0, count, 100):
         indices = np.arange(start, min(start + 100, count))
-        samples, what = world.videos(indices) if videos else world.batch(indices)
+        samples, what = world.videos(indices, frames=FRAMES) if videos else world.batch(indices)
         for name, answer in judge.probabilities(samples).items():
             right.setdefault(name, []).append(answer.argmax(1) == getattr(what, name))
     joined = {name: np.concatenate(parts) for name, parts in right.items()}
@@ -259,7 +260,7 @@ def accuracy(
 
 
 @cache
-def judge(name: str = "digits-judge") -> AttributeJudge:
+def judge(name: str) -> AttributeJudge:
     """A shipped judge by name, "digits-judge" or "digits-judge-b"; loaded once.
 
     Raises ValueError for any other name.
@@ -301,4 +302,4 @@ def presets(minutes: float, steps: int, lr: float) -> dict[str, Preset]:
     }
 
 
-MODEL = Model(presets=presets(minutes=9, steps=20_000, lr=2e-3), train=train, write=write)
+MODEL = Model(presets=presets(minutes=12, steps=20_000, lr=2e-3), train=train, write=write)
