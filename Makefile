@@ -32,6 +32,8 @@ figures: $(READY)
 	$(PY) -m benchmarks.bench_native
 	$(PY) -m benchmarks.waterfall
 	$(PY) -m benchmarks.bench_overhead
+	set -e; for recipe in recipes/*.yaml; do \
+		$(VENV)/bin/accel measure $$recipe --model zoo:digits-dit; done
 	$(PY) -m benchmarks.tables
 
 # The same on a machine with an accelerator: figures go to results files of their own.

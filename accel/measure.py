@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from accel.counting import counted_flops, peak_memory, synchronize
 from accel.denoiser import denoisers
 from accel.environment import environment, hardware, load_average
 from accel.method import Method, Recipe, attached
-from accel.metrics.distribution import SAMPLES_PER_FEATURE, frechet
 from accel.metrics.fidelity import SSIM_WINDOW, feature_distance, psnr, ssim
 from accel.metrics.protocol import Protocol
 from accel.metrics.statistics import Interval, bootstrap
+from accel.referee import Inputs, Judged, Referee, Verdict
 
 __all__ = [
     "PLAIN", "Comparison", "Judged", "PairedTime", "Pass", "Referee", "Study", "Verdict", "compare",
@@ -36,7 +36,6 @@ __all__ = [
 
 PSNR_CAP = 100.0  # dB; equal samples have infinite PSNR, which has no mean
 
-Inputs = Sequence[dict[str, Any]]  # pipeline-call arguments, JSON values only
 Around = Callable[[], AbstractContextManager[Any]]
 
 
@@ -88,63 +87,6 @@ def _timed(fn: Callable[[], Any]) -> float:
     fn()
     synchronize()
     return time.perf_counter() - begin
-
-
-# -- quality ---------------------------------------------------------------------------------
-
-
-class Verdict(NamedTuple):
-    """What a referee says of n samples: ``right`` (n,) bool, ``features`` (n, d)."""
-
-    right: np.ndarray
-    features: np.ndarray
-
-
-@dataclass(frozen=True)
-class Referee:
-    """Judges outputs by what was asked for; neither a method nor this file knows how.
-
-    judge: takes samples, (n, h, w, 3) or (n, frames, h, w, 3) uint8, and the inputs they were made
-    from. real: takes inputs and the number of a draw, gives features (n, d) of as many real samples
-    with the same content; other draws are other samples. ``None`` where there are no real ones.
-    """
-
-    name: str
-    sha256: str
-    judge: Callable[[np.ndarray, Inputs], Verdict]
-    real: Callable[[Inputs, int], np.ndarray] | None = None
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A referee's figures, plain and accelerated, of the same inputs and seeds.
-
-    difference: of accuracy, accelerated - plain, paired by sample. feature_distance: of each
-    accelerated sample to its plain one, in units of unrelated samples. frechet: distance to real
-    samples, plain and accelerated, and of real samples to other real ones (the floor), all of
-    equal counts; ``None`` where there are no real samples, or too few samples for the features.
-    """
-
-    referee: str
-    before: Interval
-    after: Interval
-    difference: Interval
-    feature_distance: Interval | None
-    frechet: tuple[float, float, float] | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        intervals = {k: getattr(self, k).as_json() for k in ("before", "after", "difference")}
-        distances = None
-        if self.frechet is not None:
-            names = ("before", "after", "floor")
-            distances = {k: round(v, 4) for k, v in zip(names, self.frechet, strict=True)}
-        return {
-            "referee": self.referee,
-            "accuracy": intervals,
-            "feature_distance": self.feature_distance.as_json() if self.feature_distance else None,
-            "frechet": distances,
-        }
 
 
 # -- one recipe against another --------------------------------------------------------------
@@ -283,7 +225,7 @@ class Study:
             nfe=(before.nfe, after.nfe),
             psnr=bootstrap(values["psnr"]),
             ssim=bootstrap(values["ssim"]) if "ssim" in values else None,
-            judged=self._judged(before.verdict, after.verdict, values),
+            judged=self._judged(before, after, values),
             per_sample={k: [round(x, 4) for x in v] for k, v in values.items()},
             samples=len(before.samples),
             report=after.report,
@@ -291,28 +233,11 @@ class Study:
             environment=environment(self.pipe.device.type, load_before=self._load),
         )
 
-    def _judged(
-        self, before: Verdict | None, after: Verdict | None, values: dict[str, list[float]]
-    ) -> Judged | None:
-        if self.referee is None or before is None or after is None:
+    def _judged(self, before: Pass, after: Pass, values: dict[str, list[float]]) -> Judged | None:
+        if self.referee is None or before.verdict is None or after.verdict is None:
             return None
-        right = [v.right.astype(float) for v in (before, after)]
         distance = values.get("feature_distance")
-        return Judged(
-            referee=self.referee.name,
-            before=bootstrap(right[0].tolist()),
-            after=bootstrap(right[1].tolist()),
-            difference=bootstrap((right[1] - right[0]).tolist()),
-            feature_distance=bootstrap(distance) if distance else None,
-            frechet=self._frechet(before.features, after.features),
-        )
-
-    def _frechet(self, before: np.ndarray, after: np.ndarray) -> tuple[float, float, float] | None:
-        count, size = before.shape
-        if self.referee is None or self.referee.real is None or count < SAMPLES_PER_FEATURE * size:
-            return None
-        real, other = (self.referee.real(self.inputs, draw) for draw in (0, 1))
-        return frechet(before, real), frechet(after, real), frechet(other, real)
+        return self.referee.compare(self.inputs, before.verdict, after.verdict, distance)
 
     def protocol(self) -> Protocol:
         """How everything here is evaluated."""

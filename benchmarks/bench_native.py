@@ -21,7 +21,7 @@ from accel.measure import environment, load_average
 from accel.method import Method, Recipe
 from accel.metrics.protocol import Protocol, require_same
 from accel.settings import Settings
-from apps.referee import NAME
+from apps.digits_referee import NAME
 from benchmarks.digits_study import BATCH, DDIM, DPM, SAMPLES, head, inputs, row, study
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, read, write

@@ -1,6 +1,6 @@
 """What the core costs: microseconds per wrapped call, and its share of a DiT-XL-shaped step.
 
-    python -m benchmarks.bench_overhead [--device cuda] [--rounds 9]
+    python -m benchmarks.bench_overhead [--device cuda] [--rounds 7]
 
 Paired in one process: the bare pipeline against the same pipeline with neutral methods attached.
 Random weights in the shape of DiT-XL/2 at 256 pixels (28 blocks, width 1152, 256 tokens, guidance).
@@ -136,7 +136,7 @@ def protocol(rounds: int) -> Protocol:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=DEVICES)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     load = load_average()
     per_call = microseconds_per_wrapped_call()

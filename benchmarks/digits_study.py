@@ -14,7 +14,7 @@ from accel.loading import zoo_path
 from accel.measure import Comparison, Study
 from accel.method import Recipe
 from accel.settings import Settings
-from apps.referee import NAME, digits_referee
+from apps.digits_referee import NAME, digits_referee
 
 MODEL = "zoo:digits-dit"
 STEPS, GUIDANCE, BATCH = 50, 3.0, 20

@@ -15,7 +15,7 @@ from typing import Any
 
 from accel.measure import environment, load_average
 from accel.method import Recipe
-from apps.referee import NAME
+from apps.digits_referee import NAME
 from benchmarks.digits_study import DPM, SAMPLES, head, row, study
 from benchmarks.results_file import DEVICES, path, write
 from benchmarks.waterfall_picture import PICTURE, draw

@@ -45,6 +45,8 @@ def measure(
         found = accel.read_recipe(recipe)
         torch.set_num_threads(threads)
         study = _study(model, jobs, device)
+        doing = f"{len(study.inputs)} calls without and with {found.name}, then {rounds} rounds"
+        typer.echo(f"{doing} of both in turn", err=True)
         result = study.compare(found.recipe, rounds=rounds)
         for line in table(found.name, model, result):
             typer.echo(line)
@@ -58,7 +60,7 @@ def _study(model: str, jobs: Path | None, device: str | None) -> Study:
     import accel
     from accel.loading import quiet_loading
     from accel.measure import Study
-    from apps.referee import digits_referee, standard_inputs
+    from apps.digits_referee import digits_referee, standard_inputs
     from apps.render.identity import model_revision
     from apps.render.jobs import read_jobs
 

@@ -9,7 +9,7 @@ import pytest
 
 from accel import measure
 from accel.zoo.world import COLOURS, DIGITS, DigitWorld
-from apps import referee
+from apps import digits_referee as referee
 
 
 def test_classes_and_captions_ask_the_same():
