@@ -119,6 +119,16 @@ class Judged(_Strict):
     frechet: Frechet | None
 
 
+class RecipeMeasured(Measured):
+    """The ``measured`` block of a recipe file; ``accel measure`` writes it."""
+
+    model: str
+    samples: Positive
+    rounds: Positive
+    protocol: ProtocolRecord | None
+    environment: Environment
+
+
 class MethodRecord(_Strict):
     method: str
     settings: dict[str, Any]
@@ -237,6 +247,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "waterfall": Waterfall,
     "overhead": Overhead,
     "kill": Kill,
+    "recipe": RecipeMeasured,
     ZOO: Envelope,
 }
 

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from accel.metrics.protocol import Protocol
+from accel.recipe_file import read_recipe
 from benchmarks import results_file, schema
 
 FILES = sorted(results_file.RESULTS.glob("*.json"))
@@ -58,6 +59,15 @@ def test_every_results_file_is_valid(file):
     device = file.stem.rpartition("_")[2]
     name = file.stem.removesuffix(f"_{device}") if device in results_file.DEVICES else file.stem
     assert schema.checked(name, file.read_text("utf-8"))
+
+
+RECIPES = sorted((results_file.RESULTS.parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.name)
+def test_every_shipped_recipe_carries_its_measured_effect(file):
+    measured = read_recipe(file).measured
+    assert schema.checked("recipe", json.dumps(measured)) == measured
 
 
 def test_there_are_results():
