@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from accel import zoo
 from accel.zoo.autoencoder import AutoencoderConfig, encode_pool
-from accel.zoo.ddpm import add_noise, multiscale_error, stratified_timesteps
+from accel.zoo.ddpm import add_noise, multiscale_error, predict_the_input, stratified_timesteps
 from accel.zoo.judge import to_tensor
 from accel.zoo.loop import LoopSettings, step_generator
 from accel.zoo.tokens import BEGIN, END, LENGTH, build_tokenizer, phrase, write_tokenizer
@@ -40,14 +40,14 @@ class SDConfig:
 
     widths: tuple[int, ...] = (48, 64)
     head_dim: int = 16
-    groups: int = 16
+    groups: int = 8
     text_width: int = 64
     text_layers: int = 2
     latent_channels: int = 4
     latent_size: int = 8
 
     def build(self) -> TextToNoise:
-        """Fresh networks; the UNet predicts zero."""
+        """Fresh networks; the UNet predicts its input."""
         levels = len(self.widths)
         unet = UNet2DConditionModel(
             sample_size=self.latent_size,
@@ -62,8 +62,10 @@ class SDConfig:
             # In this class the name means the number of heads.
             attention_head_dim=tuple(width // self.head_dim for width in self.widths),
         )
-        nn.init.zeros_(unet.conv_out.weight)
-        nn.init.zeros_(unet.conv_out.bias)
+        predict_the_input(unet)
+        last = unet.up_blocks[-1].attentions[-1].proj_out
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         return TextToNoise(unet, CLIPTextModel(self._text()))
 
     def _text(self) -> CLIPTextConfig:

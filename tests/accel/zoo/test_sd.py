@@ -54,6 +54,13 @@ def test_captions_say_what_the_picture_shows_or_less_of_it():
         assert counts[name] == pytest.approx(2000 * p, abs=5 * (2000 * p * (1 - p)) ** 0.5)
 
 
+def test_fresh_network_predicts_its_input():
+    """As test_ddpm.py says; here each group holds 3 x 64 normal numbers."""
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = sd.SDConfig().build()(x, torch.tensor([3, 700]), sd.caption_table()[:2, 0, 0])
+    assert torch.allclose(out, x, rtol=5 / (2 * 192) ** 0.5, atol=1e-5)
+
+
 def test_terminal_step_still_holds_signal():
     """Stable Diffusion's own figure: its last step keeps 0.068 of the picture (Lin et al. 2023)."""
     alpha = sd.build_scheduler().alphas_cumprod[-1].item()
