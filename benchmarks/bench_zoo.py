@@ -1,8 +1,8 @@
-"""Measures an embedded pipeline and writes its model card: `python -m benchmarks.bench_zoo`.
+"""Measures embedded models and writes their cards: `python -m benchmarks.bench_zoo [NAME ...]`.
 
-Results go to `benchmarks/results/zoo_digits-dit.json`; the card, the sheet of samples beside real
-pictures and the nearest training neighbours go into the model's own folder. `--card` only writes
-the card again from the JSON. Every figure in the card comes from there.
+Results go to `benchmarks/results/zoo_NAME.json`; the card and its pictures go into the model's own
+folder. `--card` only writes cards again from the JSON. Every figure in a card comes from there, and
+samples are read by the referee, which nothing is trained, calibrated or searched with.
 """
 
 from __future__ import annotations
@@ -11,101 +11,254 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from accel import zoo
+from accel.clock import denoiser_modules
 from accel.measure import environment
-from accel.zoo.judge import HEADS, Judge, accuracy
-from accel.zoo.world import COLOURS, DIGITS, DigitWorld, class_label
-from benchmarks import results_file
+from accel.metrics import judged, memorised
+from accel.metrics.distribution import frechet, kid
+from accel.metrics.protocol import Protocol, file_sha256
+from accel.metrics.statistics import share
+from accel.metrics.video import flicker, motion, still_border
+from accel.zoo import sd
+from accel.zoo.judge import AttributeJudge, accuracy, judge, to_tensor, video_tensor
+from accel.zoo.world import COLOURS, DIGITS, Attributes, DigitWorld
+from benchmarks import results_file, zoo_pictures
+from benchmarks.zoo_card import judge_card, pipeline_card
+from benchmarks.zoo_subjects import SUBJECTS, Subject
 
-NAME = "digits-dit"
-RESULT = f"zoo_{NAME}"  # in benchmarks/results/
-CLASSES = len(DIGITS) * len(COLOURS)
-STEPS = 50
-GUIDANCES = (1.0, 1.5, 2.0, 4.0)
+JUDGES = ("digits-judge", "digits-judge-b")
+REFEREE = "digits-judge-b"
+STEPS = (50, 20, 10)  # the first one is the ordinary number
+SEED = 1  # of the samples whose accuracy is measured; sheets have SEED + 1
+LEAKED = 100  # samples per background or shift of the noise
 NEIGHBOUR_DRAWS = 1000
+NEIGHBOURS_COMPARED = 50
 
 
-def load() -> diffusers.DiTPipeline:
-    """The shipped pipeline, in float32."""
-    pipe = diffusers.DiTPipeline.from_pretrained(zoo.path(NAME), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+class Study:
+    """One pipeline under measurement: draws each set of samples once."""
+
+    def __init__(self, subject: Subject, samples: int | None):
+        self.subject, self.count = subject, samples or subject.samples
+        self.pipe, self.referee = subject.load(), judge(REFEREE)
+        self.real, self.what = subject.real(self.count, SEED)
+        self._samples: dict[tuple[float, int], np.ndarray] = {}
+
+    @property
+    def guidance(self) -> float:
+        """The ordinary one."""
+        return self.subject.guidances[0]
+
+    def samples(self, guidance: float, steps: int) -> np.ndarray:
+        """Samples asked for the attributes of the real ones."""
+        key = (guidance, steps)
+        if key not in self._samples:
+            began = time.monotonic()
+            self._samples[key] = self.subject.generate(self.pipe, self.what, *key, SEED)
+            print(f"{self.subject.name} {key}: {time.monotonic() - began:.0f} s", flush=True)
+        return self._samples[key]
+
+    def features(self, samples: np.ndarray) -> np.ndarray:
+        """The referee's, (n, 64)."""
+        return features(self.referee, samples)
+
+    def protocol(self) -> dict[str, Any]:
+        """How the samples were made and read."""
+        return Protocol(
+            model=self.subject.name,
+            inputs="attributes in an order that covers all combinations evenly",
+            samples=self.count,
+            seeds=f"{SEED} x 1000003 + index, one generator a sample",
+            steps=STEPS,
+            guidance=self.subject.guidances,
+            scheduler=type(self.pipe.scheduler).__name__,
+            features=REFEREE,
+            features_sha256=file_sha256(zoo.path(REFEREE) / "model.safetensors"),
+            size=self.real.shape[1:-1],
+            resize=None,
+            quantise="rounded to 8 bits",
+        ).as_json()
 
 
-def generate(pipe, class_ids, guidance: float, seed: int, batch: int = 50) -> np.ndarray:
-    """(n, 32, 32, 3) uint8, one generator per sample: picture i depends on (seed, i) only."""
-    images = []
-    for start in range(0, len(class_ids), batch):
-        ids = [int(i) for i in class_ids[start : start + batch]]
-        generators = [
-            torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(ids))
-        ]
-        out = pipe(
-            class_labels=ids,
-            guidance_scale=guidance,
-            num_inference_steps=STEPS,
-            generator=generators,
-            output_type="np",
-        ).images
-        images.append(np.round(out * 255).astype(np.uint8))
-    return np.concatenate(images)
+@torch.inference_mode()
+def features(reader: AttributeJudge, samples: np.ndarray) -> np.ndarray:
+    """A judge's features (n, 64) of pictures or videos, uint8."""
+    video = samples.ndim == 5
+    read, tensor = (reader.video_features, video_tensor) if video else (reader.features, to_tensor)
+    size = 32 if video else 250
+    parts = [read(tensor(samples[i : i + size])) for i in range(0, len(samples), size)]
+    return torch.cat(parts).double().numpy()
 
 
-def judged(judge: Judge, images: np.ndarray, class_ids: np.ndarray) -> dict:
-    """Share judged right: digit, colour, both; and both by digit and by colour."""
-    answers = judge.answers(images)
-    digit = answers["digit"] == class_ids % 10
-    colour = answers["colour"] == class_ids // 10
-    both = digit & colour
+def read(study: Study, samples: np.ndarray, reader: AttributeJudge) -> dict[str, np.ndarray]:
+    """Which samples show what was asked for: (n,) bool per attribute, and "all"."""
+    answer = reader.video_answers if study.subject.is_video else reader.answers
+    asked = {name: getattr(study.what, name) for name in study.subject.asked}
+    return judged.right(answer(samples), asked)
+
+
+# -- the parts of a result -------------------------------------------------------------------
+
+
+def measure_accuracy(study: Study) -> dict[str, Any]:
+    """Share of samples that show what was asked for, per guidance, attribute and judge."""
+    tables = {}
+    for guidance in study.subject.guidances:
+        samples = study.samples(guidance, STEPS[0])
+        tables[str(guidance)] = {
+            name: {k: share(v).as_json() for k, v in read(study, samples, judge(name)).items()}
+            for name in JUDGES
+        }
+    samples = study.samples(study.guidance, STEPS[0])
+    right = read(study, samples, study.referee)["all"]
     return {
-        "samples": len(images),
-        "digit": float(digit.mean()),
-        "colour": float(colour.mean()),
-        "both": float(both.mean()),
-        "both_by_digit": {
-            name: float(both[class_ids % 10 == i].mean()) for i, name in enumerate(DIGITS)
-        },
-        "both_by_colour": {
-            name: float(both[class_ids // 10 == i].mean()) for i, name in enumerate(COLOURS)
-        },
-        "backgrounds": np.bincount(answers["background"], minlength=HEADS["background"]).tolist(),
+        "guidance": tables,
+        "by_digit": _by(right, study.what.digit, DIGITS),
+        "by_colour": _by(right, study.what.colour, COLOURS),
     }
 
 
-def evaluation_ms(pipe, threads: int, batch: int = 16, repeats: int = 200) -> dict[str, float]:
-    """Milliseconds of one call of the denoiser: the median and, for a busy machine, the best."""
+def _by(right: np.ndarray, index: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
+    return {name: float(right[index == i].mean()) for i, name in enumerate(names)}
+
+
+def measure_digit_like(study: Study) -> dict[str, Any]:
+    """Share of samples that either judge takes for a digit with confidence above 0.9."""
+    sets = {"samples": study.samples(study.guidance, STEPS[0]), "real": study.real}
+    sets |= impostors(study.real, study.what)
+    return {
+        name: {k: share(judge(name).digit_like(v)).as_json() for k, v in sets.items()}
+        for name in JUDGES
+    }
+
+
+def impostors(real: np.ndarray, what: Attributes) -> dict[str, np.ndarray]:
+    """What is no digit: noise, and blends and halves of two pictures with different digits."""
+    rng = np.random.default_rng(SEED)
+    other = np.array([rng.choice(np.flatnonzero(what.digit != digit)) for digit in what.digit])
+    blend = (real.astype(np.uint16) + real[other]) // 2
+    halves = real.copy()
+    halves[:, real.shape[1] // 2 :] = real[other][:, real.shape[1] // 2 :]
+    noise = np.clip(rng.normal(127.5, 60, real.shape), 0, 255)
+    return {
+        "blends": blend.astype(np.uint8),
+        "halves": halves,
+        "noise": noise.astype(np.uint8),
+    }
+
+
+def measure_distances(study: Study) -> dict[str, Any]:
+    """Frechet and kernel distance to held-out real samples, equal counts, the referee's features.
+
+    The floor is what a perfect generator would reach: real samples of the training scans, and
+    another draw of the held-out scans.
+    """
+    real = study.features(study.real)
+    train = study.features(study.subject.real(study.count, SEED + 1, "train")[0])
+    again = study.features(study.subject.real(study.count, SEED + 2)[0])
+    sets = {"real, training scans": train, "real, held-out again": again}
+    for steps in STEPS:
+        sets[f"{steps} steps"] = study.features(study.samples(study.guidance, steps))
+    return {
+        name: {"frechet": frechet(real, other), "kid": kid(real, other, subsets=None).mean}
+        for name, other in sets.items()
+    }
+
+
+def measure_movement(study: Study) -> dict[str, Any]:
+    """Are videos frozen, do they flicker where real ones stand still?"""
+    samples = study.samples(study.guidance, STEPS[0])
+    sets = {"samples": samples, "real": study.real}
+    videos = {k: torch.from_numpy(v).permute(0, 1, 4, 2, 3).float() / 255 for k, v in sets.items()}
+    border = still_border(*samples.shape[2:4], 4)
+    return {
+        name: {
+            "flicker": float(flicker(v, border).mean()),
+            "motion": float(motion(v).mean()),
+            "least motion": float(motion(v).min()),
+        }
+        for name, v in videos.items()
+    }
+
+
+def measure_brightness(study: Study) -> dict[str, Any]:
+    """The known flaw of a schedule without zero terminal SNR: see `accel.zoo.sd`."""
+    options = {"guidance_scale": study.guidance, "num_inference_steps": STEPS[0]}
+    prompts = [""] * LEAKED
+    leaked = sd.leaked_levels(study.pipe, prompts, (-2.0, 0.0, 2.0), **options)
+    return {
+        "asked": sd.asked_levels(study.pipe, LEAKED, **options),
+        "leaked": {f"{shift:+g}": float(levels.mean()) for shift, levels in leaked.items()},
+        "samples": LEAKED,
+    }
+
+
+def measure_cost(study: Study) -> dict[str, Any]:
+    """Milliseconds of one evaluation of the denoiser, by number of threads: median and best."""
+    return {str(n): evaluation_ms(study.pipe, study.subject, n) for n in (1, 2)}
+
+
+def evaluation_ms(pipe: Any, subject: Subject, threads: int) -> dict[str, float]:
+    """Of the second call of a run of three steps at batch 16; for a video, its guidance pair."""
+    rows = 1 if subject.is_video else 16
+    if subject.asked and not subject.is_video:
+        rows //= 2  # guidance doubles them
+    call = _denoiser_call(pipe, subject, rows)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    config = pipe.transformer.config
-    x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
-    t, y = torch.full((batch,), 500), torch.arange(batch)
     times = []
     with torch.inference_mode():
-        for _ in range(repeats + 10):
-            start = time.perf_counter()
-            pipe.transformer(x, timestep=t, class_labels=y)
-            times.append(time.perf_counter() - start)
+        for _ in range(12 if subject.is_video else 210):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
     torch.set_num_threads(before)
-    return {"median": 1e3 * statistics.median(times[10:]), "best": 1e3 * min(times[10:])}
+    times = times[2:]
+    return {"median": 1e3 * statistics.median(times), "best": 1e3 * min(times)}
 
 
-def timings(pipe) -> dict[str, dict[str, float]]:
-    """`evaluation_ms` by number of threads."""
-    return {str(n): evaluation_ms(pipe, n) for n in (1, 2)}
+def _denoiser_call(pipe: Any, subject: Subject, rows: int) -> Callable[[], Any]:
+    """The calls of the denoiser in one step of a real run, to be repeated."""
+    seen: list[tuple[Any, tuple, dict]] = []
+    denoiser = next(iter(denoiser_modules(pipe).values()))
+    hook = denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((module, args, kwargs)), with_kwargs=True
+    )
+    _, what = subject.real(rows, 0)
+    subject.generate(pipe, what, 4.0, 1, 0)
+    hook.remove()
+    return lambda: [module(*args, **kwargs) for module, args, kwargs in seen]
+
+
+# -- nearest neighbours ----------------------------------------------------------------------
 
 
 def strokes(images: np.ndarray) -> np.ndarray:
-    """How coloured each pixel is, (n, 1024) in 0..1: the digit without its grey background."""
+    """How coloured each pixel is, (n, h w) in 0..1: the digit without its grey background."""
     values = images.astype(np.float32)
     chroma = (values.max(-1) - values.min(-1)).reshape(len(images), -1)
     return chroma / np.maximum(chroma.max(1, keepdims=True), 1)
+
+
+def stills(samples: np.ndarray, size: int = 32) -> np.ndarray:
+    """Pictures as they are; of a video, the middle frame's window round the digit."""
+    if samples.ndim == 4:
+        return samples
+    middle = samples[:, samples.shape[1] // 2]
+    ink = strokes(middle).reshape(middle.shape[:3]) > 0.5
+    windows = []
+    for frame, mask in zip(middle, ink, strict=True):
+        at = np.argwhere(mask).mean(0) if mask.any() else np.array(mask.shape) / 2
+        y, x = np.clip(at - size // 2, 0, np.array(mask.shape) - size).round().astype(int)
+        windows.append(frame[y : y + size, x : x + size])
+    return np.stack(windows)
 
 
 def nearest(images: np.ndarray, class_ids: np.ndarray, count: int):
@@ -115,260 +268,158 @@ def nearest(images: np.ndarray, class_ids: np.ndarray, count: int):
     for picture, class_id in zip(images, class_ids, strict=True):
         draws = np.full(NEIGHBOUR_DRAWS, class_id)
         pool, _ = world.batch(np.arange(NEIGHBOUR_DRAWS), class_ids=draws)
-        distance = np.sqrt(((strokes(pool) - strokes(picture[None])) ** 2).mean(1))
-        order = np.argsort(distance)[:count]
-        found.append(pool[order])
-        distances.append(distance[order])
+        near = memorised.nearest(strokes(picture[None]), strokes(pool), count)
+        found.append(pool[near.index[0]])
+        distances.append(near.distance[0] / pool[0, :, :, 0].size ** 0.5)  # root mean square
     return np.stack(found), np.stack(distances)
 
 
-def grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """(n, h, w, 3) -> one picture, row by row, with a thin light gap."""
-    n, h, w, _ = images.shape
-    padded = np.full((n, h + 2, w + 2, 3), 255, np.uint8)
-    padded[:, 1:-1, 1:-1] = images
-    rows = n // columns
-    joined = padded.reshape(rows, columns, h + 2, w + 2, 3).transpose(0, 2, 1, 3, 4)
-    return joined.reshape(rows * (h + 2), columns * (w + 2), 3)
-
-
-def draw_sheet(samples: np.ndarray, real: np.ndarray, path: Path) -> None:
-    """All classes: samples beside real pictures of the same classes."""
-    figure = Figure(figsize=(13, 6.9), layout="constrained")
-    for axes, images, title in zip(
-        figure.subplots(1, 2), (samples, real), (f"{NAME} samples", "real (held-out)"), strict=True
-    ):
-        axes.imshow(grid(images, 10), interpolation="nearest")
-        axes.set_title(title)
-        middle = np.arange(10) * 34 + 17
-        axes.set_xticks(middle, DIGITS)
-        axes.set_yticks(middle, COLOURS)
-        axes.tick_params(length=0)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def draw_neighbours(samples, neighbours, class_ids, path: Path) -> None:
-    """One row per sample: the sample, then its nearest training pictures."""
-    figure = Figure(figsize=(5.2, 8.4), layout="constrained")
-    axes = figure.subplots()
-    rows = np.concatenate([samples[:, None], neighbours], axis=1)
-    axes.imshow(grid(rows.reshape(-1, 32, 32, 3), rows.shape[1]), interpolation="nearest")
-    middle = np.arange(len(rows)) * 34 + 17
-    axes.set_yticks(middle, [class_label(int(i)) for i in class_ids])
-    columns = ["sample"] + [f"nearest {i + 1}" for i in range(neighbours.shape[1])]
-    axes.set_xticks(np.arange(len(columns)) * 34 + 17, columns, fontsize=8)
-    axes.tick_params(length=0)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def draw_curves(stages: dict, path: Path) -> None:
-    """Loss over steps of every training stage."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    for axes, (name, stage) in zip(figure.subplots(1, len(stages)), stages.items(), strict=True):
-        axes.plot(*zip(*stage["curve"], strict=True), linewidth=0.8)
-        axes.set(xlabel="step", ylabel="loss", title=name, yscale="log")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def measure(samples: int) -> dict:
-    """Everything the card quotes; draws the pictures into the model's folder on the way."""
-    folder, pipe = zoo.path(NAME), load()
-    judge = Judge.load(zoo.path("digits-judge"))
-    class_ids = np.arange(samples) % CLASSES
-    tables = {}
-    for guidance in GUIDANCES:
-        images = generate(pipe, class_ids, guidance, seed=1)
-        tables[str(guidance)] = judged(judge, images, class_ids)
-        print(guidance, {k: tables[str(guidance)][k] for k in ("digit", "colour", "both")})
-    best = max(GUIDANCES, key=lambda g: tables[str(g)]["both"])
-
-    every = np.arange(CLASSES)
-    heldout = DigitWorld("heldout", seed=2)
-    sheet = generate(pipe, every, best, seed=2)
-    draw_sheet(sheet, heldout.batch(every, class_ids=every)[0], folder / "samples.png")
-
-    chosen = np.array([11 * i for i in range(10)])  # ten digits in ten colours
-    near, _ = nearest(sheet[chosen], chosen, count=4)
-    draw_neighbours(sheet[chosen], near, chosen, folder / "neighbours.png")
-    half = every[::2] + (every[::2] // 10) % 2  # every second class: all digits, all colours
-    compared = {
-        "samples": sheet[half],
-        "heldout": heldout.batch(half, class_ids=half)[0],
-        "train": DigitWorld("train", seed=3).batch(half, class_ids=half)[0],
+def measure_neighbours(study: Study) -> dict[str, Any]:
+    """Median distance to the nearest training picture: samples, held-out and training pictures."""
+    samples = study.samples(study.guidance, STEPS[0])[:NEIGHBOURS_COMPARED]
+    sets = {
+        "samples": stills(samples),
+        "heldout": stills(study.real[:NEIGHBOURS_COMPARED]),
+        "train": stills(study.subject.real(NEIGHBOURS_COMPARED, SEED + 3, "train")[0]),
     }
-    distances = {
-        name: float(np.median(nearest(images, half, count=1)[1]))
-        for name, images in compared.items()
-    }
-
-    training = json.loads((folder / "training.json").read_text())
-    draw_curves(training["stages"], folder / "loss.png")
+    medians = {}
+    for name, pictures in sets.items():
+        answers = judge("digits-judge").answers(pictures)
+        class_ids = answers["digit"] + 10 * answers["colour"]
+        near, distance = nearest(pictures, class_ids, count=4)
+        medians[name] = float(np.median(distance[:, 0]))
+        if name == "samples":
+            labels = [f"{COLOURS[c // 10]} {DIGITS[c % 10]}" for c in class_ids[:10]]
+            path = zoo.path(study.subject.name) / "neighbours.png"
+            zoo_pictures.draw_neighbours(pictures[:10], near[:10], labels, path)
     return {
-        "model": NAME,
+        "draws": NEIGHBOUR_DRAWS,
+        "compared": NEIGHBOURS_COMPARED,
+        "median_distance": medians,
+    }
+
+
+def draw_sheet(study: Study) -> None:
+    """Samples beside real ones that were asked for the same."""
+    samples = study.samples(study.guidance, STEPS[0])
+    path = zoo.path(study.subject.name) / "samples.png"
+    if study.subject.is_video:
+        captions = study.what.captions()[:12]
+        zoo_pictures.draw_videos(samples[:12], study.real[:12], captions, path)
+    else:
+        title = f"{study.subject.name} samples"
+        zoo_pictures.draw_pictures(samples[:100], study.real[:100], title, path)
+
+
+# -- whole results ---------------------------------------------------------------------------
+
+
+def measure_pipeline(subject: Subject, samples: int | None) -> dict[str, Any]:
+    """Everything the card of a pipeline quotes; draws the pictures on the way."""
+    study = Study(subject, samples)
+    parts: dict[str, Any] = {}
+    if subject.asked:
+        parts["accuracy"] = measure_accuracy(study)
+    else:
+        parts["digit_like"] = measure_digit_like(study)
+    if subject.is_video:
+        parts["movement"] = measure_movement(study)
+    if subject.name == "digits-sd":
+        parts["brightness"] = measure_brightness(study)
+    parts["distances"] = measure_distances(study)
+    parts["neighbours"] = measure_neighbours(study)
+    draw_sheet(study)
+    return {
+        "model": subject.name,
         "environment": environment(),
-        "steps": STEPS,
-        "scheduler": type(pipe.scheduler).__name__,
+        "protocol": study.protocol(),
+        "evaluation_ms": measure_cost(study),
+        **parts,
+        **about(subject, study.pipe),
+    }
+
+
+def about(subject: Subject, pipe: Any) -> dict[str, Any]:
+    """Size, schedule and training record, as they are in the shipped folder."""
+    folder = zoo.path(subject.name)
+    modules = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
+    scheduler = pipe.scheduler.config
+    return {
         "bytes": sum(f.stat().st_size for f in folder.rglob("*.safetensors")),
         "parameters": {
-            part: sum(p.numel() for p in getattr(pipe, part).parameters())
-            for part in ("transformer", "vae")
+            name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()
         },
-        "transformer": {
-            k: pipe.transformer.config[k]
-            for k in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
+        "scheduler": {
+            "class": type(pipe.scheduler).__name__,
+            "beta_schedule": scheduler.get("beta_schedule"),
+            "prediction_type": scheduler.get("prediction_type"),
         },
-        "tokens": (pipe.transformer.config.sample_size // pipe.transformer.config.patch_size) ** 2,
-        "scaling_factor": pipe.vae.config.scaling_factor,
-        "evaluation_ms_batch_16": timings(pipe),
-        "judge_heldout": accuracy(judge, DigitWorld("heldout"), 3000),
-        "guidance": tables,
-        "sheet_guidance": best,
-        "neighbours": {
-            "draws": NEIGHBOUR_DRAWS,
-            "compared": len(half),
-            "median_distance": distances,
-        },
-        "training": training,
+        "training": training(subject.name),
     }
 
 
-def percent(share: float) -> str:
-    """0.9876 -> "98.8"."""
-    return f"{100 * share:.1f}"
+@cache
+def real_for_judges() -> tuple[np.ndarray, Attributes]:
+    """Held-out pictures that judges are tried on."""
+    return DigitWorld("heldout").batch(np.arange(3000))
 
 
-def card(r: dict) -> str:
+def measure_judge(name: str) -> dict[str, Any]:
+    """Everything the card of a judge quotes."""
+    reader, (real, what) = judge(name), real_for_judges()
+    sets = {"real": real, **impostors(real, what)}
+    videos = DigitWorld("heldout", canvas=64)
+    return {
+        "model": name,
+        "environment": environment(),
+        "protocol": Protocol(
+            model=name, inputs="heldout", samples=len(real), seeds=0, more={"videos": 1000}
+        ).as_json(),
+        "pictures": accuracy(reader, DigitWorld("heldout"), len(real)),
+        "videos": accuracy(reader, videos, 1000, videos=True),
+        "digit_like": {k: share(reader.digit_like(v)).as_json() for k, v in sets.items()},
+        "bytes": (zoo.path(name) / "model.safetensors").stat().st_size,
+        "parameters": sum(p.numel() for p in reader.parameters()),
+        "training": training(name),
+    }
+
+
+def training(name: str) -> dict[str, Any]:
+    """The record beside the weights; draws its loss curves."""
+    folder = zoo.path(name)
+    record = json.loads((folder / "training.json").read_text())
+    zoo_pictures.draw_curves(record["stages"], folder / "loss.png")
+    return record
+
+
+def card(result: dict[str, Any]) -> str:
     """The model card, from the results alone."""
-    env, stages = r["environment"], r["training"]["stages"]
-    guidance, steps = r["sheet_guidance"], r["steps"]
-    rows = [
-        f"| {g} | {t['samples']} | {percent(t['digit'])} | {percent(t['colour'])} "
-        f"| {percent(t['both'])} |"
-        for g, t in r["guidance"].items()
-    ]
-    best = r["guidance"][str(guidance)]
-    by_digit = " | ".join(percent(v) for v in best["both_by_digit"].values())
-    by_colour = " | ".join(percent(v) for v in best["both_by_colour"].values())
-    trained = [
-        f"| {name} | {s['step']:,} | {s['batch']} | {s['seconds'] / 60:.0f} "
-        f"| {s['curve'][-1][1]:.4f} |"
-        for name, s in stages.items()
-    ]
-    ms, distance = r["evaluation_ms_batch_16"], r["neighbours"]["median_distance"]
-    shape, real = r["transformer"], r["judge_heldout"]
-    cost = "; ".join(
-        f"{n} thread{'s'[: int(n) - 1]}: median {v['median']:.1f} ms, best {v['best']:.1f} ms"
-        for n, v in ms.items()
-    )
-    return f"""---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
----
-<!-- Written by benchmarks/bench_zoo.py from benchmarks/results/zoo_{r["model"]}.json. -->
-# {r["model"]}
-
-A small class-conditional latent diffusion transformer, trained from nothing on DigitWorld: real
-handwritten digits (scikit-learn's scans), coloured, on backgrounds from black to white, 32x32.
-It exists so that acceleration methods can be tried, tested and measured offline in a minute. Its
-figures say whether a method works, nothing about large models.
-
-```python
-from diffusers import DiTPipeline
-from accel import zoo
-
-pipe = DiTPipeline.from_pretrained(zoo.path("{r["model"]}"))
-labels = pipe.get_label_ids(["red three"])
-image = pipe(labels, guidance_scale={guidance}, num_inference_steps={steps}).images[0]
-```
-
-Class = digit + 10 x colour ({", ".join(COLOURS)});
-1000 is "no class".
-
-![samples beside real pictures](samples.png)
-
-## Size and cost
-
-| | |
-|---|---|
-| weights, half precision | {r["bytes"] / 1e6:.2f} MB |
-| transformer | {r["parameters"]["transformer"] / 1e6:.2f} M parameters, \
-{shape["num_layers"]} layers, {shape["num_attention_heads"]} heads of \
-{shape["attention_head_dim"]}, {r["tokens"]} tokens (patch {shape["patch_size"]}) |
-| autoencoder | {r["parameters"]["vae"] / 1e6:.2f} M parameters, scaling factor \
-{r["scaling_factor"]:.4f} |
-| schedule | {r["scheduler"]}, linear betas, noise prediction |
-| one evaluation, batch 16, float32 | {cost} |
-
-Measured on {env["hardware"]}, torch {env["versions"]["torch"]}, \
-diffusers {env["versions"]["diffusers"]}, commit {env["commit"]}, {env["date"]}.
-
-## Accuracy
-
-Samples whose digit and colour the judge reads as asked for, in percent, {steps} steps. The
-judge itself is right on {percent(real["digit"])} % of held-out handwriting (colour \
-{percent(real["colour"])} %).
-
-| guidance | samples | digit | colour | both |
-|---|---|---|---|---|
-{chr(10).join(rows)}
-
-Both, at guidance {guidance}:
-
-| {" | ".join(best["both_by_digit"])} |
-|{"---|" * 10}
-| {by_digit} |
-
-| {" | ".join(best["both_by_colour"])} |
-|{"---|" * 10}
-| {by_colour} |
-
-## Training
-
-`python -m accel.zoo.train {r["model"]} --preset {r["training"]["preset"]} --out OUT`, seed \
-{r["training"]["seed"]}, \
-{r["training"]["hardware"]}, {r["training"]["threads"]} thread(s); \
-{r["training"]["pool"]:,} pictures.
-
-| stage | steps | batch | minutes | last loss |
-|---|---|---|---|---|
-{chr(10).join(trained)}
-
-![loss](loss.png)
-
-`training.json` holds the settings, the data position and the whole curve; `--start shipped` goes on
-from these weights.
-
-## Not a copy machine
-
-The nearest of {r["neighbours"]["draws"]:,} training pictures of the same class (fresh jitter; root
-mean square distance of the strokes, backgrounds ignored), median over \
-{r["neighbours"]["compared"]} classes: samples {distance["samples"]:.3f}, \
-real held-out pictures {distance["heldout"]:.3f}, \
-pictures of training scans {distance["train"]:.3f}.
-
-![samples and their nearest training pictures](neighbours.png)
-"""
+    name = result["model"]
+    return judge_card(result) if name in JUDGES else pipeline_card(result, SUBJECTS[name])
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--card", action="store_true", help="only write the card again")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join((*JUDGES, *SUBJECTS))}; or all")
+    parser.add_argument("--samples", type=int, help="instead of the model's own number")
+    parser.add_argument("--card", action="store_true", help="only write the cards again")
     parser.add_argument("--timing", action="store_true", help="only time again: on a quiet machine")
     args = parser.parse_args()
-    if args.card or args.timing:
-        results = results_file.read(RESULT)
-        if results is None:
-            raise SystemExit(f"no results {RESULT}; measure everything first")
-    else:
-        results = measure(args.samples)
-    if args.timing:
-        results["evaluation_ms_batch_16"] = timings(load())
-    if not args.card:
-        results_file.write(RESULT, "cpu", results)
-    (zoo.path(NAME) / "README.md").write_text(card(results))
+    for name in args.names or [n for n in (*JUDGES, *SUBJECTS) if n in zoo.names()]:
+        kept = results_file.read(f"zoo_{name}")
+        if (args.card or args.timing) and kept is None:
+            raise SystemExit(f"no results of {name}; measure everything first")
+        if args.timing and name in SUBJECTS:
+            kept["evaluation_ms"] = {
+                str(n): evaluation_ms(SUBJECTS[name].load(), SUBJECTS[name], n) for n in (1, 2)
+            }
+        elif not args.card:
+            subject = SUBJECTS.get(name)
+            kept = measure_pipeline(subject, args.samples) if subject else measure_judge(name)
+        if not args.card:
+            results_file.write(f"zoo_{name}", "cpu", kept)
+        (zoo.path(name) / "README.md").write_text(card(kept))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class AutoencoderLoss:
 
 
 def encode_decode(model: nn.Module, x: Tensor, generator: torch.Generator):
-    """Reconstruction, like x, from a sampled latent, and the mean and log variance of the latent."""
+    """Reconstruction, like x, from a sampled latent, and the latent's mean and log variance."""
     posterior = model.encode(x).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
     z = posterior.mean + posterior.std * noise

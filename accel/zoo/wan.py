@@ -1,8 +1,8 @@
 """digits-wan: a small WanTransformer3DModel on 1,280 video tokens, with its text encoder.
 
-Trained in three stages: the autoencoder; the transformer and the text encoder on single pictures of
-64 tokens, where strokes, colours and words are learned 20 times cheaper; then on whole videos, where
-only movement is new. Rotary positions are relative, and a digit has the same size in both.
+Trained in three stages: the autoencoder; the transformer and the text encoder on single pictures
+of 64 tokens, where strokes, colours and words are learned 20 times cheaper; then on whole videos,
+where only movement is new. Rotary positions are relative, and a digit has the same size in both.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ MODEL = Model(
             "cpu",
             "no",
             {
-                "autoencoder": Stage(4, LoopSettings(minutes=24, lr=3e-3)),
-                "pictures": Stage(64, LoopSettings(minutes=22, lr=2e-3, warmup=300)),
+                "autoencoder": Stage(8, LoopSettings(minutes=20, lr=3e-3)),
+                "pictures": Stage(64, LoopSettings(minutes=20, lr=2e-3, warmup=300)),
                 "videos": Stage(4, LoopSettings(minutes=50, lr=1e-3)),
             },
             pool=65_536,

@@ -11,45 +11,57 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from accel.zoo.autoencoder import EDGE_WEIGHT, encode_decode, sobel
-from accel.zoo.judge import to_tensor
 from accel.zoo.loop import step_generator
 from accel.zoo.training import Training
-from accel.zoo.world import VIDEO_CANVAS, VIDEO_FRAMES, DigitWorld
+from accel.zoo.world import VIDEO_CANVAS, DigitWorld
 
-KL_WEIGHT = 3e-5
-PICTURES_PER_VIDEO = 4  # in a batch: one frame costs a ninth of a clip
-CROP, CLIP = 32, 9  # pixels and frames of a training clip: three latent frames, all code paths
+KL_WEIGHT = 1e-6  # per latent frame; thirty times as much and the latents are noise
+START_LOG_VARIANCE = -4.0
+# What four steps in a row see: pixels and frames of a window, and how many per video of the batch.
+# Small windows give many brightnesses a step; 9 frames are three latent frames: all code paths.
+WINDOWS = ((16, 1, 4), (16, 9, 1), (16, 1, 4), (32, 1, 1))
 
 
 @dataclass(frozen=True)
 class WanAutoencoderConfig:
-    """Widths of the encoder and the decoder at full resolution, and latent channels."""
+    """Width at full resolution, and latent channels."""
 
-    encoder_width: int = 8
-    decoder_width: int = 16
+    width: int = 16
     latent_channels: int = 6
 
     def build(self) -> AutoencoderKLWan:
-        """A fresh autoencoder, 4 times smaller in space and in time."""
-        return AutoencoderKLWan(
-            base_dim=self.encoder_width,
-            decoder_base_dim=self.decoder_width,
+        """A fresh autoencoder, 4 times smaller in space and in time, with Wan 2.2's shortcuts.
+
+        Without the shortcuts it takes several times as long to tell grey levels apart. Latents
+        start with little noise, and convolutions in time with the newest frame alone.
+        """
+        vae = AutoencoderKLWan(
+            base_dim=self.width,
             z_dim=self.latent_channels,
-            dim_mult=[1, 2, 4],
+            dim_mult=[1, 2, 2],
             num_res_blocks=1,
             temperal_downsample=[True, True],
+            is_residual=True,
             latents_mean=[0.0] * self.latent_channels,
             latents_std=[1.0] * self.latent_channels,
             scale_factor_temporal=4,
             scale_factor_spatial=4,
         )
+        log_variance = slice(self.latent_channels, None)
+        with torch.no_grad():
+            for module in vae.modules():
+                if isinstance(module, nn.Conv3d) and module.kernel_size[0] == 3:
+                    module.weight[:, :, :2] = 0
+                    module.weight[:, :, 2] *= 3**0.5
+            vae.quant_conv.weight[log_variance] = 0
+            vae.quant_conv.bias[log_variance] = START_LOG_VARIANCE
+        return vae
 
 
 class WanAutoencoderLoss:
     """Mean absolute error of pixels and of their Sobel edges, and a tiny KL term.
 
-    Even steps see pictures, odd steps clips of 9 frames; both 32x32 windows, because the
-    autoencoder is convolutional and digits are no larger.
+    Windows of pictures and of videos, by turns: the autoencoder is convolutional.
     """
 
     def __init__(self, batch: int, seed: int, device: torch.device):
@@ -59,29 +71,32 @@ class WanAutoencoderLoss:
 
     def __call__(self, model: nn.Module, step: int) -> Tensor:
         generator = step_generator(self.seed, step)
-        x = (self._clips if step % 2 else self._stills)(step, generator).to(self.device)
+        x = self.windows(step, generator).to(self.device)
         reconstruction, mean, logvar = encode_decode(model, x, generator)
         pixels = (reconstruction - x).abs().mean()
         edges = (sobel(frames_of(reconstruction)) - sobel(frames_of(x))).abs().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 3, 4)).mean()
         return pixels + EDGE_WEIGHT * edges + KL_WEIGHT * kl
 
-    def _stills(self, step: int, _generator: torch.Generator) -> Tensor:
-        count = self.batch * PICTURES_PER_VIDEO
+    def windows(self, step: int, generator: torch.Generator) -> Tensor:
+        """What a step sees, (n, 3, frames, side, side)."""
+        side, frames, per_video = WINDOWS[step % len(WINDOWS)]
+        count = self.batch * per_video
         indices = np.arange(step * count, (step + 1) * count)
-        return to_tensor(self.pictures.batch(indices)[0])[:, :, None]
+        if frames > 1:
+            videos = self.videos.videos(indices)[0]
+        else:
+            videos = self.pictures.batch(indices)[0][:, None]
+        cut = [_window(video, side, frames, generator) for video in videos]
+        return videos_to_tensor(np.stack(cut))
 
-    def _clips(self, step: int, generator: torch.Generator) -> Tensor:
-        indices = np.arange(step * self.batch, (step + 1) * self.batch)
-        frames = self.videos.videos(indices)[0]
-        clips = []
-        for video in frames:
-            room = VIDEO_CANVAS - CROP
-            # Around the middle, where the digit passes, more often than at the edges.
-            x, y = (torch.rand(2, 2, generator=generator).mean(0) * room).long().tolist()
-            first = int(torch.randint(VIDEO_FRAMES - CLIP + 1, (), generator=generator))
-            clips.append(video[first : first + CLIP, y : y + CROP, x : x + CROP])
-        return videos_to_tensor(np.stack(clips))
+
+def _window(video: np.ndarray, side: int, frames: int, generator: torch.Generator) -> np.ndarray:
+    """A part of a video; around the middle, where the digit passes, more often than at the edges."""
+    room = torch.tensor([video.shape[1] - side, video.shape[2] - side]) + 1
+    y, x = (torch.rand(2, 2, generator=generator).mean(0) * room).long().tolist()
+    first = int(torch.randint(len(video) - frames + 1, (), generator=generator))
+    return video[first : first + frames, y : y + side, x : x + side]
 
 
 def frames_of(x: Tensor) -> Tensor:

@@ -125,3 +125,43 @@ def test_drawing_is_cheap():
     start = time.perf_counter()
     digits.batch(np.arange(256))
     assert (time.perf_counter() - start) / 256 < 1e-3
+
+
+def centre_of_colour(video: np.ndarray) -> np.ndarray:
+    """Where the coloured ink is in each frame: (frames, 2) as x, y."""
+    values = video.astype(float)
+    ink = values.max(-1) - values.min(-1) > 60
+    ys, xs = np.mgrid[: video.shape[1], : video.shape[2]]
+    return np.array([[xs[frame].mean(), ys[frame].mean()] for frame in ink])
+
+
+def test_digit_moves_the_way_it_is_asked_to_while_the_background_stands():
+    motions = np.arange(8) % 4
+    videos, what = DigitWorld("train", canvas=64).videos(np.arange(8), motions=motions)
+    assert videos.shape == (8, 17, 64, 64, 3)
+    assert videos.dtype == np.uint8
+    for video, motion, text in zip(videos, motions, what.captions(), strict=True):
+        path = centre_of_colour(video)
+        way = np.array(world.DIRECTIONS[world.MOTIONS[motion]])
+        assert 16 < (path[-1] - path[0]) @ way < 28  # 18 to 26 px, and the pixel grid
+        assert abs((path[-1] - path[0]) @ way[::-1]) < 2
+        steps = np.diff(path @ way)
+        assert steps.min() > 0.5  # constant speed: 1.1 to 1.6 px, and the pixel grid
+        assert f"moving {world.MOTIONS[motion]} on" in text
+        corners = video[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+        assert np.array_equal(corners, np.broadcast_to(corners[:1], corners.shape))
+
+
+def test_fewer_frames_are_the_same_movement():
+    five, _ = DigitWorld("heldout", canvas=64).videos(np.arange(3), frames=5)
+    whole, _ = DigitWorld("heldout", canvas=64).videos(np.arange(3))
+    assert np.array_equal(five, whole[:, ::4])
+    middle, _ = DigitWorld("heldout", canvas=64).videos(np.arange(3), frames=1)
+    assert np.array_equal(middle, whole[:, 8:9])
+
+
+def test_pictures_have_no_motion_and_videos_every_one():
+    assert DigitWorld().attributes(np.arange(3)).motion is None
+    _, what = DigitWorld(canvas=64).videos(np.arange(2000), frames=1)
+    counts = np.bincount(what.motion, minlength=4)
+    assert np.abs(counts - 500).max() < 5 * np.sqrt(2000 * 0.25 * 0.75)

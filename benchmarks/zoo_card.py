@@ -1,0 +1,219 @@
+"""The text of a model card, from results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from benchmarks.zoo_subjects import Subject
+
+REFEREE = "digits-judge-b"
+
+
+def percent(share: float) -> str:
+    """0.9876 -> "98.8"."""
+    return f"{100 * share:.1f}"
+
+
+def interval(share: Mapping[str, float]) -> str:
+    """ "98.8 (97.9 to 99.3)", in percent."""
+    low, high = percent(share["low"]), percent(share["high"])
+    return f"{percent(share['estimate'])} ({low} to {high})"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def pipeline_card(r: Mapping[str, Any], subject: Subject) -> str:
+    """Card of a pipeline."""
+    parts = [
+        _front(r, "text-to-video" if subject.is_video else "text-to-image"),
+        f"{subject.about}, trained from nothing on DigitWorld: real handwritten digits "
+        "(scikit-learn's scans), coloured, on backgrounds from black to white. It exists so that "
+        "acceleration methods can be tried, tested and measured offline. Its figures say whether a "
+        "method works, nothing about large models.",
+        "```python\nimport diffusers\nfrom accel import zoo\n\n" + subject.example + "\n```",
+        "![samples beside real ones](samples.png)",
+        _size(r, subject),
+        _quality(r, subject),
+        _distances(r, subject),
+        *([_movement(r)] if "movement" in r else []),
+        *([_brightness(r)] if "brightness" in r else []),
+        _training(r),
+        _neighbours(r),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def judge_card(r: Mapping[str, Any]) -> str:
+    """Card of a judge."""
+    referee = r["model"] == REFEREE
+    use = (
+        "The referee: trained on other scans than everything else here, with another architecture, "
+        "and used by nothing but reports."
+        if referee
+        else "The verifier that calibration, search and training may use."
+    )
+    names = [n for n in r["videos"] if n != "all"] + ["all"]
+    rows = [
+        [kind, *(percent(r[kind][n]) if n in r[kind] else "-" for n in names)]
+        for kind in ("pictures", "videos")
+    ]
+    digit_like = [[name, interval(v)] for name, v in r["digit_like"].items()]
+    parts = [
+        _front(r, "image-classification"),
+        "Reads digit, colour and background of a picture, and of a video also the motion; its 64 "
+        f"features serve Frechet distances. {use}",
+        f'```python\nfrom accel.zoo.judge import judge\n\njudge("{r["model"]}").answers(images)'
+        "  # (n, 32, 32, 3) uint8\n```",
+        "## Accuracy\n\nOn held-out handwriting, in percent "
+        f"({r['protocol']['samples']:,} pictures, {r['protocol']['videos']:,} videos):\n\n"
+        + table(["", *names], rows),
+        "## What is a digit\n\nTaken for a digit with confidence above 0.9, in percent, with 95 % "
+        "interval:\n\n" + table(["what", "share"], digit_like),
+        f"## Size\n\n{r['parameters'] / 1e6:.2f} M parameters, {r['bytes'] / 1e6:.2f} MB in half "
+        f"precision. {_measured_on(r)}",
+        _training(r),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(r: Mapping[str, Any], task: str) -> str:
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: {task}
+---
+<!-- Written by benchmarks/bench_zoo.py from benchmarks/results/zoo_{r["model"]}.json. -->
+# {r["model"]}"""
+
+
+def _measured_on(r: Mapping[str, Any]) -> str:
+    env = r["environment"]
+    versions = env["versions"]
+    return (
+        f"Measured on {env['hardware']}, torch {versions['torch']}, diffusers "
+        f"{versions['diffusers']}, commit {env['commit']}, {env['date']}."
+    )
+
+
+def _size(r: Mapping[str, Any], subject: Subject) -> str:
+    what = "guidance pair of one video" if subject.is_video else "batch of 16"
+    cost = "; ".join(
+        f"{n} thread{'s'[: int(n) - 1]}: median {v['median']:.1f} ms, best {v['best']:.1f} ms"
+        for n, v in r["evaluation_ms"].items()
+    )
+    schedule = ", ".join(str(v) for v in r["scheduler"].values() if v)
+    rows = [["weights, half precision", f"{r['bytes'] / 1e6:.2f} MB"]]
+    rows += [[name, f"{n / 1e6:.2f} M parameters"] for name, n in r["parameters"].items()]
+    rows += [["schedule", schedule], [f"one evaluation, {what}, float32", cost]]
+    return f"## Size and cost\n\n{table(['part', 'size'], rows)}\n\n{_measured_on(r)}"
+
+
+def _quality(r: Mapping[str, Any], subject: Subject) -> str:
+    n = r["protocol"]["samples"]
+    steps = r["protocol"]["steps"][0]
+    if "digit_like" in r:
+        by_judge = r["digit_like"]
+        rows = [
+            [what, *(interval(by_judge[j][what]) for j in by_judge)]
+            for what in next(iter(by_judge.values()))
+        ]
+        return (
+            f"## Are they digits?\n\nTaken for a digit with confidence above 0.9, in percent, with "
+            f"95 % interval; {n:,} each, {steps} steps.\n\n" + table(["what", *by_judge], rows)
+        )
+    accuracy = r["accuracy"]
+    names = [*subject.asked, "all"]
+    rows = [
+        [guidance, judge, *(interval(shares[name]) for name in names)]
+        for guidance, by_judge in accuracy["guidance"].items()
+        for judge, shares in by_judge.items()
+    ]
+    per = "\n\n".join(
+        table(accuracy[k], [[percent(v) for v in accuracy[k].values()]])
+        for k in ("by_digit", "by_colour")
+    )
+    return (
+        "## Accuracy\n\nSamples in which a judge reads what was asked for, in percent with 95 % "
+        f"interval; {n:,} samples, {steps} steps. `{REFEREE}` is the referee; the judges' own "
+        "errors are in their cards.\n\n"
+        f"{table(['guidance', 'judge', *names], rows)}\n\nAll, by the referee, at guidance "
+        f"{subject.guidances[0]:g}:\n\n{per}"
+    )
+
+
+def _distances(r: Mapping[str, Any], subject: Subject) -> str:
+    rows = [[k, f"{v['frechet']:.3f}", f"{v['kid']:.5f}"] for k, v in r["distances"].items()]
+    guided = f", guidance {subject.guidances[0]:g}" if subject.asked else ""
+    return (
+        f"## Distance to real ones\n\nFrechet and kernel distance of the referee's features to "
+        f"held-out real samples, {r['protocol']['samples']:,} each{guided}. The real rows are the "
+        f"floor.\n\n{table(['samples', 'Frechet', 'KID'], rows)}"
+    )
+
+
+def _movement(r: Mapping[str, Any]) -> str:
+    rows = [
+        [k, f"{v['flicker']:.5f}", f"{v['motion']:.2f}", f"{v['least motion']:.2f}"]
+        for k, v in r["movement"].items()
+    ]
+    head = ["videos", "flicker at the border", "motion, mean", "motion, least"]
+    return (
+        "## Movement\n\nFlicker: mean change from frame to frame where nothing moves, of 1. "
+        f"Motion: `accel.metrics.video.motion`; a frozen video has 0.\n\n{table(head, rows)}"
+    )
+
+
+def _brightness(r: Mapping[str, Any]) -> str:
+    flaw = r["brightness"]
+    asked = [[name, f"{v['real']:.3f}", f"{v['samples']:.3f}"] for name, v in flaw["asked"].items()]
+    leaked = [[shift, f"{level:.3f}"] for shift, level in flaw["leaked"].items()]
+    return (
+        "## The brightness flaw\n\nTrained with the usual scaled-linear schedule, whose last step "
+        "still carries some of the picture (no zero terminal SNR), but sampling starts from pure "
+        "noise. So extreme backgrounds come out too grey, and the mean of the noise leaks into the "
+        f"brightness. Mean level of the background, 0 black to 1 white, {flaw['samples']} samples "
+        f"each, asked for a background:\n\n{table(['background', 'real', 'samples'], asked)}\n\n"
+        "With an empty prompt and noise whose mean is shifted along the brightness axis, in "
+        "standard deviations of an honest draw's mean:\n\n"
+        f"{table(['shift', 'level of the background'], leaked)}"
+    )
+
+
+def _training(r: Mapping[str, Any]) -> str:
+    t = r["training"]
+    rows = [
+        [
+            name,
+            f"{s['step']:,}",
+            s["batch"],
+            f"{s['seconds'] / 60:.0f}",
+            f"{s['curve'][-1][1]:.4f}" if s["curve"] else "-",
+        ]
+        for name, s in t["stages"].items()
+    ]
+    pool = f"; {t['pool']:,} pictures" if t["pool"] else ""
+    return (
+        f"## Training\n\n`python -m accel.zoo.train {t['model']} --preset {t['preset']} "
+        f"--out OUT`, seed {t['seed']}, {t['hardware']}, {t['threads']} thread(s){pool}.\n\n"
+        f"{table(['stage', 'steps', 'batch', 'minutes', 'last loss'], rows)}\n\n![loss](loss.png)"
+        "\n\n`training.json` holds the settings, the data position and the whole curve; "
+        "`--start shipped` goes on from these weights."
+    )
+
+
+def _neighbours(r: Mapping[str, Any]) -> str:
+    n = r["neighbours"]
+    d = n["median_distance"]
+    return (
+        f"## Not a copy machine\n\nThe nearest of {n['draws']:,} training pictures of the same "
+        "digit and colour (fresh jitter; root mean square distance of the strokes, backgrounds "
+        f"ignored), median over {n['compared']}: samples {d['samples']:.3f}, real held-out "
+        f"pictures {d['heldout']:.3f}, pictures of training scans {d['train']:.3f}.\n\n"
+        "![samples and their nearest training pictures](neighbours.png)"
+    )
