@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accel import zoo
-from accel.zoo.judge_data import FRAMES, HEADS, VIDEO_HEADS, JudgeLoss
+from accel.zoo.judge_data import FRAMES, HEADS, JudgeLoss
 from accel.zoo.loop import LoopSettings
 from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
 from accel.zoo.world import DIRECTIONS, DigitWorld
@@ -31,6 +31,9 @@ FEATURES = 64
 # A digit travels at least 18 of 64 pixels, 1.1 of the 32 between the outermost windows: at 6, the
 # probability of its motion is above 0.99, and of each motion 0.25 where it stands.
 MOTION_GAIN = 6.0
+# Weight of places beside features, so that the Frechet distance of videos sees wrong motion about
+# as clearly as wrong colours (tests/accel/metrics/test_video_controls.py).
+PLACE_GAIN = 12.0
 DIGIT_CONFIDENCE = 0.9  # above this a picture counts as a digit
 
 
@@ -40,18 +43,9 @@ class AttributeJudge(nn.Module):
     config: Any
     defaults: type  # the class of `config`
 
-    def add_heads(self, hidden: int = 128) -> None:
-        """One linear head per attribute, and the network that sums up the frames of a video."""
+    def add_heads(self) -> None:
+        """One linear head per attribute."""
         self.heads = nn.ModuleDict({k: nn.Linear(FEATURES, n) for k, n in HEADS.items()})
-        self.sum_up = nn.Sequential(
-            nn.Linear(2 * FEATURES + 2 * FRAMES, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, FEATURES),
-            nn.SiLU(),
-        )
-        self.video_heads = nn.ModuleDict(
-            {k: nn.Linear(FEATURES, n) for k, n in VIDEO_HEADS.items()}
-        )
 
     @abstractmethod
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,19 +61,13 @@ class AttributeJudge(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     def video_features(self, x: Tensor) -> Tensor:
-        """Videos (n, 3, f, 64, 64) in -1..1 -> (n, 64), from 5 evenly spaced frames.
+        """Videos (n, 3, f, 64, 64) in -1..1 -> (n, 74), from 5 evenly spaced frames.
 
-        Raises ValueError for fewer frames.
+        The mean of the frames' 64 features, and where the digit is in each frame, as x, y in units
+        of `PLACE_GAIN`: what a video shows, and how it moves. Raises ValueError for fewer frames.
         """
-        features, where = self.look(five_frames(x).transpose(1, 2).flatten(0, 1))
-        return self._sum_up(features, where)
-
-    def _sum_up(self, features: Tensor, where: Tensor) -> Tensor:
-        """Of all frames, (5n, 64) and (5n, 2) -> (n, 64). Their order matters to positions only."""
-        features = features.unflatten(0, (-1, FRAMES))
-        deviation = (features - features.mean(1, keepdim=True)).abs().mean(1)
-        where = where.unflatten(0, (-1, FRAMES)).flatten(1)
-        return self.sum_up(torch.cat([features.mean(1), deviation, where], 1))
+        features, where = self.look_at_frames(x)
+        return torch.cat([features.mean(1), PLACE_GAIN * where.flatten(1)], 1)
 
     def video_logits(self, x: Tensor) -> dict[str, Tensor]:
         """Videos (n, 3, f, 64, 64) -> logits (n, classes) per attribute and of the motion.
@@ -87,20 +75,16 @@ class AttributeJudge(nn.Module):
         An attribute's are the mean log probabilities of the frames; the motion's say how far, from
         end to end, the digit went each way. Nothing here is learnt but what a frame shows.
         """
-        features, where = self.look(five_frames(x).transpose(1, 2).flatten(0, 1))
-        logits = {
-            name: head(features).log_softmax(1).unflatten(0, (-1, FRAMES)).mean(1)
-            for name, head in self.heads.items()
-        }
+        features, where = self.look_at_frames(x)
+        logits = {name: head(features).log_softmax(-1).mean(1) for name, head in self.heads.items()}
         ways = torch.tensor(list(DIRECTIONS.values()), dtype=where.dtype, device=where.device)
-        return logits | {"motion": MOTION_GAIN * travel(where.unflatten(0, (-1, FRAMES))) @ ways.T}
+        return logits | {"motion": MOTION_GAIN * travel(where) @ ways.T}
 
-    def training_logits(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Videos -> logits from their 64 features (n, .), and those of 5 frames each (5n, .)."""
-        features, where = self.look(five_frames(x).transpose(1, 2).flatten(0, 1))
-        video = self._sum_up(features, where)
-        whole = {name: head(video) for name, head in self.video_heads.items()}
-        return whole, {name: head(features) for name, head in self.heads.items()}
+    def look_at_frames(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`look` at 5 evenly spaced frames of videos (n, 3, f, 64, 64): (n, 5, 64), (n, 5, 2)."""
+        seen = self.look(five_frames(x).transpose(1, 2).flatten(0, 1))
+        features, where = (part.unflatten(0, (-1, FRAMES)) for part in seen)
+        return features, where
 
     def answers(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """(n, h, w, 3) uint8 -> index (n,) of the answer per attribute."""

@@ -105,8 +105,7 @@ def train(run: Training) -> None:
     """One stage."""
     run.seed_weights()
     referee = Referee.load(run.shipped).train() if run.shipped else Referee()
-    batch = run.batch("judge")
-    loss = JudgeLoss(batch, run.seed, run.device, split=SPLIT, bend=BEND, film_every=3)
+    loss = JudgeLoss(run.batch("judge"), run.seed, run.device, split=SPLIT, bend=BEND)
     run.stage("judge", referee, loss)
 
 

@@ -18,7 +18,6 @@ from accel.zoo.world import (
     COLOURS,
     DIGITS,
     LEVELS,
-    MOTIONS,
     TEXTURES,
     Attributes,
     DigitWorld,
@@ -26,42 +25,32 @@ from accel.zoo.world import (
 )
 
 HEADS = {"digit": len(DIGITS), "colour": len(COLOURS), "background": len(BACKGROUNDS)}
-VIDEO_HEADS = HEADS | {"motion": len(MOTIONS)}
 FRAMES = 5  # of a video, a judge looks at so many
 OUTLIERS = 4  # one picture in so many is no digit
-VIDEOS = 16  # pictures per video in a batch: a video has 20 times the pixels
+FRAMES_EVERY = 4  # steps; the others see pictures
 RAMP = 600  # steps until pictures are deformed in full; before, digits are learnt sooner
 BLENDS = 6  # of the kinds of outliers, the first so many mix two digits; see `mixture`
 NEARER = 0.3  # a mixture is at least so far from either digit, by their distance
-NO_DIGIT, TURNS, STANDS, JUMPS = range(4)  # of each 8 videos, these are not as the world draws them
 
 Targets = dict[str, Tensor]  # per attribute, (n, classes) probabilities; a row of zeros: not asked
 
 
 class JudgeLoss:
-    """Cross entropies of all heads on fresh pictures, videos, frames of videos and outliers.
+    """Cross entropies of all heads on fresh pictures, frames of videos, and outliers.
 
     bend: how far pictures are deformed in the end; 1 is what a judge with many scans needs.
-    film_every: videos, which cost most, come in one step of so many.
     """
 
-    def __init__(
-        self, batch: int, seed: int, device: torch.device, split="train", bend=1.0, film_every=1
-    ):
+    def __init__(self, batch: int, seed: int, device: torch.device, split="train", bend=1.0):
         self.world = DigitWorld(split, seed)
         self.film = DigitWorld(split, seed, canvas=64)
-        self.batch, self.seed, self.device = batch, seed, device
-        self.bend, self.film_every = bend, film_every
+        self.batch, self.seed, self.device, self.bend = batch, seed, device, bend
 
     def __call__(self, model: nn.Module, step: int) -> Tensor:
         generator = step_generator(self.seed, step)
-        x, targets = self.pictures(step, generator)
-        loss = cross_entropy(model(x.to(self.device)), targets)
-        if step % self.film_every:
-            return loss
-        x, targets, of_frames = self.videos(step, generator)
-        videos, frames = model.training_logits(x.to(self.device))
-        return loss + cross_entropy(videos, targets) + cross_entropy(frames, of_frames)
+        draw = self.frames if step % FRAMES_EVERY == 0 else self.pictures
+        x, targets = draw(step, generator)
+        return cross_entropy(model(x.to(self.device)), targets)
 
     def pictures(self, step: int, generator: torch.Generator) -> tuple[Tensor, Targets]:
         """(n, 3, 32, 32) and what to say of them; the first quarter are no digits."""
@@ -79,34 +68,19 @@ class JudgeLoss:
         disown(targets, torch.arange(len(x)) < count)
         return roughen(x, generator, self.bend * min(1, step / RAMP)), targets
 
-    def videos(self, step: int, generator: torch.Generator) -> tuple[Tensor, Targets, Targets]:
-        """(n, 3, 5, 64, 64), what to say of them, and of each frame (5n, .)."""
-        count = max(4, self.batch // VIDEOS)
+    def frames(self, step: int, generator: torch.Generator) -> tuple[Tensor, Targets]:
+        """Frames of as many videos (n, 3, 64, 64), the digit anywhere; as in `pictures`."""
+        count = self.batch // 4  # of four times the pixels
         indices = np.arange(step * count, (step + 1) * count)
+        rows, at = np.arange(count), indices % FRAMES
         films, what = self.film.videos(indices, frames=FRAMES)
-        digits = other_digits(what.digit, generator)
-        same_but_digit = digits + 10 * what.colour
-        twins = signed(self.film.videos(indices, class_ids=same_but_digit, frames=FRAMES)[0])
-        x, targets = signed(films), one_hot(what, VIDEO_HEADS)  # x (n, 5 x 3, 64, 64): bent as one
-        of_frames = {k: targets[k].repeat_interleave(FRAMES, 0) for k in HEADS}
-        kind = torch.from_numpy(indices % 8)
-        for row in (kind == TURNS).nonzero().flatten().tolist():
-            cut = int(torch.randint(1, FRAMES, (1,), generator=generator))
-            x[row, 3 * cut :] = twins[row, 3 * cut :]
-            of_frames["digit"][FRAMES * row + cut : FRAMES * (row + 1)] = one_digit(digits[row])
-        for row in ((kind == STANDS) | (kind == JUMPS)).nonzero().flatten().tolist():
-            order = _standing(generator) if kind[row] == STANDS else _jumping(generator)
-            x[row] = x[row].unflatten(0, (FRAMES, 3))[order].flatten(0, 1)
-        none = kind == NO_DIGIT
-        if none.any():
-            x[none] = non_digits(x[none], twins[none], generator)
-        disown(targets, none)
-        disown(of_frames, none.repeat_interleave(FRAMES))
-        targets["digit"][kind == TURNS] = 1 / len(DIGITS)
-        targets["motion"][(kind == STANDS) | (kind == JUMPS)] = 1 / len(MOTIONS)
-        bend = self.bend * min(1, step / RAMP)
-        x = roughen(x, generator, bend).unflatten(1, (FRAMES, 3)).transpose(1, 2)
-        return x, targets, of_frames
+        x, targets = signed(films[rows, at]), one_hot(what, HEADS)
+        none = max(1, count // OUTLIERS)
+        same_but_digit = other_digits(what.digit, generator) + 10 * what.colour
+        twins = self.film.videos(indices, class_ids=same_but_digit, frames=FRAMES)[0]
+        x[:none] = non_digits(x[:none], signed(twins[rows, at])[:none], generator)
+        disown(targets, torch.arange(count) < none)
+        return roughen(x, generator, self.bend * min(1, step / RAMP)), targets
 
 
 def cross_entropy(logits: dict[str, Tensor], targets: Targets) -> Tensor:
@@ -119,19 +93,13 @@ def cross_entropy(logits: dict[str, Tensor], targets: Targets) -> Tensor:
 
 
 def signed(samples: np.ndarray) -> Tensor:
-    """(n, h, w, 3) or (n, f, h, w, 3) uint8 -> (n, 3, h, w) or (n, f x 3, h, w) in -1..1."""
-    x = torch.from_numpy(samples).movedim(-1, -3).float() / 127.5 - 1
-    return x.flatten(1, -3).contiguous()
+    """(n, h, w, 3) uint8 -> (n, 3, h, w) in -1..1."""
+    return (torch.from_numpy(samples).movedim(-1, -3).float() / 127.5 - 1).contiguous()
 
 
 def one_hot(what: Attributes, heads: dict[str, int]) -> Targets:
     """The truth as targets."""
     return {k: F.one_hot(torch.from_numpy(getattr(what, k)), n).float() for k, n in heads.items()}
-
-
-def one_digit(digit: int) -> Tensor:
-    """(10,): sure of one digit."""
-    return torch.eye(len(DIGITS))[int(digit)]
 
 
 def disown(targets: Targets, rows: Tensor) -> None:
@@ -144,20 +112,6 @@ def disown(targets: Targets, rows: Tensor) -> None:
 def other_digits(digits: np.ndarray, generator: torch.Generator) -> np.ndarray:
     """For each digit (n,) another one, all nine alike."""
     return (digits + torch.randint(1, 10, (len(digits),), generator=generator).numpy()) % 10
-
-
-def _standing(generator: torch.Generator) -> Tensor:
-    """One frame five times."""
-    return torch.randint(FRAMES, (1,), generator=generator).expand(FRAMES)
-
-
-def _jumping(generator: torch.Generator) -> Tensor:
-    """An order of the five frames without a direction: it has no or little trend."""
-    middle = torch.arange(FRAMES) - (FRAMES - 1) / 2
-    while True:
-        order = torch.randperm(FRAMES, generator=generator)
-        if abs((middle * order).sum()) <= 2:  # of 10 for constant speed
-            return order
 
 
 def non_digits(x: Tensor, twins: Tensor, generator: torch.Generator) -> Tensor:

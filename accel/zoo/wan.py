@@ -235,6 +235,7 @@ MODEL = Model(
             "no",
             {
                 "autoencoder": Stage(8, LoopSettings(minutes=20, lr=3e-3)),
+                "clips": Stage(8, LoopSettings(minutes=20, lr=2e-3)),
                 "pictures": Stage(64, LoopSettings(minutes=20, lr=2e-3, warmup=300)),
                 "videos": Stage(4, LoopSettings(minutes=50, lr=1e-3)),
             },
@@ -245,7 +246,8 @@ MODEL = Model(
             "cuda",
             "bf16",
             {
-                "autoencoder": Stage(32, LoopSettings(steps=20_000, lr=3e-3)),
+                "autoencoder": Stage(64, LoopSettings(steps=20_000, lr=3e-3)),
+                "clips": Stage(64, LoopSettings(steps=20_000, lr=2e-3)),
                 "pictures": Stage(1024, LoopSettings(steps=60_000, lr=2e-3, warmup=1000)),
                 "videos": Stage(64, LoopSettings(steps=40_000, lr=1e-3, warmup=1000)),
             },
@@ -257,6 +259,7 @@ MODEL = Model(
             "no",
             {
                 "autoencoder": Stage(1, LoopSettings(steps=2, log_steps=2)),
+                "clips": Stage(1, LoopSettings(steps=2, log_steps=2)),
                 "pictures": Stage(4, LoopSettings(steps=2, log_steps=2)),
                 "videos": Stage(1, LoopSettings(steps=2, log_steps=2)),
             },

@@ -17,9 +17,13 @@ from accel.zoo.world import VIDEO_CANVAS, DigitWorld
 
 KL_WEIGHT = 1e-6  # per latent frame; thirty times as much and the latents are noise
 START_LOG_VARIANCE = -4.0
-# What four steps in a row see: pixels and frames of a window, and how many per video of the batch.
-# Small windows give many brightnesses a step; 9 frames are three latent frames: all code paths.
-WINDOWS = ((16, 1, 4), (16, 9, 1), (16, 1, 4), (32, 1, 1))
+# What the steps of a stage see in turn: pixels and frames of a window, and how many per video of
+# the batch. Small windows give many brightnesses a step. First pictures, then whole clips: trained
+# on 9 frames, the decoder drifts after the 9th.
+STAGES = {
+    "autoencoder": ((16, 1, 4), (16, 9, 1), (16, 1, 4), (32, 1, 1)),
+    "clips": ((16, 17, 1), (16, 17, 1), (32, 17, 0.25), (16, 1, 4)),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class WanAutoencoderLoss:
     Windows of pictures and of videos, by turns: the autoencoder is convolutional.
     """
 
-    def __init__(self, batch: int, seed: int, device: torch.device):
+    def __init__(self, stage: str, batch: int, seed: int, device: torch.device):
+        self.turns = STAGES[stage]
         self.pictures = DigitWorld("train", seed)
         self.videos = DigitWorld("train", seed, VIDEO_CANVAS)
         self.batch, self.seed, self.device = batch, seed, device
@@ -80,8 +85,8 @@ class WanAutoencoderLoss:
 
     def windows(self, step: int, generator: torch.Generator) -> Tensor:
         """What a step sees, (n, 3, frames, side, side)."""
-        side, frames, per_video = WINDOWS[step % len(WINDOWS)]
-        count = self.batch * per_video
+        side, frames, per_video = self.turns[step % len(self.turns)]
+        count = max(1, int(self.batch * per_video))
         indices = np.arange(step * count, (step + 1) * count)
         if frames > 1:
             videos = self.videos.videos(indices)[0]
@@ -92,7 +97,7 @@ class WanAutoencoderLoss:
 
 
 def _window(video: np.ndarray, side: int, frames: int, generator: torch.Generator) -> np.ndarray:
-    """A part of a video; around the middle, where the digit passes, more often than at the edges."""
+    """A part of a video; oftener around the middle, where the digit passes, than at the edges."""
     room = torch.tensor([video.shape[1] - side, video.shape[2] - side]) + 1
     y, x = (torch.rand(2, 2, generator=generator).mean(0) * room).long().tolist()
     first = int(torch.randint(len(video) - frames + 1, (), generator=generator))
@@ -140,12 +145,14 @@ def trained(run: Training) -> AutoencoderKLWan:
     folder = run.out / "vae"
     if run.shipped:
         AutoencoderKLWan.from_pretrained(run.shipped / "vae").save_pretrained(folder)
-        run.keep_record("autoencoder")
+        for stage in STAGES:
+            run.keep_record(stage)
     if run.shipped or (run.resume and (folder / "config.json").is_file()):
         return AutoencoderKLWan.from_pretrained(folder).to(run.device).eval()
     vae = WanAutoencoderConfig().build()
-    loss = WanAutoencoderLoss(run.batch("autoencoder"), run.seed, run.device)
-    vae.load_state_dict(run.stage("autoencoder", vae, loss))
+    for stage in STAGES:
+        loss = WanAutoencoderLoss(stage, run.batch(stage), run.seed, run.device)
+        vae.load_state_dict(run.stage(stage, vae, loss))
     vae.eval()
     vae.register_to_config(**measure_latents(vae, DigitWorld("train", run.seed, VIDEO_CANVAS)))
     partial = folder.with_suffix(".tmp")

@@ -12,7 +12,6 @@ from accel.zoo.judge import (
     DIGIT_CONFIDENCE,
     FEATURES,
     HEADS,
-    VIDEO_HEADS,
     Judge,
     accuracy,
     attend,
@@ -20,9 +19,10 @@ from accel.zoo.judge import (
     judge,
     to_tensor,
     travel,
+    video_tensor,
 )
 from accel.zoo.judge_b import Referee
-from accel.zoo.judge_data import JudgeLoss, non_digits, one_hot, roughen, signed
+from accel.zoo.judge_data import FRAMES, JudgeLoss, non_digits, one_hot, roughen, signed
 from accel.zoo.world import MOTIONS, DigitWorld
 
 NAMES = ("digits-judge", "digits-judge-b")
@@ -70,8 +70,8 @@ def test_pictures_of_heldout_handwriting_are_read(either, request):
 
 def test_videos_of_heldout_handwriting_are_read(either):
     shares = accuracy(either, DigitWorld("heldout", canvas=64), 60, videos=True)
-    assert set(shares) == {*VIDEO_HEADS, "all"}
-    for name in VIDEO_HEADS:
+    assert set(shares) == {*HEADS, "motion", "all"}
+    for name in (*HEADS, "motion"):
         assert shares[name] >= floor(ACCEPTED, 60), name
 
 
@@ -169,7 +169,7 @@ def test_a_judge_survives_its_file(either, pictures, films, tmp_path):
         assert torch.equal(either.features(images), again.features(images))
         assert torch.equal(either.video_features(videos), again.video_features(videos))
         assert again.features(images).shape == (8, FEATURES)
-        assert again.video_features(videos).shape == (2, FEATURES)
+        assert again.video_features(videos).shape == (2, FEATURES + 2 * FRAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -224,6 +224,30 @@ def test_targets_are_the_truth_but_for_outliers():
         assert torch.equal(targets[name][16:], truth[name][16:])
         blank = 1 / classes if name == "digit" else 0
         assert torch.equal(targets[name][:16], torch.full((16, classes), blank))
+
+
+def test_frames_are_of_videos_with_the_digit_anywhere_and_some_outliers():
+    loss = JudgeLoss(64, 0, torch.device("cpu"))
+    x, targets = loss.frames(4, torch.Generator().manual_seed(0))
+    assert x.shape == (16, 3, 64, 64)
+    truth = one_hot(loss.film.attributes(np.arange(64, 80)), HEADS)
+    for name, classes in HEADS.items():
+        assert torch.equal(targets[name][4:], truth[name][4:])
+        blank = 1 / classes if name == "digit" else 0
+        assert torch.equal(targets[name][:4], torch.full((4, classes), blank))
+
+
+def test_video_features_keep_content_and_place_apart(films):
+    """Frames in another order change the places alone; another colour changes the content."""
+    videos = video_tensor(films[0][:4])
+    with torch.inference_mode():
+        plain, shuffled, recoloured = (
+            judge("digits-judge").video_features(x)
+            for x in (videos, videos[:, :, [2, 0, 4, 1, 3]], videos[:, [1, 2, 0]])
+        )
+    assert torch.allclose(plain[:, :FEATURES], shuffled[:, :FEATURES], atol=1e-4)  # sums of five
+    assert (plain - shuffled)[:, FEATURES:].abs().amax(1).min() > 1
+    assert (plain - recoloured)[:, :FEATURES].abs().amax(1).min() > 0.1
 
 
 def test_roughening_grows_with_its_strength_and_keeps_the_shape():

@@ -4,7 +4,7 @@ import torch
 
 from accel.zoo.loop import step_generator
 from accel.zoo.wan_autoencoder import (
-    WINDOWS,
+    STAGES,
     WanAutoencoderConfig,
     WanAutoencoderLoss,
     encode,
@@ -44,13 +44,14 @@ def test_measured_scaling_makes_every_channel_standard(vae):
     assert (sample.var((0, 2, 3, 4)) - 1).abs().max() < 0.1
 
 
-def test_windows_depend_on_the_step_and_go_round_pictures_and_clips():
-    loss = WanAutoencoderLoss(2, 0, torch.device("cpu"))
-    for step, (side, frames, per_video) in enumerate(WINDOWS):
+@pytest.mark.parametrize("stage", STAGES)
+def test_windows_depend_on_the_step_and_go_round_pictures_and_clips(stage):
+    loss, turns = WanAutoencoderLoss(stage, 4, 0, torch.device("cpu")), STAGES[stage]
+    for step, (side, frames, per_video) in enumerate(turns):
         x = loss.windows(step, step_generator(0, step))
-        assert x.shape == (2 * per_video, 3, frames, side, side)
+        assert x.shape == (4 * per_video, 3, frames, side, side)
         assert torch.equal(x, loss.windows(step, step_generator(0, step)))
-        later = step + len(WINDOWS)
+        later = step + len(turns)
         assert not torch.equal(x, loss.windows(later, step_generator(0, later)))
 
 

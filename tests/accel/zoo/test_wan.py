@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+from torch import nn
+
+from accel.zoo import train
+from accel.zoo.training import trained_weights
+from accel.zoo.wan import (
+    FLOW_SHIFT,
+    LONG_EVERY,
+    SHORT,
+    Pool,
+    TextToVideo,
+    VelocityLoss,
+    WanConfig,
+    tokenize,
+)
+from accel.zoo.wan_text import MAX_LENGTH, TextConfig
+
+PROMPT = "a red three moving left on a dark background"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All four stages in miniature; the video is noise, the folder is stock."""
+    out = tmp_path_factory.mktemp("wan")
+    train.main(["digits-wan", "--preset", "smoke", "--out", str(out)])
+    return out
+
+
+def test_digits_wan_is_trained_shipped_and_loaded_from_nothing(folder):
+    pipe = WanPipeline.from_pretrained(folder / "shipped", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe(PROMPT, height=64, width=64, num_frames=17, num_inference_steps=1).frames
+    assert video.shape == (1, 17, 64, 64, 3)
+    assert isinstance(pipe.scheduler, UniPCMultistepScheduler)
+    assert pipe.scheduler.config.prediction_type == "flow_prediction"
+    # Half precision rounds by at most 2^-11, relative; below 2^-14 by 2^-25, absolute.
+    trained = trained_weights(folder, "videos")
+    for part, model in (("transformer", pipe.transformer), ("text", pipe.text_encoder)):
+        for name, weight in model.state_dict().items():
+            was = trained[f"{part}.{name}"]
+            assert torch.allclose(weight, was, rtol=2**-11, atol=2**-25), name
+    record = json.loads((folder / "shipped" / "training.json").read_text())
+    assert list(record["stages"]) == ["autoencoder", "clips", "pictures", "videos"]
+    assert {s["step"] for s in record["stages"].values()} == {2}
+
+
+def test_training_pads_the_text_as_the_pipeline_does(folder):
+    """Same states, same padding: what is learned is what is asked."""
+    pipe = WanPipeline.from_pretrained(folder / "shipped", dtype=torch.float32)
+    model = TextToVideo(pipe.transformer, pipe.text_encoder).eval()
+    x = torch.randn(1, 6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([700.0])
+    with torch.inference_mode():
+        for length in (SHORT, MAX_LENGTH):
+            states, _ = pipe.encode_prompt(
+                PROMPT, do_classifier_free_guidance=False, max_sequence_length=length
+            )
+            asked = pipe.transformer(x, t, states).sample
+            learned = model(x, t, tokenize([PROMPT]), length)
+            # Masked padding adds nothing but the order of a few sums.
+            assert torch.allclose(asked, learned, atol=1e-5)
+
+
+class Recorder(nn.Module):
+    """Stands for the networks; keeps what it was called with, and knows the noise to be 0."""
+
+    def forward(self, x, timestep, tokens, length):
+        self.x, self.t, self.tokens, self.length = x, timestep, tokens, length
+        return torch.zeros_like(x)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    means = torch.randn(4000, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    return Pool(means, torch.full_like(means, 0.1), tokenize([PROMPT]).repeat(4000, 1))
+
+
+def velocity(pool, shift=FLOW_SHIFT):
+    return VelocityLoss(pool, 2000, 0, shift, torch.device("cpu"))
+
+
+def test_loss_is_a_function_of_the_step(pool):
+    losses = [velocity(pool)(Recorder(), step) for step in (5, 6, 5)]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_noise_follows_the_shifted_flow_schedule_and_a_tenth_of_captions_is_dropped(pool):
+    recorder = Recorder()
+    loss = velocity(pool)(recorder, 0)
+    # v = eps - x0, of variance 1 + 1 + 0.01: the error of answering 0
+    assert loss.item() == pytest.approx(2.01, abs=0.05)
+    u = (torch.arange(2000) + 0.5) / 2000
+    asked = 1000 * FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+    assert (recorder.t - asked).abs().max() < 1000 * FLOW_SHIFT / 2000  # the steepest slope
+    sigma = recorder.t / 1000
+    expected = (1 - sigma) ** 2 * 1.01 + sigma**2
+    assert (recorder.x.flatten(1).var(1) / expected).mean().item() == pytest.approx(1, abs=0.03)
+    empty = (recorder.tokens == tokenize([""])).all(1).float().mean().item()
+    assert empty == pytest.approx(0.1, abs=5 * (0.09 / 2000) ** 0.5)
+
+
+def test_one_step_in_four_sees_the_pipelines_own_padding(pool):
+    lengths = []
+    for step in range(2 * LONG_EVERY):
+        recorder = Recorder()
+        velocity(pool)(recorder, step)
+        lengths.append(recorder.length)
+    assert lengths == 2 * [MAX_LENGTH, *[SHORT] * (LONG_EVERY - 1)]
+
+
+def test_every_sample_is_seen_once_a_pass_in_a_new_order(pool):
+    loss = velocity(pool)
+    first, second = (torch.cat([loss.rows(2 * e + i) for i in range(2)]) for e in (0, 1))
+    assert torch.equal(first.sort().values, torch.arange(4000))
+    assert torch.equal(second.sort().values, torch.arange(4000))
+    assert not torch.equal(first, second)
+
+
+def test_fresh_networks_predict_zero_and_have_the_designs_tokens():
+    model = TextToVideo(WanConfig(layers=1).build(), TextConfig(layers=1).build())
+    x = torch.randn(1, 6, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    seen = []
+    model.transformer.blocks[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.inference_mode():
+        v = model(x, torch.tensor([500.0]), tokenize([PROMPT]), SHORT)
+    assert np.array_equal(v, torch.zeros_like(x))
+    assert seen[0].shape[1] == 1280
