@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from accel import zoo
+from accel.loading import quiet_loading
 from accel.zoo.world import (
     BACKGROUNDS,
     COLOURS,
@@ -48,9 +49,9 @@ class Subject:
 
     def load(self) -> Any:
         """The shipped pipeline through stock diffusers, in float32."""
-        pipe = getattr(diffusers, self.pipeline).from_pretrained(
-            zoo.path(self.name), dtype=torch.float32
-        )
+        kind = getattr(diffusers, self.pipeline)
+        with quiet_loading():
+            pipe = kind.from_pretrained(zoo.path(self.name), dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
