@@ -227,7 +227,7 @@ def evaluation_ms(pipe: Any, subject: Subject, threads: int) -> dict[str, float]
 def _denoiser_call(pipe: Any, subject: Subject, rows: int) -> Callable[[], Any]:
     """The calls of the denoiser in one step of a real run, to be repeated."""
     seen: list[tuple[Any, tuple, dict]] = []
-    denoiser = denoiser_modules(pipe)[0]
+    _, denoiser = denoiser_modules(pipe)[0]
     hook = denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((module, args, kwargs)), with_kwargs=True
     )

@@ -2,22 +2,26 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from accel import zoo
 from accel.zoo.world import DigitWorld
-from benchmarks import bench_zoo, results_file
+from benchmarks import bench_zoo, results_file, zoo_pictures
+from benchmarks.zoo_subjects import CLASSES, SUBJECTS
 
 
-def test_card_is_what_the_results_say():
+@pytest.mark.parametrize("name", zoo.names())
+def test_card_is_what_the_results_say(name):
     """No figure is typed by hand: write it again with `python -m benchmarks.bench_zoo --card`."""
-    results = results_file.read(bench_zoo.RESULT)
-    assert (zoo.path(bench_zoo.NAME) / "README.md").read_text() == bench_zoo.card(results)
+    results = results_file.read(f"zoo_{name}")
+    assert results is not None, f"{name} is shipped and not measured"
+    assert (zoo.path(name) / "README.md").read_text() == bench_zoo.card(results)
 
 
-def test_results_are_of_the_shipped_weights():
-    results = results_file.read(bench_zoo.RESULT)
-    shipped = json.loads((zoo.path(bench_zoo.NAME) / "training.json").read_text())
-    assert results["training"] == shipped
+@pytest.mark.parametrize("name", zoo.names())
+def test_results_are_of_the_shipped_weights(name):
+    results = results_file.read(f"zoo_{name}")
+    assert results["training"] == json.loads((zoo.path(name) / "training.json").read_text())
 
 
 def test_nearest_finds_the_picture_itself_whatever_its_background():
@@ -28,8 +32,79 @@ def test_nearest_finds_the_picture_itself_whatever_its_background():
     assert (distance[:, 1] > 0.01).all()
 
 
-def test_grid_keeps_reading_order():
-    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    joined = bench_zoo.grid(images, columns=3)
+def test_grid_keeps_reading_order_and_fills_the_last_row():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    joined = zoo_pictures.grid(images, columns=3)
     assert joined.shape == (12, 18, 3)
-    assert [joined[3 + 6 * r, 3 + 6 * c, 0] for r in range(2) for c in range(3)] == [*range(6)]
+    cells = [joined[3 + 6 * r, 3 + 6 * c, 0] for r in range(2) for c in range(3)]
+    assert cells == [0, 1, 2, 3, 4, 255]
+
+
+def test_window_of_a_video_is_round_its_digit():
+    videos, _ = DigitWorld("heldout", canvas=64).videos(np.arange(6), frames=5)
+    windows = bench_zoo.stills(videos)
+    assert windows.shape == (6, 32, 32, 3)
+    ink = bench_zoo.strokes(windows).reshape(6, 32, 32) > 0.5
+    for mask in ink:
+        assert np.abs(np.argwhere(mask).mean(0) - 15.5).max() < 4
+    pictures = windows.copy()
+    assert bench_zoo.stills(pictures) is pictures
+
+
+def test_impostors_are_of_two_digits():
+    real, what = DigitWorld("heldout").batch(np.arange(40))
+    made = bench_zoo.impostors(real, what)
+    assert {k: v.shape for k, v in made.items()} == dict.fromkeys(
+        ("blends", "halves", "noise"), real.shape
+    )
+    assert np.array_equal(made["halves"][:, :16], real[:, :16])
+    for name in ("blends", "halves"):
+        assert (made[name] != real).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_asked_attributes_cover_every_combination_evenly(name):
+    subject = SUBJECTS[name]
+    count = 2000 if not subject.is_video else 40
+    samples, what = subject.real(count, seed=0)
+    assert len(samples) == count
+    if subject.is_video:
+        assert set(what.motion) == {0, 1, 2, 3}
+    else:
+        combined = what.class_id + CLASSES * what.background
+        assert (np.bincount(combined, minlength=500) == 4).all()
+
+
+class Recorder:
+    """Stands for a pipeline; keeps its calls and draws grey."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, **call):
+        self.calls.append(call)
+        return (np.full((len(call["generator"]), 32, 32, 3), 0.5),)
+
+
+def test_a_sample_depends_on_its_own_seed_whatever_the_batch():
+    subject, pipe = SUBJECTS["digits-dit"], Recorder()
+    _, what = subject.real(70, seed=0)
+    images = subject.generate(pipe, what, 2.0, steps=3, seed=5)
+    assert images.shape == (70, 32, 32, 3)
+    assert images.max() == images.min() == 128
+    seeds = [g.initial_seed() for call in pipe.calls for g in call["generator"]]
+    assert seeds == [5 * 1_000_003 + i for i in range(70)]
+    labels = [label for call in pipe.calls for label in call["class_labels"]]
+    assert labels == what.class_id.tolist()
+    assert {call["num_inference_steps"] for call in pipe.calls} == {3}
+
+
+def test_evaluation_repeats_the_denoisers_own_call():
+    seen = []
+    subject = SUBJECTS["digits-dit"]
+    pipe = subject.load()
+    call = bench_zoo._denoiser_call(pipe, subject, rows=2)
+    pipe.transformer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.inference_mode():
+        call()
+    assert [x.shape for x in seen] == [(4, 4, 8, 8)]  # two rows and their unconditional twins
