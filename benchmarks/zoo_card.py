@@ -200,11 +200,17 @@ def _training(r: Mapping[str, Any]) -> str:
     pool = f"; {t['pool']:,} pictures" if t["pool"] else ""
     return (
         f"## Training\n\n`python -m accel.zoo.train {t['model']} --preset {t['preset']} "
-        f"--out OUT`, seed {t['seed']}, {t['hardware']}, {t['threads']} thread(s){pool}.\n\n"
+        f"--out OUT`, {_legs(t)}seed {t['seed']}, {t['hardware']}, {t['threads']} "
+        f"thread(s){pool}.\n\n"
         f"{table(['stage', 'steps', 'batch', 'minutes', 'last loss'], rows)}\n\n![loss](loss.png)"
         "\n\n`training.json` holds the settings, the data position and the whole curve; "
         "`--start shipped` goes on from these weights."
     )
+
+
+def _legs(training: Mapping[str, Any]) -> str:
+    """Nothing for a training in one go."""
+    return "" if training["start"] == "scratch" else "in several legs (`--start shipped`), "
 
 
 def _neighbours(r: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """From training checkpoints to shipped folders: `python -m accel.zoo.ship NAME --out OUT`.
 
 Ships the EMA weights of the newest checkpoint, in half precision, whether training has finished
-or not. The shipped weights and `training.json` beside them are all a warm restart needs.
+or not, even between stages. The shipped weights and `training.json` beside them are all a warm
+restart needs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from accel.zoo.loop import POSITION, Position
+from accel.zoo.loop import POSITION, Position, newest_checkpoint
 from accel.zoo.training import SETTINGS, TRAINING, Model, last_checkpoint
 
 # Each module has a `MODEL`.
@@ -37,12 +38,13 @@ def model(name: str) -> Model:
 def ship(name: str, out: Path, folder: Path) -> None:
     """Writes model `name` to `folder`, from what training left below `out`.
 
-    Raises ValueError for an unknown name and FileNotFoundError where training has left nothing.
+    Raises ValueError for an unknown name and FileNotFoundError where training has left too little.
     """
     writer = model(name).write
     settings = json.loads((out / SETTINGS).read_text())
+    begun = [stage for stage in settings["stages"] if newest_checkpoint(out / stage)]
     stages = {}
-    for stage in settings["stages"]:
+    for stage in begun:
         position = Position.read(last_checkpoint(out / stage) / POSITION)
         stages[stage] = settings["stages"][stage] | vars(position)
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,10 @@ from accel import zoo
 from accel.measure import hardware
 from accel.zoo.loop import newest_checkpoint
 from accel.zoo.ship import MODELS, model, ship
-from accel.zoo.training import SETTINGS, Preset, Training
+from accel.zoo.training import SETTINGS, TRAINING, Preset, Training
 
 PRESETS = ("cpu", "gpu", "smoke")
+SCRATCH, SHIPPED = "scratch", "shipped"
 
 
 def _limited(preset: Preset, stages: tuple[str, ...], steps, minutes, batch) -> Preset:
@@ -47,6 +48,15 @@ def _check_same_run(file: Path, settings: dict) -> None:
             )
 
 
+def _start(start: str, name: str) -> Path | None:
+    """Folder to go on from; None where training begins with nothing."""
+    if start in (SCRATCH, SHIPPED):
+        return None if start == SCRATCH else zoo.path(name)
+    if not (Path(start) / TRAINING).is_file():
+        raise SystemExit(f"--start {start}: no {TRAINING} there; it is what accel.zoo.ship writes")
+    return Path(start)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="accel.zoo.train", description=__doc__.splitlines()[0])
@@ -58,7 +68,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="of the last stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument("--start", choices=("scratch", "shipped"), default="scratch")
+    parser.add_argument(
+        "--start",
+        default=SCRATCH,
+        help=f"{SCRATCH}, {SHIPPED} (go on from the package's own weights), or a folder to go on "
+        "from, as accel.zoo.ship writes it",
+    )
     return parser.parse_args(argv)
 
 
@@ -73,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{args.out} holds a training already; add --resume or name another")
     run = Training(args.name, preset, args.out, seed=args.seed)
     run.resume = args.resume
-    run.shipped = zoo.path(args.name) if args.start == "shipped" else None
+    run.shipped = _start(args.start, args.name)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": args.name,

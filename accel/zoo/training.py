@@ -82,10 +82,12 @@ class Training:
         return weights
 
     def shipped_position(self, stage: str) -> Position | None:
-        """Where the shipped weights stopped; None where this run starts from nothing."""
+        """Where the shipped weights stopped; None where this stage starts from nothing."""
         if self.shipped is None:
             return None
-        record = json.loads((self.shipped / TRAINING).read_text())["stages"][stage]
+        record = json.loads((self.shipped / TRAINING).read_text())["stages"].get(stage)
+        if record is None:
+            return None
         names = [field.name for field in dataclasses.fields(Position)]
         position = Position(**{name: record[name] for name in names})
         position.origin_step, position.origin_seconds = position.step, position.seconds

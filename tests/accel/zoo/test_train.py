@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import AutoencoderKL, DiTPipeline
 from torch import nn
 
 from accel import zoo
@@ -78,6 +78,31 @@ def test_warm_restart_goes_on_from_the_shipped_weights_and_position(tmp_path):
     shipped = Judge.load(zoo.path("digits-judge")).state_dict()
     for name, weight in ema_weights(end).items():
         assert torch.allclose(weight, shipped[name], atol=1e-4)
+
+
+def test_training_goes_on_from_any_shipped_folder_even_between_stages(tmp_path):
+    """An unfinished model is kept, and its missing stages are trained later, elsewhere."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(["digits-dit", "--preset", "smoke", "--steps", "2", "--out", str(first)])
+    record = json.loads((first / "shipped" / "training.json").read_text())
+    del record["stages"]["denoiser"]  # as if the first run had ended before it
+    (first / "shipped" / "training.json").write_text(json.dumps(record))
+    start = ("--start", str(first / "shipped"))
+    preset = ("--preset", "smoke", "--steps", "3")
+    train.main(["digits-dit", *preset, "--out", str(second), *start])
+    after = json.loads((second / "shipped" / "training.json").read_text())["stages"]
+    assert after["autoencoder"]["step"] == 2  # kept
+    assert after["denoiser"]["step"] == 3  # from its beginning
+    kept, made = (
+        AutoencoderKL.from_pretrained(out / "shipped" / "vae", dtype=torch.float32).state_dict()
+        for out in (first, second)
+    )
+    assert all(torch.equal(made[name], weight) for name, weight in kept.items())
+
+
+def test_a_folder_without_a_training_is_no_start(tmp_path):
+    with pytest.raises(SystemExit, match=r"no training.json there"):
+        train.main(arguments(tmp_path / "out", "--start", str(tmp_path)))
 
 
 def test_a_second_training_does_not_overwrite_the_first(tmp_path):
