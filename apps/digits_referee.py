@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from accel.measure import Inputs, Referee, Verdict
 
 NAME = "digits-judge-b"
-BATCH = 100  # samples judged at a time
 STEPS, SAMPLES, CALL, VIDEOS = 50, 40, 10, 8  # of the standard inputs; CALL: samples in a call
 STRIDE = 37  # prime to 100: goes round all classes before any comes twice
 CLASSES = 100  # of digits-dit; its other label is "no class"
@@ -40,7 +39,7 @@ def digits_referee(inputs: Inputs, name: str = NAME) -> Referee | None:
         name=name,
         sha256=sha256,
         judge=lambda samples, given: _verdict(model, samples, asked(given)),
-        real=lambda given, draw: _features(model, real_samples(given, draw)),
+        real=lambda given, draw: model.features_of(real_samples(given, draw)),
     )
 
 
@@ -119,19 +118,4 @@ def _verdict(model: Any, samples: np.ndarray, what: dict[str, np.ndarray]) -> Ve
 
     answers = model.video_answers(samples) if samples.ndim == 5 else model.answers(samples)
     right = np.logical_and.reduce([answers[k] == v for k, v in what.items() if k in answers])
-    return Verdict(right, _features(model, samples))
-
-
-def _features(model: Any, samples: np.ndarray) -> np.ndarray:
-    """(n, 64), of pictures (n, h, w, 3) or videos (n, f, h, w, 3), uint8."""
-    import torch
-
-    from accel.zoo.judge import to_tensor, video_tensor
-
-    video = samples.ndim == 5
-    tensor, features = (
-        (video_tensor, model.video_features) if video else (to_tensor, model.features)
-    )
-    with torch.inference_mode():
-        parts = [features(tensor(samples[i : i + BATCH])) for i in range(0, len(samples), BATCH)]
-    return torch.cat(parts).numpy()
+    return Verdict(right, model.features_of(samples))

@@ -27,7 +27,7 @@ from accel.metrics.protocol import Protocol, file_sha256
 from accel.metrics.statistics import share
 from accel.metrics.video import flicker, motion, still_border
 from accel.zoo import sd
-from accel.zoo.judge import AttributeJudge, accuracy, judge, to_tensor, video_tensor
+from accel.zoo.judge import AttributeJudge, accuracy, judge
 from accel.zoo.world import COLOURS, DIGITS, Attributes, DigitWorld
 from benchmarks import results_file, zoo_pictures
 from benchmarks.zoo_card import judge_card, pipeline_card
@@ -65,10 +65,6 @@ class Study:
             print(f"{self.subject.name} {key}: {time.monotonic() - began:.0f} s", flush=True)
         return self._samples[key]
 
-    def features(self, samples: np.ndarray) -> np.ndarray:
-        """The referee's, (n, 64)."""
-        return features(self.referee, samples)
-
     def protocol(self) -> dict[str, Any]:
         """How the samples were made and read."""
         return Protocol(
@@ -85,16 +81,6 @@ class Study:
             resize=None,
             quantise="rounded to 8 bits",
         ).as_json()
-
-
-@torch.inference_mode()
-def features(reader: AttributeJudge, samples: np.ndarray) -> np.ndarray:
-    """A judge's features (n, 64) of pictures or videos, uint8."""
-    video = samples.ndim == 5
-    read, tensor = (reader.video_features, video_tensor) if video else (reader.features, to_tensor)
-    size = 32 if video else 250
-    parts = [read(tensor(samples[i : i + size])) for i in range(0, len(samples), size)]
-    return torch.cat(parts).double().numpy()
 
 
 def read(study: Study, samples: np.ndarray, reader: AttributeJudge) -> dict[str, np.ndarray]:
@@ -160,12 +146,12 @@ def measure_distances(study: Study) -> dict[str, Any]:
     The floor is what a perfect generator would reach: real samples of the training scans, and
     another draw of the held-out scans.
     """
-    real = study.features(study.real)
-    train = study.features(study.subject.real(study.count, SEED + 1, "train")[0])
-    again = study.features(study.subject.real(study.count, SEED + 2)[0])
+    real = study.referee.features_of(study.real)
+    train = study.referee.features_of(study.subject.real(study.count, SEED + 1, "train")[0])
+    again = study.referee.features_of(study.subject.real(study.count, SEED + 2)[0])
     sets = {"real, training scans": train, "real, held-out again": again}
     for steps in STEPS:
-        sets[f"{steps} steps"] = study.features(study.samples(study.guidance, steps))
+        sets[f"{steps} steps"] = study.referee.features_of(study.samples(study.guidance, steps))
     return {
         name: {"frechet": frechet(real, other), "kid": kid(real, other, subsets=None).mean}
         for name, other in sets.items()

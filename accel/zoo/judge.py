@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -109,14 +110,16 @@ class AttributeJudge(nn.Module):
     @torch.inference_mode()
     def probabilities(self, samples: np.ndarray) -> dict[str, np.ndarray]:
         """Pictures (n, h, w, 3) or videos (n, f, h, w, 3), uint8 -> (n, classes) per attribute."""
-        video = samples.ndim == 5
-        size = 32 if video else 250
-        parts = []
-        for start in range(0, len(samples), size):
-            batch = samples[start : start + size]
-            logits = self.video_logits(video_tensor(batch)) if video else self(to_tensor(batch))
-            parts.append({k: v.softmax(1) for k, v in logits.items()})
-        return {k: torch.cat([p[k] for p in parts]).numpy() for k in parts[0]}
+        logits = [self.video_logits(x) if x.ndim == 5 else self(x) for x in tensors_of(samples)]
+        return {k: torch.cat([p[k] for p in logits]).softmax(1).numpy() for k in logits[0]}
+
+    @torch.inference_mode()
+    def features_of(self, samples: np.ndarray) -> np.ndarray:
+        """Pictures (n, h, w, 3) -> (n, 64), or videos (n, f, h, w, 3) -> (n, 74); uint8."""
+        parts = [
+            self.video_features(x) if x.ndim == 5 else self.features(x) for x in tensors_of(samples)
+        ]
+        return torch.cat(parts).numpy()
 
     def save(self, folder: Path) -> None:
         """Writes config.json and model.safetensors (half precision)."""
@@ -222,6 +225,13 @@ def video_tensor(videos: np.ndarray) -> Tensor:
     """(n, f, h, w, 3) uint8 -> (n, 3, f, h, w) float32 in -1..1."""
     flat = to_tensor(videos.reshape(-1, *videos.shape[2:]))
     return flat.unflatten(0, videos.shape[:2]).transpose(1, 2)
+
+
+def tensors_of(samples: np.ndarray) -> Iterator[Tensor]:
+    """Pictures or videos, uint8, as the tensors that a judge takes, some at a time."""
+    tensor, size = (video_tensor, 32) if samples.ndim == 5 else (to_tensor, 250)
+    for start in range(0, len(samples), size):
+        yield tensor(samples[start : start + size])
 
 
 def accuracy(

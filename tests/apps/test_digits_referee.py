@@ -63,8 +63,8 @@ class _Rater:
         return {"digit": np.full(len(images), 3), "colour": np.zeros(len(images), int)}
 
     @staticmethod
-    def features(x):
-        return x.mean((1, 2, 3))[:, None]
+    def features_of(samples):
+        return samples.mean((1, 2, 3))[:, None]
 
 
 def test_right_means_every_attribute_and_the_judge_is_named(monkeypatch, tmp_path):
