@@ -16,6 +16,7 @@ from accel.zoo.world import BACKGROUNDS, COLOURS, LEVELS, DigitWorld, caption
 
 NAME = "digits-sd"
 HALF_ROUNDING = {"rtol": 2**-11, "atol": 2**-25}  # relative; absolute below the normal numbers
+shipped = pytest.mark.skipif(NAME not in zoo.names(), reason=f"{NAME} is not shipped")
 
 
 class Recorder(nn.Module):
@@ -61,6 +62,15 @@ def test_fresh_network_predicts_its_input():
     assert torch.allclose(out, x, rtol=5 / (2 * 192) ** 0.5, atol=1e-5)
 
 
+def test_fresh_text_encoder_tells_every_word_apart():
+    """Each digit changes its own token most of all, though the sentences are alike otherwise."""
+    ids = sd.caption_table()[:, 0, 0]  # "a red zero on a black background", and so on
+    text = sd.SDConfig().build().text_encoder(ids).last_hidden_state
+    spread = text.std(dim=0).mean(dim=1)  # (16,)
+    assert spread.argmax() == 3
+    assert spread[3] > 0.5  # of 1, which the last normalisation gives each token
+
+
 def test_terminal_step_still_holds_signal():
     """Stable Diffusion's own figure: its last step keeps 0.068 of the picture (Lin et al. 2023)."""
     alpha = sd.build_scheduler().alphas_cumprod[-1].item()
@@ -89,6 +99,7 @@ def test_trained_shipped_and_loaded_from_nothing(tmp_path):
     assert record["stages"]["denoiser"]["step"] == 2
 
 
+@shipped
 def test_warm_restart_goes_on_from_both_shipped_networks(tmp_path):
     smoke = ["--preset", "smoke", "--steps", "1", "--out", str(tmp_path), "--start", "shipped"]
     train.main([NAME, *smoke])
@@ -106,6 +117,7 @@ def pipe() -> StableDiffusionPipeline:
     return pipe
 
 
+@shipped
 def test_shipped_folder_is_stock_small_and_half_precision(pipe):
     assert type(DiffusionPipeline.from_pretrained(zoo.path(NAME))) is StableDiffusionPipeline
     assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.vae.dtype == torch.float32
@@ -123,6 +135,7 @@ def test_shipped_folder_is_stock_small_and_half_precision(pipe):
         assert "_name_or_path" not in file.read_text(), file
 
 
+@shipped
 def test_autoencoder_is_that_of_digits_dit(pipe):
     other = sd.AutoencoderKL.from_pretrained(zoo.path("digits-dit") / "vae")
     for name, weight in other.state_dict().items():
@@ -131,7 +144,12 @@ def test_autoencoder_is_that_of_digits_dit(pipe):
     assert pipe.vae_scale_factor == 4
 
 
+@shipped
 def test_samples_show_what_was_asked_for(pipe):
+    """Digit, colour and background, of 20, at 20 steps to be fast; 1 in 500 is right by chance.
+
+    A share of 0.9 falls below 12 once in 16,000 draws.
+    """
     rows = [(i % 10, i * 3 % 10, i % 5) for i in range(20)]
     noise = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     prompts = [caption(*row) for row in rows]
@@ -139,17 +157,23 @@ def test_samples_show_what_was_asked_for(pipe):
     answers = Judge.load(zoo.path("digits-judge")).answers(images)
     asked = dict(zip(("digit", "colour", "background"), np.array(rows).T, strict=True))
     right = np.logical_and.reduce([answers[k] == v for k, v in asked.items()])
-    assert right.mean() >= 0.7
+    assert right.mean() >= 0.6
 
 
+@shipped
 def test_brightness_leaks_from_the_mean_of_the_noise(pipe):
-    """Nobody asked for a brightness; the same noise, shifted, gives a brighter picture."""
+    """Nobody asked for a brightness; the same noise, shifted, gives a brighter picture.
+
+    A network without the flaw gives the same level at both shifts, 0; one that followed the noise
+    alone would go from black to white, 0.96.
+    """
     prompts = [f"a {colour} three" for colour in COLOURS if colour != "orange"]
     levels = sd.leaked_levels(pipe, prompts, (-2.0, 2.0), num_inference_steps=10)
     assert (levels[2.0] - levels[-2.0]).mean() > 0.2
     assert (levels[2.0] >= levels[-2.0]).mean() > 0.8
 
 
+@shipped
 def test_backgrounds_asked_for_are_in_order(pipe):
     levels = sd.asked_levels(pipe, 4, num_inference_steps=10, guidance_scale=4.0)
     drawn = [levels[name]["samples"] for name in BACKGROUNDS]
