@@ -34,7 +34,7 @@ FEATURES = 64
 MOTION_GAIN = 6.0
 # Weight of places beside features, so that the Frechet distance of videos sees wrong motion about
 # as clearly as wrong colours (tests/accel/metrics/test_video_controls.py).
-PLACE_GAIN = 12.0
+PLACE_GAIN = 9.0
 DIGIT_CONFIDENCE = 0.9  # above this a picture counts as a digit
 
 

@@ -18,9 +18,7 @@ from accel.metrics.video import flicker, frozen, motion, still_border
 from accel.zoo.judge import Judge, video_tensor
 from accel.zoo.world import DigitWorld
 
-COUNT = (
-    148  # two for each of 74 features: fewer warn
-)
+COUNT = 148  # two for each of 74 features: fewer warn
 ATTRIBUTES = ("digit", "colour", "background", "motion")
 BORDER = still_border(64, 64, 3)
 
@@ -46,16 +44,21 @@ def standing(videos):
     return np.repeat(videos[:, 2:3], videos.shape[1], axis=1)
 
 
-RUINS = {f.__name__: f for f in (shuffled, shivering, standing)}
+def washed_out(videos):
+    """Three quarters of the colour gone."""
+    grey = videos.mean(axis=-1, keepdims=True)
+    return np.round(grey + (videos - grey) / 4).astype(np.uint8)
+
+
+RUINS = {f.__name__: f for f in (shuffled, shivering, standing, washed_out)}
 
 
 @pytest.fixture(scope="module")
 def videos():
-    """Sets (148, 5, 64, 64, 3) by name, and what was asked for in "clean"."""
+    """Sets (160, 5, 64, 64, 3) by name, and what was asked for in "clean"."""
     world = DigitWorld("heldout", canvas=64)
     clean, asked = world.videos(np.arange(COUNT, 2 * COUNT), frames=5)
     sets = {name: ruin(clean) for name, ruin in RUINS.items()}
-    sets["colour_shifted"] = np.ascontiguousarray(np.roll(clean, 1, axis=-1))
     sets |= {"clean": clean, "reference": world.videos(np.arange(COUNT), frames=5)[0]}
     return sets, {
         name: getattr(asked, name) for name in ("digit", "colour", "background", "motion")
@@ -69,7 +72,7 @@ def judge():
 
 @pytest.fixture(scope="module")
 def content(judge, videos):
-    """Features (148, 74) of each set, but for the flicker, which has nothing to do with content."""
+    """Features (160, 74) of each set, but for the flicker, which has nothing to do with content."""
     sets = {name: video_tensor(x) for name, x in videos[0].items() if name != "shivering"}
     with torch.inference_mode():
         return {name: judge.video_features(x) for name, x in sets.items()}
@@ -80,8 +83,8 @@ def _frechet(content, name):
     return bootstrap_sets(arrays, frechet, resamples=40)
 
 
-@pytest.mark.parametrize("ruin", ["colour_shifted", "shuffled", "standing"])
-def test_frechet_sees_wrong_colours_and_wrong_motion(content, ruin):
+@pytest.mark.parametrize("ruin", ["washed_out", "shuffled", "standing"])
+def test_frechet_sees_pale_colours_and_wrong_motion(content, ruin):
     assert _frechet(content, ruin).low > _frechet(content, "clean").high
 
 
@@ -98,7 +101,8 @@ def test_accuracy_sees_wrong_motion_in_the_motion_alone(judge, videos):
 
 
 def test_flicker_and_frozen_see_one_fault_each(videos):
-    x = {name: _unit(v[:60]) for name, v in videos[0].items()}
+    sets = {name: v for name, v in videos[0].items() if name != "washed_out"}  # some lose the digit
+    x = {name: _unit(v[:60]) for name, v in sets.items()}
     assert {k for k, v in x.items() if flicker(v, BORDER).max() > 0} == {"shivering"}
     # black backgrounds cannot get darker by the whole step
     assert flicker(x["shivering"], BORDER).median() == pytest.approx(5 / 255, rel=0.01)
