@@ -166,7 +166,7 @@ def write(out: Path, folder: Path) -> None:
 
 MODEL = Model(
     presets={
-        # Three quarters of an hour on one shared core of a server CPU: what was shipped.
+        # For one free core of a server CPU.
         "cpu": Preset(
             "cpu",
             "no",

@@ -300,7 +300,7 @@ def leaked_levels(
 
 MODEL = Model(
     presets={
-        # Some 40 minutes on one shared core of a server CPU: what was shipped.
+        # For one free core of a server CPU.
         "cpu": Preset(
             "cpu",
             "no",
