@@ -117,18 +117,21 @@ def to_uint8(x: Tensor) -> np.ndarray:
 def trained(run: Training) -> AutoencoderKL:
     """The finished autoencoder of a run: read if there is one below `out`, else trained."""
     folder = run.out / "vae"
-    if run.shipped:
+    if run.keeps("autoencoder"):
         AutoencoderKL.from_pretrained(run.shipped / "vae").save_pretrained(folder)
         run.keep_record("autoencoder")
-    if run.shipped or (run.resume and (folder / "config.json").is_file()):
+    if run.keeps("autoencoder") or (run.resume and (folder / "config.json").is_file()):
         return AutoencoderKL.from_pretrained(folder).to(run.device).eval()
     vae = AutoencoderConfig().build()
+    if run.shipped:
+        before = AutoencoderKL.from_pretrained(run.shipped / "vae", dtype=torch.float32)
+        vae.load_state_dict(before.state_dict())
     loss = AutoencoderLoss(run.batch("autoencoder"), run.seed, run.device)
     vae.load_state_dict(run.stage("autoencoder", vae, loss))
-    vae.eval()
+    vae.to("cpu").eval()
     scale = measure_scaling(vae, DigitWorld("train", run.seed))
     vae.register_to_config(scaling_factor=scale)
     partial = folder.with_suffix(".tmp")
     vae.save_pretrained(partial)
     os.replace(partial, folder)  # whole or not at all
-    return vae
+    return vae.to(run.device)

@@ -63,6 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("name", choices=sorted(MODELS))
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--out", type=Path, help="default: out/NAME")
+    parser.add_argument("--again", help="the stage that --start goes on with; default: the last")
     parser.add_argument("--steps", type=int, help="of the last stage")
     parser.add_argument("--minutes", type=float, help="of the last stage")
     parser.add_argument("--batch", type=int, help="of the last stage")
@@ -89,6 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     run = Training(args.name, preset, args.out, seed=args.seed)
     run.resume = args.resume
     run.shipped = _start(args.start, args.name)
+    run.first = args.again or run.first
+    if run.first not in stages or (args.again and not run.shipped):
+        raise SystemExit(f"--again {run.first}: goes with --start, and names one of {stages}")
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": args.name,

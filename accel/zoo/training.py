@@ -62,7 +62,8 @@ class Training:
         self.name, self.preset, self.out, self.seed = name, preset, out, seed
         self.device = torch.device(preset.device)
         self.resume = False
-        self.shipped: Path | None = None
+        self.shipped: Path | None = None  # the folder a warm restart begins with
+        self.first = list(preset.stages)[-1]  # the stage it goes on with
 
     def stage(self, stage: str, model: nn.Module, loss) -> dict[str, torch.Tensor]:
         """Runs one stage; returns its EMA weights."""
@@ -101,8 +102,13 @@ class Training:
         """Samples per step."""
         return self.preset.stages[stage].batch
 
+    def keeps(self, stage: str) -> bool:
+        """Is this stage's result taken over from the folder a warm restart begins with?"""
+        order = list(self.preset.stages)
+        return self.shipped is not None and order.index(stage) < order.index(self.first)
+
     def keep_record(self, stage: str) -> None:
-        """Carries the position of a stage that is not trained again into this run's folder."""
+        """Carries the position of a stage that is kept into this run's folder."""
         folder = self.out / stage / "checkpoint-0"
         folder.mkdir(parents=True, exist_ok=True)
         position = self.shipped_position(stage)

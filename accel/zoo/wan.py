@@ -1,8 +1,9 @@
 """digits-wan: a small WanTransformer3DModel on 1,280 video tokens, with its text encoder.
 
-Trained in three stages: the autoencoder; the transformer and the text encoder on single pictures
-of 64 tokens, where strokes, colours and words are learned 20 times cheaper; then on whole videos,
-where only movement is new. Rotary positions are relative, and a digit has the same size in both.
+Trained in four stages: the autoencoder, in two; the transformer and the text encoder on single
+pictures of 64 tokens, where strokes, colours and words are learned 20 times cheaper; then on whole
+videos, where only movement is new. Rotary positions are relative, and a digit has the same size in
+both.
 """
 
 from __future__ import annotations
@@ -178,13 +179,14 @@ def _encoded(vae: AutoencoderKLWan, count: int, batch: int, draw) -> Pool:
 
 
 def train(run: Training) -> None:
-    """Autoencoder, pictures, videos. A warm restart goes on with the videos."""
+    """Autoencoder, clips, pictures, videos."""
     run.seed_weights()
     vae = wan_autoencoder.trained(run)
     run.seed_weights()
     model = TextToVideo(WanConfig().build(), TextConfig().build())
-    if run.shipped:
+    if run.shipped and (run.shipped / "transformer").is_dir():
         model = shipped(run.shipped)
+    if run.keeps("pictures"):
         run.keep_record("pictures")
     else:
         pool = encode_pictures(vae, DigitWorld("train", run.seed), run.preset.pool)
@@ -207,10 +209,11 @@ def shipped(folder: Path) -> TextToVideo:
 
 
 def write(out: Path, folder: Path) -> None:
-    """A stock WanPipeline folder in half precision."""
+    """A stock WanPipeline folder in half precision; before the last stages, only its parts."""
     model = TextToVideo(WanConfig().build(), TextConfig().build())
-    stage = "videos" if (out / "videos").is_dir() else "pictures"
-    model.load_state_dict(trained_weights(out, stage))
+    done = [stage for stage in ("videos", "pictures") if (out / stage).is_dir()]
+    if done:
+        model.load_state_dict(trained_weights(out, done[0]))
     trained = AutoencoderKLWan.from_pretrained(out / "vae")
     vae = WanAutoencoderConfig().build()  # whose configuration names no folder of ours
     vae.load_state_dict(trained.state_dict())
@@ -219,6 +222,9 @@ def write(out: Path, folder: Path) -> None:
     )
     for part in (model, vae):
         nn.Module.half(part)
+    if not done:
+        vae.save_pretrained(folder / "vae", safe_serialization=True)
+        return
     pipe = WanPipeline(
         build_tokenizer(), model.text, vae, build_scheduler(), transformer=model.transformer
     )

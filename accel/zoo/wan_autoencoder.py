@@ -143,19 +143,21 @@ def measure_latents(vae: AutoencoderKLWan, world: DigitWorld, count: int = 96) -
 def trained(run: Training) -> AutoencoderKLWan:
     """The finished autoencoder of a run: read if there is one below `out`, else trained."""
     folder = run.out / "vae"
-    if run.shipped:
-        AutoencoderKLWan.from_pretrained(run.shipped / "vae").save_pretrained(folder)
-        for stage in STAGES:
-            run.keep_record(stage)
-    if run.shipped or (run.resume and (folder / "config.json").is_file()):
+    if run.resume and (folder / "config.json").is_file():
         return AutoencoderKLWan.from_pretrained(folder).to(run.device).eval()
     vae = WanAutoencoderConfig().build()
+    if run.shipped:
+        before = AutoencoderKLWan.from_pretrained(run.shipped / "vae", dtype=torch.float32)
+        vae.load_state_dict(before.state_dict())
     for stage in STAGES:
+        if run.keeps(stage):
+            run.keep_record(stage)
+            continue
         loss = WanAutoencoderLoss(stage, run.batch(stage), run.seed, run.device)
         vae.load_state_dict(run.stage(stage, vae, loss))
-    vae.eval()
+    vae.to("cpu").eval()
     vae.register_to_config(**measure_latents(vae, DigitWorld("train", run.seed, VIDEO_CANVAS)))
     partial = folder.with_suffix(".tmp")
     vae.save_pretrained(partial)
     os.replace(partial, folder)  # whole or not at all
-    return vae
+    return vae.to(run.device)

@@ -7,6 +7,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from torch import nn
 
 from accel.zoo import train
+from accel.zoo.ship import ship
 from accel.zoo.training import trained_weights
 from accel.zoo.wan import (
     FLOW_SHIFT,
@@ -64,6 +65,31 @@ def test_training_pads_the_text_as_the_pipeline_does(folder):
             learned = model(x, t, tokenize([PROMPT]), length)
             # Masked padding adds nothing but the order of a few sums.
             assert torch.allclose(asked, learned, atol=1e-5)
+
+
+def test_a_warm_restart_goes_on_with_the_stage_that_is_named(folder, tmp_path):
+    """Clips again, and what follows them; the first stage is kept."""
+    start = ("--start", str(folder / "shipped"), "--again", "clips")
+    train.main(["digits-wan", "--preset", "smoke", "--out", str(tmp_path), *start])
+    record = json.loads((tmp_path / "shipped" / "training.json").read_text())["stages"]
+    assert {stage: row["step"] for stage, row in record.items()} == {
+        "autoencoder": 2,
+        "clips": 4,
+        "pictures": 4,
+        "videos": 4,
+    }
+
+
+def test_an_unfinished_model_is_kept_in_parts(folder, tmp_path):
+    """Only the autoencoder's stages are done: no pipeline is written, and none can be loaded."""
+    for part in ("autoencoder", "clips", "vae", "settings.json"):
+        (tmp_path / part).symlink_to(folder / part)
+    ship("digits-wan", tmp_path, tmp_path / "parts")
+    written = {str(f.relative_to(tmp_path / "parts")) for f in (tmp_path / "parts").rglob("*.*")}
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert written == {"vae/config.json", weights, "training.json"}
+    record = json.loads((tmp_path / "parts" / "training.json").read_text())
+    assert list(record["stages"]) == ["autoencoder", "clips"]
 
 
 class Recorder(nn.Module):
