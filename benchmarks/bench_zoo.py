@@ -26,7 +26,6 @@ from accel.metrics.distribution import frechet, kid
 from accel.metrics.protocol import Protocol, file_sha256
 from accel.metrics.statistics import share
 from accel.metrics.video import flicker, motion, still_border
-from accel.zoo import sd
 from accel.zoo.judge import AttributeJudge, accuracy, judge
 from accel.zoo.world import COLOURS, DIGITS, Attributes, DigitWorld
 from benchmarks import results_file, zoo_pictures
@@ -176,6 +175,8 @@ def measure_movement(study: Study) -> dict[str, Any]:
 
 def measure_brightness(study: Study) -> dict[str, Any]:
     """The known flaw of a schedule without zero terminal SNR: see `accel.zoo.sd`."""
+    from accel.zoo import sd  # imports all of transformers' CLIP
+
     options = {"guidance_scale": study.guidance, "num_inference_steps": STEPS[0]}
     prompts = [""] * LEAKED
     leaked = sd.leaked_levels(study.pipe, prompts, (-2.0, 0.0, 2.0), **options)
