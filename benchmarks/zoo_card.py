@@ -37,6 +37,7 @@ def pipeline_card(r: Mapping[str, Any], subject: Subject) -> str:
         "acceleration methods can be tried, tested and measured offline. Its figures say whether a "
         "method works, nothing about large models.",
         "```python\nimport diffusers\nfrom accel import zoo\n\n" + subject.example + "\n```",
+        *([subject.note] if subject.note else []),
         "![samples beside real ones](samples.png)",
         _size(r, subject),
         _quality(r, subject),
@@ -148,12 +149,12 @@ def _quality(r: Mapping[str, Any], subject: Subject) -> str:
 
 
 def _distances(r: Mapping[str, Any], subject: Subject) -> str:
-    rows = [[k, f"{v['frechet']:.3f}", f"{v['kid']:.5f}"] for k, v in r["distances"].items()]
+    rows = [[k, f"{v['frechet']:.3f}", f"{v['kid']:.1f}"] for k, v in r["distances"].items()]
     guided = f", guidance {subject.guidances[0]:g}" if subject.asked else ""
     return (
         f"## Distance to real ones\n\nFrechet and kernel distance of the referee's features to "
         f"held-out real samples, {r['protocol']['samples']:,} each{guided}. The real rows are the "
-        f"floor.\n\n{table(['samples', 'Frechet', 'KID'], rows)}"
+        f"floor; the kernel distance is unbiased, so it may be below zero.\n\n{table(['samples', 'Frechet', 'KID'], rows)}"
     )
 
 

@@ -42,6 +42,7 @@ class Subject:
     pipeline: str = "DiffusionPipeline"
     about: str = ""
     example: str = ""
+    note: str = ""
 
     @property
     def is_video(self) -> bool:
@@ -107,7 +108,7 @@ SUBJECTS = {
             asked=(),
             pipeline="DDIMPipeline",
             about="An unconditional diffusion model in pixel space",
-            example="pipe = DDIMPipeline.from_pretrained(zoo.path('digits-ddpm'))\n"
+            example="pipe = diffusers.DDIMPipeline.from_pretrained(zoo.path('digits-ddpm'))\n"
             "images = pipe(batch_size=4, num_inference_steps=50).images",
         ),
         Subject(
@@ -115,9 +116,9 @@ SUBJECTS = {
             asked=("digit", "colour"),
             guidances=(4.0, 1.0, 1.5, 2.0),
             pipeline="DiTPipeline",
-            about="A class-conditional latent diffusion transformer. Class = digit + 10 x colour "
-            f"({', '.join(COLOURS)}); 1000 is no class",
-            example="pipe = DiTPipeline.from_pretrained(zoo.path('digits-dit'))\n"
+            about="A class-conditional latent diffusion transformer",
+            note=f"Class = digit + 10 x colour ({', '.join(COLOURS)}); 1000 is no class.",
+            example="pipe = diffusers.DiTPipeline.from_pretrained(zoo.path('digits-dit'))\n"
             "labels = pipe.get_label_ids(['red three'])\n"
             "image = pipe(labels, guidance_scale=4.0, num_inference_steps=50).images[0]",
         ),
@@ -127,7 +128,7 @@ SUBJECTS = {
             guidances=(4.0, 1.0, 2.0, 7.5),
             pipeline="StableDiffusionPipeline",
             about="Text to image, latent diffusion with a UNet",
-            example="pipe = StableDiffusionPipeline.from_pretrained(zoo.path('digits-sd'))\n"
+            example="pipe = diffusers.StableDiffusionPipeline.from_pretrained(zoo.path('digits-sd'))\n"
             "image = pipe('a red three on a dark background', guidance_scale=4.0).images[0]",
         ),
         Subject(
@@ -139,7 +140,7 @@ SUBJECTS = {
             frames=VIDEO_FRAMES,
             pipeline="WanPipeline",
             about="Text to video, a latent flow transformer on 1,280 video tokens",
-            example="pipe = WanPipeline.from_pretrained(zoo.path('digits-wan'))\n"
+            example="pipe = diffusers.WanPipeline.from_pretrained(zoo.path('digits-wan'))\n"
             "prompt = 'a red three moving left on a dark background'\n"
             "call = dict(height=64, width=64, num_frames=17, guidance_scale=4.0)\n"
             "video = pipe(prompt, **call).frames[0]",
