@@ -154,7 +154,8 @@ def _distances(r: Mapping[str, Any], subject: Subject) -> str:
     return (
         f"## Distance to real ones\n\nFrechet and kernel distance of the referee's features to "
         f"held-out real samples, {r['protocol']['samples']:,} each{guided}. The real rows are the "
-        f"floor; the kernel distance is unbiased, so it may be below zero.\n\n{table(['samples', 'Frechet', 'KID'], rows)}"
+        "floor; the kernel distance is unbiased, so it may be below zero.\n\n"
+        f"{table(['samples', 'Frechet', 'KID'], rows)}"
     )
 
 

@@ -128,7 +128,8 @@ SUBJECTS = {
             guidances=(4.0, 1.0, 2.0, 7.5),
             pipeline="StableDiffusionPipeline",
             about="Text to image, latent diffusion with a UNet",
-            example="pipe = diffusers.StableDiffusionPipeline.from_pretrained(zoo.path('digits-sd'))\n"
+            example="folder = zoo.path('digits-sd')\n"
+            "pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)\n"
             "image = pipe('a red three on a dark background', guidance_scale=4.0).images[0]",
         ),
         Subject(
