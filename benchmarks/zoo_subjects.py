@@ -108,7 +108,7 @@ SUBJECTS = {
             asked=(),
             pipeline="DDIMPipeline",
             about="An unconditional diffusion model in pixel space",
-            example="pipe = diffusers.DDIMPipeline.from_pretrained(zoo.path('digits-ddpm'))\n"
+            example='pipe = diffusers.DDIMPipeline.from_pretrained(zoo.path("digits-ddpm"))\n'
             "images = pipe(batch_size=4, num_inference_steps=50).images",
         ),
         Subject(
@@ -118,8 +118,8 @@ SUBJECTS = {
             pipeline="DiTPipeline",
             about="A class-conditional latent diffusion transformer",
             note=f"Class = digit + 10 x colour ({', '.join(COLOURS)}); 1000 is no class.",
-            example="pipe = diffusers.DiTPipeline.from_pretrained(zoo.path('digits-dit'))\n"
-            "labels = pipe.get_label_ids(['red three'])\n"
+            example='pipe = diffusers.DiTPipeline.from_pretrained(zoo.path("digits-dit"))\n'
+            'labels = pipe.get_label_ids(["red three"])\n'
             "image = pipe(labels, guidance_scale=4.0, num_inference_steps=50).images[0]",
         ),
         Subject(
@@ -128,9 +128,9 @@ SUBJECTS = {
             guidances=(4.0, 1.0, 2.0, 7.5),
             pipeline="StableDiffusionPipeline",
             about="Text to image, latent diffusion with a UNet",
-            example="folder = zoo.path('digits-sd')\n"
+            example='folder = zoo.path("digits-sd")\n'
             "pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)\n"
-            "image = pipe('a red three on a dark background', guidance_scale=4.0).images[0]",
+            'image = pipe("a red three on a dark background", guidance_scale=4.0).images[0]',
         ),
         Subject(
             "digits-wan",
@@ -141,8 +141,8 @@ SUBJECTS = {
             frames=VIDEO_FRAMES,
             pipeline="WanPipeline",
             about="Text to video, a latent flow transformer on 1,280 video tokens",
-            example="pipe = diffusers.WanPipeline.from_pretrained(zoo.path('digits-wan'))\n"
-            "prompt = 'a red three moving left on a dark background'\n"
+            example='pipe = diffusers.WanPipeline.from_pretrained(zoo.path("digits-wan"))\n'
+            'prompt = "a red three moving left on a dark background"\n'
             "call = dict(height=64, width=64, num_frames=17, guidance_scale=4.0)\n"
             "video = pipe(prompt, **call).frames[0]",
         ),
