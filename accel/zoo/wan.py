@@ -159,19 +159,19 @@ def tokenize(captions: list[str]) -> Tensor:
 
 def encode_pictures(vae: AutoencoderKLWan, world: DigitWorld, count: int) -> Pool:
     """The first `count` pictures of 32x32 as videos of one frame."""
-    return _encoded(vae, count, 128, lambda i: (to_tensor((w := world.batch(i))[0])[:, :, None], w))
+    return _encoded(vae, count, 128, world.batch, lambda images: to_tensor(images)[:, :, None])
 
 
 def encode_videos(vae: AutoencoderKLWan, world: DigitWorld, count: int) -> Pool:
     """The first `count` videos."""
-    return _encoded(vae, count, 8, lambda i: (videos_to_tensor((w := world.videos(i))[0]), w))
+    return _encoded(vae, count, 8, world.videos, videos_to_tensor)
 
 
-def _encoded(vae: AutoencoderKLWan, count: int, batch: int, draw) -> Pool:
+def _encoded(vae: AutoencoderKLWan, count: int, batch: int, draw, tensor) -> Pool:
     means, deviations, captions = [], [], []
     for start in range(0, count, batch):
-        x, (_, what) = draw(np.arange(start, min(start + batch, count)))
-        mean, deviation = wan_autoencoder.encode(vae, x)
+        samples, what = draw(np.arange(start, min(start + batch, count)))
+        mean, deviation = wan_autoencoder.encode(vae, tensor(samples))
         means.append(mean.half())
         deviations.append(deviation.half())
         captions += what.captions()
