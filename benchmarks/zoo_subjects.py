@@ -43,6 +43,7 @@ class Subject:
     about: str = ""
     example: str = ""
     note: str = ""
+    plain: bool = False  # its world: `DigitWorld(plain=True)`
 
     @property
     def is_video(self) -> bool:
@@ -68,7 +69,7 @@ class Subject:
         if self.is_video:
             world = DigitWorld(split, seed, VIDEO_CANVAS)
             return world.videos(rows, classes, grounds, motions, self.frames)
-        return DigitWorld(split, seed).batch(rows, classes, grounds)
+        return DigitWorld(split, seed, plain=self.plain).batch(rows, classes, grounds)
 
     def generate(
         self, pipe: Any, what: Attributes, guidance: float, steps: int, seed: int
@@ -108,6 +109,9 @@ SUBJECTS = {
             asked=(),
             pipeline="DDIMPipeline",
             about="An unconditional diffusion model in pixel space",
+            note="Its world is the plain one: digits of one size, in the middle of a background "
+            "without texture.",
+            plain=True,
             example='pipe = diffusers.DDIMPipeline.from_pretrained(zoo.path("digits-ddpm"))\n'
             "images = pipe(batch_size=4, num_inference_steps=50).images",
         ),

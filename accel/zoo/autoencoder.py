@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -135,3 +136,12 @@ def trained(run: Training) -> AutoencoderKL:
     vae.save_pretrained(partial)
     os.replace(partial, folder)  # whole or not at all
     return vae.to(run.device)
+
+
+def nameless(folder: Path) -> AutoencoderKL:
+    """A trained autoencoder whose configuration does not name the folder it was read from."""
+    trained = AutoencoderKL.from_pretrained(folder)
+    vae = AutoencoderConfig().build()
+    vae.load_state_dict(trained.state_dict())
+    vae.register_to_config(scaling_factor=trained.config.scaling_factor)
+    return vae

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from accel.zoo import autoencoder
+from accel.zoo.ddpm import add_noise, min_snr_error, stratified_timesteps
 from accel.zoo.loop import LoopSettings, step_generator
 from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
 from accel.zoo.world import COLOURS, DIGITS, NULL_CLASS, DigitWorld, class_label
 
 CLASS_DROPOUT = 0.1
 CODE_STD = 0.3
-MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting"
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,7 @@ class NoiseLoss:
     def __init__(self, pool: tuple[Tensor, Tensor, Tensor], batch: int, seed: int, device):
         self.means, self.stds, self.classes = pool
         self.batch, self.seed, self.device = batch, seed, device
-        alphas = build_scheduler().alphas_cumprod
-        self.alphas = alphas
-        snr = alphas / (1 - alphas)
-        self.weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
+        self.alphas = build_scheduler().alphas_cumprod
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def rows(self, step: int) -> Tensor:
@@ -105,18 +102,16 @@ class NoiseLoss:
         shape = (self.batch, *self.means.shape[1:])
         x0 = self.means[rows] + self.stds[rows] * torch.randn(shape, generator=g)
         eps = torch.randn(shape, generator=g)
-        # One timestep in each of `batch` equal parts of the schedule: same mean, less variance.
-        part = (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch
-        t = (part * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
+        t = stratified_timesteps(self.batch, len(self.alphas), g)
         dropped = torch.rand(self.batch, generator=g) < CLASS_DROPOUT
         y = torch.where(dropped, NULL_CLASS, self.classes[rows])
-        a = self.alphas[t][:, None, None, None]
-        xt = a.sqrt() * x0 + (1 - a).sqrt() * eps
+        xt = add_noise(x0, eps, self.alphas[t])
         predicted = model(
             xt.to(self.device), timestep=t.to(self.device), class_labels=y.to(self.device)
         ).sample
-        error = (predicted.float() - eps.to(self.device)).square().mean(dim=(1, 2, 3))
-        return (self.weights[t].to(self.device) * error).mean()
+        snr = self.alphas[t] / (1 - self.alphas[t])
+        error = predicted.float() - eps.to(self.device)
+        return min_snr_error(error, snr.to(self.device)).mean()
 
 
 def train(run: Training) -> None:
@@ -145,10 +140,7 @@ def write(out: Path, folder: Path) -> None:
     """A stock DiTPipeline folder in half precision."""
     transformer = DiTConfig().build()
     transformer.load_state_dict(trained_weights(out, "denoiser"))
-    trained = AutoencoderKL.from_pretrained(out / "vae")
-    vae = autoencoder.AutoencoderConfig().build()  # whose configuration names no folder of ours
-    vae.load_state_dict(trained.state_dict())
-    vae.register_to_config(scaling_factor=trained.config.scaling_factor)
+    vae = autoencoder.nameless(out / "vae")
     pipe = DiTPipeline(transformer, vae, build_scheduler())
     labels = {str(i): class_label(i) for i in range(len(DIGITS) * len(COLOURS))}
     pipe.register_to_config(id2label=labels)

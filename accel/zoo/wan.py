@@ -241,9 +241,9 @@ MODEL = Model(
             "no",
             {
                 "autoencoder": Stage(8, LoopSettings(minutes=20, lr=3e-3)),
-                "clips": Stage(8, LoopSettings(minutes=14, lr=2e-3)),
+                "clips": Stage(8, LoopSettings(minutes=25, lr=2e-3)),
                 "pictures": Stage(64, LoopSettings(minutes=20, lr=2e-3, warmup=300)),
-                "videos": Stage(4, LoopSettings(minutes=50, lr=1e-3)),
+                "videos": Stage(4, LoopSettings(minutes=60, lr=1e-3)),
             },
             pool=65_536,
         ),

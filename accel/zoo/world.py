@@ -189,11 +189,14 @@ class DigitWorld:
     """Endless labelled pictures of one split.
 
     split: "train", "heldout" or "referee"; seed: another seed is another endless sequence;
-    canvas: side of the square picture in pixels. Raises ValueError for what it does not know.
+    canvas: side of the square picture in pixels; plain: every digit has the middle size, in the
+    middle of an untextured background. Raises ValueError for what it does not know.
     """
 
-    def __init__(self, split: str = "train", seed: int = 0, canvas: int = 32):
-        self.split, self.seed, self.canvas = split, seed, canvas
+    def __init__(
+        self, split: str = "train", seed: int = 0, canvas: int = 32, *, plain: bool = False
+    ):
+        self.split, self.seed, self.canvas, self.plain = split, seed, canvas, plain
         rows = split_scans(split)
         digits = scans()[1][rows]
         self._stream = seed * len(SPLITS) + list(SPLITS).index(split)
@@ -247,7 +250,10 @@ class DigitWorld:
         return np.round(mixed * 255).astype(np.uint8)
 
     def _uniforms(self, indices) -> np.ndarray:
-        return uniforms(self._stream, np.atleast_1d(np.asarray(indices)), _DRAWS)
+        u = uniforms(self._stream, np.atleast_1d(np.asarray(indices)), _DRAWS)
+        if self.plain:
+            u[:, 2], u[:, 5:8] = 0.0, 0.5  # texture; size, x and y
+        return u
 
     def _attributes(self, u, class_ids, backgrounds) -> Attributes:
         classes = _pick(u[:, 0], 100) if class_ids is None else np.asarray(class_ids)

@@ -40,9 +40,9 @@ def test_the_true_noise_has_no_loss():
 
     loss, oracle = ddpm.NoiseLoss(4, 0, "cpu"), Oracle()
     oracle.x0 = ddpm.to_tensor(loss.world.batch(np.arange(8, 12))[0])
-    # Rounding of x (2^-24 of its size, about 1) is divided by (1 - alpha)^(1/2) >= 1e-2; the six
-    # scales have weights of at most 4^0, 4^1.. 4^5 together.
-    assert loss(oracle, 2).item() < (2**-23 / 1e-2) ** 2 * 4**6 / 3
+    # Rounding of x (2^-24 of its size, about 1) is divided by (1 - alpha)^(1/2) >= 1e-2; the three
+    # scales have weights of at most 1, 4 and 16.
+    assert loss(oracle, 2).item() < (2**-23 / 1e-2) ** 2 * 21
     assert loss(oracle, 3).item() > 0.1  # control: the pictures of another step
 
 
@@ -57,10 +57,10 @@ def test_every_scale_of_an_error_has_its_own_min_snr():
 
     Pixels of ratios 0.1 and 2: larger scales have 0.4, 1.6 and 8, 32, of which 5 count at most.
     """
-    constant, snr = torch.full((2, 3, 4, 4), 2.0), torch.tensor([0.1, 2.0])
+    constant, snr = torch.full((2, 3, 8, 8), 2.0), torch.tensor([0.1, 2.0])
     expected = torch.tensor([4 * (0.1 + 0.4 + 1.6) / 0.1, 4 * (2 + 5 + 5) / 2])
     assert torch.allclose(ddpm.multiscale_error(constant, snr), expected)
-    signs = 1 - 2 * (torch.arange(4) % 2)
+    signs = 1 - 2 * (torch.arange(8) % 2)
     assert torch.equal(ddpm.multiscale_error(constant * signs, snr), torch.full((2,), 4.0))
 
 

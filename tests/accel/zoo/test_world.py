@@ -165,3 +165,18 @@ def test_pictures_have_no_motion_and_videos_every_one():
     _, what = DigitWorld(canvas=64).videos(np.arange(2000), frames=1)
     counts = np.bincount(what.motion, minlength=4)
     assert np.abs(counts - 500).max() < 5 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_plain_world_draws_the_same_digits_at_one_size_and_place():
+    rows = np.arange(200)
+    _, what = DigitWorld(seed=3).batch(rows)
+    images, plain = DigitWorld(seed=3, plain=True).batch(rows)
+    assert np.array_equal(plain.scan, what.scan)
+    assert np.array_equal(plain.class_id, what.class_id)
+    assert not plain.texture.any()
+    # The scan's cells are 24.5 / 8 pixels wide and in the middle: a border of 3 pixels is free.
+    border = np.ones((32, 32), dtype=bool)
+    border[3:-3, 3:-3] = False
+    edge = images[:, border].reshape(200, -1)
+    assert (edge.max(axis=1) == edge.min(axis=1)).all()
+    assert (images.reshape(200, -1).std(axis=1) > 0).all()
