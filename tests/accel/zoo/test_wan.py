@@ -8,15 +8,17 @@ from torch import nn
 
 from accel.zoo import train
 from accel.zoo.ship import ship
-from accel.zoo.training import trained_weights
+from accel.zoo.training import Training, trained_weights
 from accel.zoo.wan import (
+    COURSES,
     FLOW_SHIFT,
-    LONG_EVERY,
+    MODEL,
     SHORT,
     Pool,
     TextToVideo,
     VelocityLoss,
     WanConfig,
+    kept_pool,
     tokenize,
 )
 from accel.zoo.wan_text import MAX_LENGTH, TextConfig
@@ -106,8 +108,8 @@ def pool():
     return Pool(means, torch.full_like(means, 0.1), tokenize([PROMPT]).repeat(4000, 1))
 
 
-def velocity(pool, shift=FLOW_SHIFT):
-    return VelocityLoss(pool, 2000, 0, shift, torch.device("cpu"))
+def velocity(pool):
+    return VelocityLoss(pool, COURSES["videos"], 2000, 0, torch.device("cpu"))
 
 
 def test_loss_is_a_function_of_the_step(pool):
@@ -132,11 +134,23 @@ def test_noise_follows_the_shifted_flow_schedule_and_a_tenth_of_captions_is_drop
 
 def test_one_step_in_four_sees_the_pipelines_own_padding(pool):
     lengths = []
-    for step in range(2 * LONG_EVERY):
+    for step in range(8):
         recorder = Recorder()
         velocity(pool)(recorder, step)
         lengths.append(recorder.length)
-    assert lengths == 2 * [MAX_LENGTH, *[SHORT] * (LONG_EVERY - 1)]
+    assert lengths == 2 * [MAX_LENGTH, SHORT, SHORT, SHORT]
+
+
+def test_a_resumed_run_reads_what_it_encoded(pool, tmp_path):
+    run = Training("digits-wan", MODEL.presets["smoke"], tmp_path)
+    kept_pool(run, "videos", lambda: pool)
+    run.resume = True
+    again = kept_pool(run, "videos", lambda: pytest.fail("encoded again"))
+    assert all(torch.equal(vars(again)[name], value) for name, value in vars(pool).items())
+    other = Pool(pool.means + 1, pool.deviations, pool.tokens)
+    assert kept_pool(run, "pictures", lambda: other) is other  # another stage
+    run.resume = False
+    assert kept_pool(run, "videos", lambda: other) is other  # another run into the same folder
 
 
 def test_every_sample_is_seen_once_a_pass_in_a_new_order(pool):
