@@ -1,0 +1,227 @@
+"""Time-shift schedulers against the official code's numbers and the stock classes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from samplers.time_shift import SETTINGS, TimeShiftDDIMScheduler, TimeShiftDDPMScheduler
+
+STOCK = {TimeShiftDDIMScheduler: DDIMScheduler, TimeShiftDDPMScheduler: DDPMScheduler}
+T = 1000
+
+
+def latents() -> torch.Tensor:
+    """Three samples (3, 1, 4, 4) with variances 0.81, 1 and 1.21, from no random generator."""
+    x = torch.sin(2.399963 * torch.arange(1, 17, dtype=torch.float32))
+    x = ((x - x.mean()) / x.std()).view(1, 1, 4, 4)
+    return x * torch.tensor([0.9, 1.0, 1.1]).view(3, 1, 1, 1)
+
+
+def gaussian_eps(alphas: torch.Tensor, v0: float = 0.25):
+    """The exact noise prediction for data N(0, v0); t: one time, or one for each sample."""
+
+    def eps(x: torch.Tensor, t) -> torch.Tensor:
+        a = alphas[torch.as_tensor(t)]
+        a = a.view(-1, *[1] * (x.ndim - 1)) if a.ndim else a
+        return (1 - a).sqrt() * x / (v0 * a + 1 - a)
+
+    return eps
+
+
+def test_the_variances_are_those_of_the_golden_values():
+    x = latents()
+    assert torch.allclose(x.flatten(1).var(1), torch.tensor([0.81, 1.0, 1.21]))
+    expected = torch.tensor([0.8684139, -1.3564316, 1.0256081])
+    assert torch.allclose(x[1].flatten()[:3], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [(40, (0.306964, 0.361158, 0.397274)), (0, (0.293926, 0.326585, 0.359243))],
+)
+def test_ddim_equals_the_official_code(window, expected):
+    """Golden values of the authors' solver, whose 10 steps leave out the first of the grid."""
+    scheduler = TimeShiftDDIMScheduler(
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        window=window, cutoff=200, variant="pnm", per_sample=True,
+    )  # fmt: skip
+    scheduler.set_timesteps(10)
+    x, eps = latents(), gaussian_eps(scheduler.alphas_cumprod)
+    for t in scheduler.timesteps[1:]:
+        x = scheduler.step(eps(x, t), t, x).prev_sample
+    assert torch.allclose(x[:, 0, 0, 0], torch.tensor(expected), atol=1e-5)
+
+
+def run(scheduler, x, *, steps=10, skip=0, told=None, seed=0, **step):
+    """Samples from x with the exact model of `gaussian_eps`; appends to `told` what it is told."""
+    scheduler.set_timesteps(steps)
+    eps = gaussian_eps(scheduler.alphas_cumprod)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(x))]
+    for t in scheduler.timesteps[skip:]:
+        time = t if scheduler.conditioning is None else scheduler.conditioning
+        if told is not None:
+            told.append(torch.as_tensor(time).tolist())
+        x = scheduler.step(eps(x, time), t, x, generator=generators, **step).prev_sample
+    return x
+
+
+def test_nearest_times_are_those_of_the_official_picker():
+    scheduler = TimeShiftDDIMScheduler(window=40, variant="pnm", per_sample=True)
+    expected = {0.80: (396, 481, 581), 0.90: (421, 481, 581), 0.95: (421, 521, 581)}
+    for variance, times in expected.items():
+        x = latents()[1:2] * math.sqrt(variance)
+        assert tuple(int(scheduler._nearest(x, c)) for c in (401, 501, 601)) == times
+
+
+@pytest.mark.parametrize("cls", STOCK)
+@pytest.mark.parametrize(
+    "off", [{}, {"window": 40, "cutoff": T}, {"window": 0, "variant": "pnm", "per_sample": True}]
+)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_off_equals_stock_bit_for_bit(cls, off, spacing):
+    shifted, stock = cls(timestep_spacing=spacing, **off), STOCK[cls](timestep_spacing=spacing)
+    stock.conditioning = None
+    assert torch.equal(run(shifted, latents(), steps=7), run(stock, latents(), steps=7))
+
+
+@pytest.mark.parametrize("cls", STOCK)
+@pytest.mark.parametrize("variant", ["paper", "pnm", "adm", "constant"])
+def test_on_changes_the_result(cls, variant):
+    stock = STOCK[cls]()
+    stock.conditioning = None
+    assert not torch.equal(run(cls(window=40, variant=variant), latents()), run(stock, latents()))
+
+
+def test_a_sample_of_another_time_is_treated_as_of_that_time():
+    """Rescaled to the variance of another time in the window, a sample moves there exactly.
+
+    The step after is that of stock DDIM from that time to the grid's next.
+    """
+    scheduler = TimeShiftDDIMScheduler(window=60, cutoff=0, clip_sample=False)
+    scheduler.set_timesteps(10)
+    alphas = scheduler.alphas_cumprod
+    expected = 1 - alphas
+    x = latents()[1:2] * expected[730].sqrt()  # unit variance before
+
+    out = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    # Any network output that makes the first step, from 900, arrive at exactly this x.
+    start = (x - (1 - alphas[800]).sqrt() * out) / alphas[800].sqrt()
+    start = alphas[900].sqrt() * start + (1 - alphas[900]).sqrt() * out
+    arrived = scheduler.step(out, scheduler.timesteps[0], start).prev_sample
+    assert torch.allclose(arrived, x, atol=1e-4)
+    assert scheduler.timesteps[:3].tolist() == [900, 770, 700]  # 730 is outside of 770..830
+
+    wide = TimeShiftDDIMScheduler(window=160, cutoff=0, clip_sample=False)
+    wide.set_timesteps(10)
+    wide.step(out, wide.timesteps[0], start)
+    assert wide.timesteps[:3].tolist() == [900, 730, 700]
+    stepped = wide.step(out, wide.timesteps[1], x).prev_sample
+    x0 = (x - (1 - alphas[730]).sqrt() * out) / alphas[730].sqrt()
+    assert torch.allclose(stepped, alphas[700].sqrt() * x0 + (1 - alphas[700]).sqrt() * out)
+    assert wide.timesteps[1] == 800  # the grid again, once used
+
+
+def test_constant_is_half_a_window_always():
+    told = []
+    run(TimeShiftDDIMScheduler(window=40, cutoff=300, variant="constant"), latents(), told=told)
+    assert told == [900, 820, 720, 620, 520, 420, 300, 200, 100, 0]
+
+
+def test_adm_goes_by_the_official_stride():
+    """At 10 steps it is 1000 // 9 = 111 from the time found, not 100."""
+    scheduler = TimeShiftDDIMScheduler(window=2, cutoff=0, variant="adm", clip_sample=False)
+    scheduler.set_timesteps(10)
+    x, out = latents(), latents().flip(-1)
+    alphas = scheduler.alphas_cumprod
+    scheduler.step(out, 900, x)  # the first step never shifts
+    found = int(scheduler._nearest(x, 800))
+    assert 799 <= found <= 801
+    stepped = scheduler.step(out, 800, x).prev_sample
+    x0 = (x - (1 - alphas[800]).sqrt() * out) / alphas[800].sqrt()
+    level = alphas[found - 111]
+    assert torch.allclose(stepped, level.sqrt() * x0 + (1 - level).sqrt() * out)
+
+
+@pytest.mark.parametrize("cls", STOCK)
+@pytest.mark.parametrize("variant", ["paper", "pnm", "adm"])
+def test_per_sample_does_not_depend_on_the_batch(cls, variant):
+    def scheduler():
+        made = cls(window=60, variant=variant, per_sample=True)
+        made.reads_conditioning = True
+        return made
+
+    together = run(scheduler(), latents())
+    for i in range(3):
+        alone = run(scheduler(), latents()[i : i + 1], seed=i)
+        assert torch.allclose(together[i : i + 1], alone, atol=1e-6)
+    if variant == "pnm":  # control: the batch together decides otherwise
+        joint = run(cls(window=60, variant=variant), latents())
+        assert not torch.allclose(joint, together, atol=1e-3)
+
+
+def test_per_sample_conditioning_wants_somebody_who_reads_it():
+    with pytest.raises(ValueError, match="told a time for each sample"):
+        TimeShiftDDIMScheduler(window=40, per_sample=True).set_timesteps(10)
+
+
+def test_image_to_image_starts_inside_the_grid():
+    """The first step is wherever the pipeline starts; the grid for add_noise stays unshifted."""
+    told = []
+    scheduler = TimeShiftDDIMScheduler(window=40, cutoff=0)
+    run(scheduler, latents(), skip=4, told=told)
+    assert told[0] == 500
+    assert told[1] != 400
+    assert scheduler.timesteps.tolist() == list(range(900, -1, -100))
+
+
+@pytest.mark.parametrize("cls", STOCK)
+def test_a_scheduler_can_be_used_again(cls):
+    scheduler = cls(window=40)
+    first = run(scheduler, latents())
+    scheduler.set_timesteps(10)
+    scheduler.step(latents(), scheduler.timesteps[0], latents() * 0.7)  # a run that was left
+    assert torch.equal(run(scheduler, latents()), first)
+
+
+@pytest.mark.parametrize("cls", STOCK)
+def test_settings_and_tensors_survive_saving(cls, tmp_path):
+    stock = STOCK[cls](beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    made = cls.from_config(stock.config, window=30, cutoff=250, variant="pnm")
+    made.save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path)
+    for scheduler in (made, loaded):
+        assert torch.equal(scheduler.alphas_cumprod, stock.alphas_cumprod)
+        kept = {name: scheduler.config[name] for name in SETTINGS}
+        assert kept == SETTINGS | {"window": 30, "cutoff": 250, "variant": "pnm"}
+    back = STOCK[cls].from_config(loaded.config)
+    assert torch.equal(back.alphas_cumprod, stock.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"window": -1}, "window = -1"),
+        ({"variant": "papers"}, "one of paper, pnm"),
+        ({"variance_model": "data"}, "one of noise, signal"),
+        ({"variance_model": "signal"}, "v0 = None"),
+        ({"variance_model": "signal", "v0": 1.0}, "does not tell time"),
+    ],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TimeShiftDDIMScheduler(**settings)
+
+
+def test_half_precision_stays_half():
+    for per_sample in (False, True):
+        scheduler = TimeShiftDDIMScheduler(window=40, variant="pnm", per_sample=per_sample)
+        scheduler.set_timesteps(4)
+        x = latents().half()
+        for t in scheduler.timesteps:
+            out = scheduler.step(x, t, x)
+            assert out.prev_sample.dtype == out.pred_original_sample.dtype == torch.float16
+            x = out.prev_sample
