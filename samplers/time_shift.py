@@ -22,11 +22,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 VARIANTS = ("paper", "pnm", "adm", "constant")
@@ -43,6 +44,18 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+class Move(NamedTuple):
+    """From one noise level to another, in one step of the scheduler or several.
+
+    first, last: indices of its steps; source, target: times. A target below zero is clean.
+    """
+
+    first: int
+    last: int
+    source: int
+    target: int
+
+
 class Levels:
     """Stands for a scheduler's `alphas_cumprod` during one step: other levels at some times."""
 
@@ -54,25 +67,21 @@ class Levels:
         return self.table[time] if level is None else level
 
 
-def _with_settings(stock: Any) -> Any:
-    """`stock`, the __init__ of a scheduler, with `SETTINGS` as further parameters.
+def _with_settings(stock: Any, settings: dict[str, Any]) -> Any:
+    """`stock`, the __init__ of a scheduler, with `settings` as further parameters.
 
     The whole signature is spelled out: diffusers carries over only settings that it finds there.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        ours = SETTINGS | {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        ours = settings | {name: kwargs.pop(name) for name in settings if name in kwargs}
         _check(type(self).__name__, ours)
         stock(self, *args, **kwargs)
 
-    known = inspect.signature(stock).parameters
     keyword = inspect.Parameter.KEYWORD_ONLY
-    ours = [
-        inspect.Parameter(name, keyword, default=default)
-        for name, default in SETTINGS.items()
-        if name not in known
-    ]
-    __init__.__signature__ = inspect.Signature([*known.values(), *ours])  # type: ignore[attr-defined]
+    ours = [inspect.Parameter(name, keyword, default=value) for name, value in settings.items()]
+    known = inspect.signature(stock).parameters.values()
+    __init__.__signature__ = inspect.Signature([*known, *ours])  # type: ignore[attr-defined]
     return __init__
 
 
@@ -86,6 +95,8 @@ def _check(owner: str, settings: dict[str, Any]) -> None:
         refuse("variant", f"one of {', '.join(VARIANTS)}")
     if settings["variance_model"] not in VARIANCE_MODELS:
         refuse("variance_model", f"one of {', '.join(VARIANCE_MODELS)}")
+    if not 2 <= settings.get("history", 4) <= 4:
+        refuse("history", "2, 3 or 4")
     v0 = settings["v0"]
     if settings["variance_model"] == "signal" and not (v0 is not None and 0 <= v0 < 1):
         refuse("v0", "the variance of a clean sample, 0 to 1: at 1 variance does not tell time")
@@ -102,53 +113,61 @@ class TimeShift:
     Raises ValueError for settings out of range.
     """
 
+    config: Any
+    timesteps: Tensor
+    alphas_cumprod: Any
+    settings = SETTINGS
     conditioning: Tensor | None = None  # times (n,) that the next network call should be told
     reads_conditioning = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__init__ = register_to_config(_with_settings(cls.__init__))  # type: ignore[misc]
+        cls.__init__ = register_to_config(_with_settings(cls.__init__, cls.settings))  # type: ignore[misc]
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """As the stock scheduler's; forgets the run before."""
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
-        if self.config.per_sample and self._retimes and not self.reads_conditioning:
-            raise ValueError(
-                f"{type(self).__name__}: with per_sample the network has to be told a time for each "
-                f"sample, which no pipeline does by itself; leave it off"
-            )
         self._grid = self.timesteps.tolist()
-        self._at: int | None = None  # index into the grid; found at the first step
-        self._start: Tensor | None = None  # level from which the next step starts
+        moves = [self._move(at) for at in range(len(self._grid))]
+        tells = self._retimes or any(move.last > move.first > 0 for move in moves)
+        if self.config.window and self.config.per_sample and tells and not self.reads_conditioning:
+            raise ValueError(
+                f"{type(self).__name__}: with per_sample the network has to be told a time for "
+                "each sample, which no pipeline does by itself; leave it off"
+            )
+        self._at = -1  # index into the grid; found at the first step
+        self._start: Tensor | None = None  # time from which the next move starts
+        self._inside: dict[int, Tensor] = {}  # times of this move, by those of the grid
         self.conditioning = None
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args, **kwargs) -> Any:
-        """As the stock scheduler's, with shifted levels."""
+        """As the stock scheduler's, with shifted times."""
         if not self.config.window:
             return super().step(model_output, timestep, sample, *args, **kwargs)  # type: ignore[misc]
-        first = self._at is None
+        first = self._at < 0
         at = self._grid.index(int(timestep)) if first else self._at + 1
-        self._at, time = at, self._grid[at]
-        self.timesteps[at] = time  # as it was before the step before
-        other = {} if self._start is None else {time: self._start}
-        if not self._retimes and not first:
-            other |= self._destination(time, sample)
-        wide = any(level.ndim for level in other.values())  # else stays in the sample's precision
+        self._at = at
+        self.timesteps[at] = self._grid[at]  # as it was before it was shifted
+        move = self._move(at)
+        if at == move.first and not self._retimes and not first:
+            self._inside = self._to_destination(move, sample)
+        times = dict(self._inside) if self._start is None else {move.source: self._start}
         kind = sample.dtype
+        wide = any(time.ndim for time in times.values())  # else stays in the sample's precision
         if wide:
             model_output, sample = model_output.float(), sample.float()
-        with self._levels(other):
-            out = super().step(model_output, time, sample, *args, **kwargs)  # type: ignore[misc]
-        self._retime(out[0])
+        with self._levels({time: self._level(to, sample) for time, to in times.items()}):
+            out = super().step(model_output, self._grid[at], sample, *args, **kwargs)  # type: ignore[misc]
+        self._tell_next(move, out[0])
         return _in_precision(out, kind) if wide else out
+
+    def _move(self, at: int) -> Move:
+        """The move between two noise levels that step `at` belongs to."""
+        raise NotImplementedError
 
     @property
     def _retimes(self) -> bool:
         return self.config.variant in RETIMED
-
-    def _following(self, time: int) -> int:
-        """The time a step from `time` goes to; below zero: to the clean sample."""
-        raise NotImplementedError
 
     @contextmanager
     def _levels(self, other: dict[int, Tensor]) -> Iterator[None]:
@@ -159,30 +178,32 @@ class TimeShift:
         finally:
             self.alphas_cumprod = table
 
-    def _destination(self, time: int, sample: Tensor) -> dict[int, Tensor]:
-        """Level at which the step from `time` should arrive, by the time it is asked for."""
-        after = self._following(time)
+    def _to_destination(self, move: Move, sample: Tensor) -> dict[int, Tensor]:
+        """Times of a move from `sample` to where it should arrive; none: as the grid says."""
         adm = self.config.variant == "adm"
-        centre = time if adm else after
-        if after < 0 or centre <= self.config.cutoff:
+        centre = move.source if adm else move.target
+        if move.target < 0 or centre <= self.config.cutoff:
             return {}
-        picked = self._nearest(sample, centre)
+        end = self._nearest(sample, centre)
         if adm:  # the official stride, a little longer than the grid's
-            picked = picked - len(self.alphas_cumprod) // max(len(self._grid) - 1, 1)
-        return {after: self._level(picked.clamp(min=0), sample)}
+            end = end - len(self.alphas_cumprod) // max(len(self._grid) - 1, 1)
+        end = end.clamp(min=0)
+        between = self._grid[move.first + 1 : move.last]
+        return dict.fromkeys(between, (move.source + end) // 2) | {move.target: end}
 
-    def _retime(self, result: Tensor) -> None:
+    def _tell_next(self, move: Move, result: Tensor) -> None:
         """Moves the time of the next step, of which `result` is the input."""
-        self._start = self.conditioning = None
-        last = self._at + 1 == len(self._grid)
-        if not self._retimes or last or self._grid[self._at + 1] <= self.config.cutoff:
-            return
-        picked = self._nearest(result, self._grid[self._at + 1])
-        self._start = self._level(picked, result)
-        if picked.ndim:
-            self.conditioning = picked
+        after, told = self._at + 1, None
+        if self._at == move.last:
+            self._start, self._inside = None, {}
+            ends = after == len(self._grid)
+            if self._retimes and not ends and self._grid[after] > self.config.cutoff:
+                told = self._start = self._nearest(result, self._grid[after])
         else:
-            self.timesteps[self._at + 1] = picked
+            told = self._inside.get(self._grid[after])
+        self.conditioning = told if told is not None and told.ndim else None
+        if told is not None and not told.ndim:
+            self.timesteps[after] = told
 
     def _nearest(self, sample: Tensor, centre: int) -> Tensor:
         """Times in the window whose variance is nearest: (n,), or () for the batch."""
@@ -214,8 +235,9 @@ class TimeShift:
 class TimeShiftDDIMScheduler(TimeShift, DDIMScheduler):
     """`DDIMScheduler` with shifted time; with ``eta=1`` what the official code calls DDPM."""
 
-    def _following(self, time: int) -> int:
-        return time - self.config.num_train_timesteps // self.num_inference_steps
+    def _move(self, at: int) -> Move:
+        time = self._grid[at]
+        return Move(at, at, time, time - stride_of(self))
 
 
 class TimeShiftDDPMScheduler(TimeShift, DDPMScheduler):
@@ -225,15 +247,44 @@ class TimeShiftDDPMScheduler(TimeShift, DDPMScheduler):
         """As the stock scheduler's, from the grid before any shift."""
         if not self.config.window:
             return super().previous_timestep(timestep)
-        return self._following(int(timestep))
+        return self._move(self._grid.index(int(timestep))).target
 
-    def _following(self, time: int) -> int:
-        after = self._grid.index(time) + 1
-        return self._grid[after] if after < len(self._grid) else -1
+    def _move(self, at: int) -> Move:
+        return Move(at, at, self._grid[at], self._grid[at + 1] if at + 1 < len(self._grid) else -1)
+
+
+class TimeShiftPNDMScheduler(TimeShift, PNDMScheduler):
+    """`PNDMScheduler` (Liu et al. 2022) with shifted time: F-PNDM, and S-PNDM with ``history=2``.
+
+    F-PNDM starts with three moves of four network calls; S-PNDM (``skip_prk_steps=True``) with one
+    of two. One shift for each move: the calls between two levels are at the times of the grid.
+    """
+
+    settings = SETTINGS | {"history": 4}  # network outputs that a move is made from, 2 to 4
+
+    def step_plms(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock scheduler's, with as many outputs as `history` says."""
+        if self.counter != 1:  # then it would add none
+            self.ets = self.ets[1 - self.config.history :]
+        return super().step_plms(*args, **kwargs)
+
+    def _move(self, at: int) -> Move:
+        time, stride = self._grid[at], stride_of(self)
+        if at < len(self.prk_timesteps):  # type: ignore[arg-type]
+            first = at // 4 * 4
+            return Move(first, first + 3, self._grid[first], self._grid[first] - stride)
+        if at < 2 and self.config.skip_prk_steps:
+            return Move(0, 1, self._grid[0], self._grid[0] - stride)
+        return Move(at, at, time, time - stride)
+
+
+def stride_of(scheduler: Any) -> int:
+    """Timesteps between two levels of the stock DDIM and PNDM, whatever their spacing."""
+    return scheduler.config.num_train_timesteps // scheduler.num_inference_steps
 
 
 def _in_precision(out: Any, kind: torch.dtype) -> Any:
     """A step's output with its tensors in another precision."""
-    if isinstance(out, tuple) and not hasattr(out, "keys"):
-        return tuple(part.to(kind) for part in out)
-    return type(out)(**{name: value.to(kind) for name, value in out.items()})
+    if isinstance(out, BaseOutput):
+        return type(out)(**{name: value.to(kind) for name, value in out.items()})
+    return tuple(part.to(kind) for part in out)
