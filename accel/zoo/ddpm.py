@@ -33,7 +33,7 @@ class UNetConfig:
     Few channels where pixels are many; attention in the middle block only.
     """
 
-    widths: tuple[int, ...] = (16, 16, 48, 96)
+    widths: tuple[int, ...] = (8, 16, 48, 96)
     head_dim: int = 16
     groups: int = 4
     canvas: int = 32

@@ -27,6 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from diffusers.configuration_utils import register_to_config
+
+# DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module of a foreign scheduler.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -102,7 +105,7 @@ def _check(owner: str, settings: dict[str, Any]) -> None:
         refuse("v0", "the variance of a clean sample, 0 to 1: at 1 variance does not tell time")
 
 
-class TimeShift:
+class ShiftedTime:
     """Mixin before a stock scheduler whose step reads its noise levels from `alphas_cumprod`.
 
     Settings as in `SETTINGS`. Unless `per_sample`, the batch shifts together by its mean variance.
@@ -232,7 +235,7 @@ class TimeShift:
         return level.view(-1, *[1] * (sample.ndim - 1)) if times.ndim else level
 
 
-class TimeShiftDDIMScheduler(TimeShift, DDIMScheduler):
+class TimeShiftDDIMScheduler(ShiftedTime, DDIMScheduler):
     """`DDIMScheduler` with shifted time; with ``eta=1`` what the official code calls DDPM."""
 
     def _move(self, at: int) -> Move:
@@ -240,7 +243,7 @@ class TimeShiftDDIMScheduler(TimeShift, DDIMScheduler):
         return Move(at, at, time, time - stride_of(self))
 
 
-class TimeShiftDDPMScheduler(TimeShift, DDPMScheduler):
+class TimeShiftDDPMScheduler(ShiftedTime, DDPMScheduler):
     """`DDPMScheduler` with shifted time."""
 
     def previous_timestep(self, timestep: Any) -> Any:
@@ -253,7 +256,7 @@ class TimeShiftDDPMScheduler(TimeShift, DDPMScheduler):
         return Move(at, at, self._grid[at], self._grid[at + 1] if at + 1 < len(self._grid) else -1)
 
 
-class TimeShiftPNDMScheduler(TimeShift, PNDMScheduler):
+class TimeShiftPNDMScheduler(ShiftedTime, PNDMScheduler):
     """`PNDMScheduler` (Liu et al. 2022) with shifted time: F-PNDM, and S-PNDM with ``history=2``.
 
     F-PNDM starts with three moves of four network calls; S-PNDM (``skip_prk_steps=True``) with one

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, PNDMScheduler
 
-from samplers.time_shift import (
+from accel.testing import assert_equal, tiny
+from samplers.shifted_time import (
     TimeShiftDDIMScheduler,
     TimeShiftDDPMScheduler,
     TimeShiftPNDMScheduler,
@@ -282,3 +283,18 @@ def test_half_precision_stays_half():
             out = scheduler.step(x, t, x)
             assert out.prev_sample.dtype == out.pred_original_sample.dtype == torch.float16
             x = out.prev_sample
+
+
+def test_a_stock_pipeline_is_saved_and_loaded_with_it(tmp_path):
+    """Not DDIMPipeline: it makes a DDIMScheduler of whatever it is built with."""
+    host = tiny("dit")
+    stock = host.pipe.scheduler.config
+    host.pipe.scheduler = TimeShiftDDIMScheduler.from_config(stock, window=200, cutoff=0)
+    before = host.run()
+    host.pipe.save_pretrained(tmp_path)
+    host.pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(host.pipe.scheduler) is TimeShiftDDIMScheduler
+    host.pipe.set_progress_bar_config(disable=True)
+    assert_equal(before, host.run(), "after saving and loading")
+    host.pipe.scheduler = DDIMScheduler.from_config(stock)
+    assert not torch.equal(before, host.run())
