@@ -132,6 +132,14 @@ class Denoiser:
         """Rows of the batch; batched guidance doubles them."""
         return self._bind(args, kwargs)[_TABLE[self.cls].sample].shape[0]
 
+    def replace(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], **values: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with other values for some of its arguments, such as `timestep`."""
+        bound = _signature(type(self.module)).bind(self.module, *args, **kwargs)
+        bound.arguments.update(values)
+        return bound.args[1:], bound.kwargs
+
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         return _signature(type(self.module)).bind(self.module, *args, **kwargs).arguments
 

@@ -36,6 +36,7 @@ from torch import Tensor
 VARIANTS = ("paper", "pnm", "adm", "constant")
 RETIMED = ("paper", "constant")  # variants that tell the network another time
 VARIANCE_MODELS = ("noise", "signal")
+MAX_V0 = 0.8  # variance changes by a fifth, from noise to data
 # Settings of every scheduler here, beside those of the stock class it extends.
 SETTINGS: dict[str, Any] = {
     "window": 0,  # timesteps, both sides together; 0: the stock scheduler
@@ -78,7 +79,7 @@ def _with_settings(stock: Any, settings: dict[str, Any]) -> Any:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         ours = settings | {name: kwargs.pop(name) for name in settings if name in kwargs}
-        _check(type(self).__name__, ours)
+        check(type(self).__name__, ours)
         stock(self, *args, **kwargs)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -88,7 +89,7 @@ def _with_settings(stock: Any, settings: dict[str, Any]) -> Any:
     return __init__
 
 
-def _check(owner: str, settings: dict[str, Any]) -> None:
+def check(owner: str, settings: dict[str, Any]) -> None:
     def refuse(name: str, remedy: str) -> None:
         raise ValueError(f"{owner}: {name} = {settings[name]!r}; {remedy}")
 
@@ -101,8 +102,12 @@ def _check(owner: str, settings: dict[str, Any]) -> None:
     if not 2 <= settings.get("history", 4) <= 4:
         refuse("history", "2, 3 or 4")
     v0 = settings["v0"]
-    if settings["variance_model"] == "signal" and not (v0 is not None and 0 <= v0 < 1):
-        refuse("v0", "the variance of a clean sample, 0 to 1: at 1 variance does not tell time")
+    if settings["variance_model"] == "signal" and not (v0 is not None and 0 <= v0 <= MAX_V0):
+        refuse(
+            "v0",
+            f"the variance of a clean sample, at most {MAX_V0}: nearer to 1, that of noise, "
+            "variance does not tell time",
+        )
 
 
 class ShiftedTime:
@@ -122,6 +127,7 @@ class ShiftedTime:
     settings = SETTINGS
     conditioning: Tensor | None = None  # times (n,) that the next network call should be told
     reads_conditioning = False
+    shifts = 0  # steps of this run that were shifted
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -141,7 +147,7 @@ class ShiftedTime:
         self._at = -1  # index into the grid; found at the first step
         self._start: Tensor | None = None  # time from which the next move starts
         self._inside: dict[int, Tensor] = {}  # times of this move, by those of the grid
-        self.conditioning = None
+        self.conditioning, self.shifts = None, 0
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args, **kwargs) -> Any:
         """As the stock scheduler's, with shifted times."""
@@ -155,6 +161,7 @@ class ShiftedTime:
         if at == move.first and not self._retimes and not first:
             self._inside = self._to_destination(move, sample)
         times = dict(self._inside) if self._start is None else {move.source: self._start}
+        self.shifts += bool(times)
         kind = sample.dtype
         wide = any(time.ndim for time in times.values())  # else stays in the sample's precision
         if wide:
@@ -279,6 +286,9 @@ class TimeShiftPNDMScheduler(ShiftedTime, PNDMScheduler):
         if at < 2 and self.config.skip_prk_steps:
             return Move(0, 1, self._grid[0], self._grid[0] - stride)
         return Move(at, at, time, time - stride)
+
+
+SCHEDULERS = (TimeShiftDDIMScheduler, TimeShiftDDPMScheduler, TimeShiftPNDMScheduler)
 
 
 def stride_of(scheduler: Any) -> int:

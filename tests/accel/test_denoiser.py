@@ -196,6 +196,20 @@ def test_grid_at_the_input(name: str) -> None:
         assert denoiser.batch_rows(call.args[1:], {}) == denoiser.batch_rows((), record.call)
 
 
+@every_pipeline
+def test_one_argument_of_a_call_is_replaced(name: str) -> None:
+    """By position and by name; all others stay the objects that they are."""
+    for record in recorded(name)[1]:
+        forward, told = type(record.denoiser.module).forward, object()
+        call = inspect.signature(forward).bind(record.denoiser.module, **record.call)
+        for args, kwargs in (((), record.call), (call.args[1:], call.kwargs)):
+            args, kwargs = record.denoiser.replace(args, kwargs, timestep=told)
+            changed = inspect.signature(forward).bind(record.denoiser.module, *args, **kwargs)
+            assert changed.arguments["timestep"] is told
+            for argument, value in call.arguments.items():
+                assert argument == "timestep" or changed.arguments[argument] is value
+
+
 @pytest.mark.parametrize("name", ["sd3", "pixart", "wan", "cogvideox", "hunyuanvideo"])
 def test_tokens_are_in_raster_order_of_the_grid(name: str) -> None:
     """Changing one patch of the input changes one token, at the index that the grid gives it."""

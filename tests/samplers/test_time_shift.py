@@ -1,0 +1,95 @@
+"""Time-shift as a method: every sample by itself, told to the network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import accel
+from accel.testing import assert_equal, checks, conform, tiny
+from samplers.shifted_time import TimeShiftDDIMScheduler
+from samplers.time_shift import TimeShift
+
+WIDE = {"window": 200, "cutoff": 0}
+LATENT = {"variance_model": "signal", "v0": 0.5}
+
+
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize(
+    ("method", "pipeline"),
+    [
+        (TimeShift(**WIDE), "ddim"),
+        (TimeShift(**WIDE, variant="pnm"), "ddpm"),
+        (TimeShift(**WIDE, **LATENT), "dit"),
+        (TimeShift(**WIDE, **LATENT, scheduler="PNDMScheduler"), "sd"),
+    ],
+    ids=["ddim", "ddpm-pnm", "dit", "sd-pndm"],
+)
+def test_conformance(check, method, pipeline):
+    conform(check, method, pipeline)
+
+
+def test_one_sample_equals_the_scheduler_alone():
+    """Of one sample the batch's mean variance is its own, and the grid tells it."""
+    host = tiny("ddim")
+    with accel.attached(TimeShift(**WIDE), host.pipe) as live:
+        by_method = host.run()
+    assert live.report()["runs"][0]["detail"]["shifted_steps"] == 2  # at 500 and 250; not at 750, 0
+    host.pipe.scheduler = TimeShiftDDIMScheduler.from_config(host.pipe.scheduler.config, **WIDE)
+    assert_equal(by_method, host.run(), "the scheduler by hand")
+
+
+@pytest.mark.parametrize("name", ["ddim", "dit"])
+def test_a_sample_does_not_depend_on_its_batch_mates(name):
+    """DiT doubles its batches for guidance: both halves are told the time of their sample."""
+    host = tiny(name)
+    latent = LATENT if name == "dit" else {}
+
+    def run(seeds):
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        what = {"class_labels": [1] * len(seeds)} if name == "dit" else {"batch_size": len(seeds)}
+        return host.run(generator=generators, **what)
+
+    with accel.attached(TimeShift(**WIDE, **latent), host.pipe):
+        together = run([5, 6])
+        for i in range(2):
+            torch.testing.assert_close(together[i : i + 1], run([5 + i]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_is_told_other_times():
+    host = tiny("dit")
+    told = []
+
+    def listen(module, args, kwargs):
+        told.append(kwargs["timestep"].tolist())
+
+    host.pipe.transformer.transformer_blocks[0].register_forward_pre_hook(listen, with_kwargs=True)
+    with accel.attached(TimeShift(window=100, cutoff=0, variant="constant"), host.pipe):
+        host.run()
+    assert told == [[750, 750], [550, 550], [300, 300], [0, 0]]
+
+
+def test_any_supported_scheduler_can_be_asked_for():
+    host = tiny("ddpm")
+    with accel.attached(TimeShift(window=0, scheduler="DDIMScheduler"), host.pipe):
+        assert isinstance(host.pipe.scheduler, TimeShiftDDIMScheduler)
+    assert type(host.pipe.scheduler) is DDPMScheduler
+
+
+@pytest.mark.parametrize(
+    ("method", "pipeline", "words"),
+    [
+        (TimeShift(), "dit", "variance does not tell time"),
+        (TimeShift(), "flux", "no shifted form of FlowMatchEulerDiscreteScheduler"),
+        (TimeShift(scheduler="EulerDiscreteScheduler"), "ddpm", "set scheduler to one of DDIM"),
+    ],
+)
+def test_refusals(method, pipeline, words):
+    with pytest.raises(ValueError, match=words):
+        method.attach(tiny(pipeline).pipe)
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match=r"TimeShift: v0 = 0.9; .* does not tell time"):
+        TimeShift(variance_model="signal", v0=0.9)
