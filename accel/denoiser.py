@@ -128,9 +128,13 @@ class Denoiser:
         span = _TABLE[self.cls].text_span
         return None if span is None else span(self.module, self._bind(args, kwargs))
 
+    def sample(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What is denoised, (rows, channels, ...)."""
+        return self._bind(args, kwargs)[_TABLE[self.cls].sample]
+
     def batch_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Rows of the batch; batched guidance doubles them."""
-        return self._bind(args, kwargs)[_TABLE[self.cls].sample].shape[0]
+        return self.sample(args, kwargs).shape[0]
 
     def replace(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], **values: Any
