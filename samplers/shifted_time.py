@@ -19,19 +19,19 @@ The paper and its two official codes shift different things at different moments
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
-from diffusers.configuration_utils import register_to_config
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module of a foreign scheduler.
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from diffusers.utils import BaseOutput
 from torch import Tensor
+
+from samplers.extension import Extension
 
 VARIANTS = ("paper", "pnm", "adm", "constant")
 RETIMED = ("paper", "constant")  # variants that tell the network another time
@@ -71,46 +71,7 @@ class Levels:
         return self.table[time] if level is None else level
 
 
-def _with_settings(stock: Any, settings: dict[str, Any]) -> Any:
-    """`stock`, the __init__ of a scheduler, with `settings` as further parameters.
-
-    The whole signature is spelled out: diffusers carries over only settings that it finds there.
-    """
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        ours = settings | {name: kwargs.pop(name) for name in settings if name in kwargs}
-        check(type(self).__name__, ours)
-        stock(self, *args, **kwargs)
-
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    ours = [inspect.Parameter(name, keyword, default=value) for name, value in settings.items()]
-    known = inspect.signature(stock).parameters.values()
-    __init__.__signature__ = inspect.Signature([*known, *ours])  # type: ignore[attr-defined]
-    return __init__
-
-
-def check(owner: str, settings: dict[str, Any]) -> None:
-    def refuse(name: str, remedy: str) -> None:
-        raise ValueError(f"{owner}: {name} = {settings[name]!r}; {remedy}")
-
-    if settings["window"] < 0:
-        refuse("window", "0 (off) or a number of timesteps")
-    if settings["variant"] not in VARIANTS:
-        refuse("variant", f"one of {', '.join(VARIANTS)}")
-    if settings["variance_model"] not in VARIANCE_MODELS:
-        refuse("variance_model", f"one of {', '.join(VARIANCE_MODELS)}")
-    if not 2 <= settings.get("history", 4) <= 4:
-        refuse("history", "2, 3 or 4")
-    v0 = settings["v0"]
-    if settings["variance_model"] == "signal" and not (v0 is not None and 0 <= v0 <= MAX_V0):
-        refuse(
-            "v0",
-            f"the variance of a clean sample, at most {MAX_V0}: nearer to 1, that of noise, "
-            "variance does not tell time",
-        )
-
-
-class ShiftedTime:
+class ShiftedTime(Extension):
     """Mixin before a stock scheduler whose step reads its noise levels from `alphas_cumprod`.
 
     Settings as in `SETTINGS`. Unless `per_sample`, the batch shifts together by its mean variance.
@@ -129,9 +90,28 @@ class ShiftedTime:
     reads_conditioning = False
     shifts = 0  # steps of this run that were shifted
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__init__ = register_to_config(_with_settings(cls.__init__, cls.settings))  # type: ignore[misc]
+    @classmethod
+    def check(cls, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError for settings (all of them) that are out of range."""
+
+        def refuse(name: str, remedy: str) -> None:
+            raise ValueError(f"{cls.__name__}: {name} = {settings[name]!r}; {remedy}")
+
+        if settings["window"] < 0:
+            refuse("window", "0 (off) or a number of timesteps")
+        if settings["variant"] not in VARIANTS:
+            refuse("variant", f"one of {', '.join(VARIANTS)}")
+        if settings["variance_model"] not in VARIANCE_MODELS:
+            refuse("variance_model", f"one of {', '.join(VARIANCE_MODELS)}")
+        if not 2 <= settings.get("history", 4) <= 4:
+            refuse("history", "2, 3 or 4")
+        v0 = settings["v0"]
+        if settings["variance_model"] == "signal" and not (v0 is not None and 0 <= v0 <= MAX_V0):
+            refuse(
+                "v0",
+                f"the variance of a clean sample, at most {MAX_V0}: nearer to 1, that of noise, "
+                "variance does not tell time",
+            )
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """As the stock scheduler's; forgets the run before."""

@@ -1,4 +1,4 @@
-"""Any stock diffusers scheduler in place of the pipeline's own, with settings.
+"""Any stock diffusers scheduler, or one of ours, in place of the pipeline's own, with settings.
 
 Built with ``from_config``, so betas, prediction type and shift carry over. Where a pipeline gives
 a stochastic scheduler no generator (81 do not), each sample gets its own, seeded from its first
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
+import importlib
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 GRID_FOR_SCALE = 10  # steps; any number tells unit noise from sigma-space noise
+OWN = {"FewStepScheduler": "samplers.few_step", "FewStepFlowScheduler": "samplers.few_step"}
 
 
 def sample_seed(sample: torch.Tensor) -> int:
@@ -39,8 +41,8 @@ def sample_seed(sample: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class SwapScheduler(Method):
-    """``scheduler``: a diffusers class name; ``config``: settings over the pipeline's own;
-    ``steps``: instead of the number a call asks for.
+    """``scheduler``: a diffusers class name, or FewStepScheduler, FewStepFlowScheduler;
+    ``config``: settings over the pipeline's own; ``steps``: instead of the number a call asks for.
 
     ``SwapScheduler("DPMSolverMultistepScheduler", Settings(use_karras_sigmas=True), steps=15)``
     """
@@ -109,7 +111,12 @@ class SwapScheduler(Method):
         cls = _scheduler_class(self.scheduler)
         known = set(inspect.signature(cls.__init__).parameters)
         # without "_use_default_values": there a built and a reloaded scheduler would differ
-        config = {k: v for k, v in pipe.scheduler.config.items() if k in known}
+        given = dict(pipe.scheduler.config)
+        if "flow_shift" in given:  # what multistep solvers call it
+            given["shift"] = given["flow_shift"]
+        elif "shift" in given:
+            given["flow_shift"] = given["shift"]
+        config = {k: v for k, v in given.items() if k in known}
         return cls.from_config(config, **self.config)
 
 
@@ -195,9 +202,10 @@ def noise_scale(scheduler: Any) -> float:
 def _scheduler_class(name: str) -> Any:
     import diffusers
 
-    cls = getattr(diffusers, name, None) if name.isidentifier() else None
+    module = importlib.import_module(OWN[name]) if name in OWN else diffusers
+    cls = getattr(module, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps")):
-        known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
+        known = [*OWN, *(n for n in dir(diffusers) if n.endswith("Scheduler"))]
         near = difflib.get_close_matches(name, known, n=3)
         raise ValueError(f"diffusers has no scheduler {name!r}; near: {near}")
     return cls
@@ -211,7 +219,7 @@ def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler integrates a flow (velocity) rather than a diffusion."""
     config = scheduler.config
     return (
-        type(scheduler).__name__.startswith("FlowM")
+        any(base.__name__.startswith("FlowM") for base in type(scheduler).__mro__)
         or bool(config.get("use_flow_sigmas"))
         or config.get("prediction_type") == "flow_prediction"
     )

@@ -37,10 +37,10 @@ class TimeShift(Method):
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        from samplers.shifted_time import check
+        from samplers.shifted_time import ShiftedTime
 
         super().__post_init__()
-        check("TimeShift", self._settings())
+        ShiftedTime.check(self._settings())
 
     def neutral(self) -> TimeShift | None:
         return None if self.scheduler else TimeShift(window=0)
@@ -82,10 +82,7 @@ class TimeShift(Method):
                 f"TimeShift: no shifted form of {wanted}; set scheduler to one of "
                 f"{', '.join(known)}"
             )
-        kept = known[wanted]._get_init_keys(known[wanted])
-        # without "_use_default_values": there a built and a reloaded scheduler would differ
-        config = {k: v for k, v in pipe.scheduler.config.items() if k in kept}
-        return known[wanted].from_config(config, **self._settings())
+        return known[wanted].from_config(pipe.scheduler.config, **self._settings())
 
 
 class _LiveTimeShift(Attached):

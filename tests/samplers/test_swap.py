@@ -27,11 +27,13 @@ SWAPS = [
     (SwapScheduler("EulerAncestralDiscreteScheduler"), ("sd", "pixart")),
     (SwapScheduler("FlowMatchHeunDiscreteScheduler"), ("sd3",)),
     (SwapScheduler("FlowMatchLCMScheduler"), ("sd3", "flux", "ltx")),
+    (SwapScheduler("FewStepScheduler", Settings(gamma=0.3)), ("sd", "dit", "pixart")),
+    (SwapScheduler("FewStepFlowScheduler", Settings(eta=0.9)), ("sd3", "flux", "wan", "ltx")),
 ]
 
 
 @pytest.mark.parametrize("check", checks())
-@pytest.mark.parametrize("method", [DPM, SWAPS[1][0]], ids=lambda m: m.scheduler)
+@pytest.mark.parametrize("method", [DPM, SWAPS[1][0], SWAPS[-2][0]], ids=lambda m: m.scheduler)
 def test_conformance(check, method):
     conform(check, method, "dit")
 
@@ -52,6 +54,20 @@ def test_equals_assigning_the_scheduler_by_hand():
     config["use_karras_sigmas"] = True
     host.pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
     assert_equal(swapped, host.run(), "the same scheduler by hand")
+
+
+def test_the_shift_of_a_flow_carries_over_under_either_name():
+    host = tiny("wan")
+    shift = host.pipe.scheduler.config.flow_shift
+    assert shift != 1, "the tiny pipeline would show nothing"
+    for name in ("FlowMatchEulerDiscreteScheduler", "FewStepFlowScheduler"):
+        with accel.attached(SwapScheduler(name), host.pipe):
+            assert host.pipe.scheduler.config.shift == shift
+            back = SwapScheduler(
+                "UniPCMultistepScheduler",
+                Settings(use_flow_sigmas=True, prediction_type="flow_prediction"),
+            )
+            assert back._made_for(host.pipe).config.flow_shift == shift
 
 
 def test_stochastic_schedulers_get_a_generator_per_sample():

@@ -91,5 +91,5 @@ def test_refusals(method, pipeline, words):
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match=r"TimeShift: v0 = 0.9; .* does not tell time"):
+    with pytest.raises(ValueError, match=r"ShiftedTime: v0 = 0.9; .* does not tell time"):
         TimeShift(variance_model="signal", v0=0.9)

@@ -1,0 +1,219 @@
+"""Few-step sampling for diffusion and flow models: predict the clean sample, then noise it again.
+
+    x_n = alpha_n x_0 + s_n (eta e + sqrt(1 - eta^2) z)
+
+with the predicted clean sample x_0 and noise e, fresh noise z, and the levels alpha_n, s_n of the
+next step (flow: 1 - sigma, sigma). ``eta`` 1 is DDIM (Song et al. 2021) and Euler; 0 is the sampler
+of latent consistency models (Luo et al. 2023); ``gamma`` is that of trajectory consistency (Zheng
+et al. 2024, TCD), which keeps the noise of a cleaner level and is defined here for flows, too. The
+last step adds no noise, so one step is x_0.
+
+``eta`` is a setting and no argument of ``step``: pipelines of Stable Diffusion pass eta = 0 to any
+scheduler that takes one, whatever its user has set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+# DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module of a foreign scheduler.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from samplers.extension import Extension
+
+SETTINGS: dict[str, Any] = {
+    "eta": 1.0,  # share of the predicted noise that is kept, 0 to 1
+    "gamma": None,  # instead of eta: 0 keeps all, 1 nothing
+    "anchors": None,  # times, falling, that the model was distilled at; steps are chosen from them
+}
+
+
+@dataclass
+class FewStepOutput(BaseOutput):
+    """``prev_sample``: the next input; ``pred_original_sample``: the clean one, both like x."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+def choose(anchors: list[float], count: int) -> list[float]:
+    """`count` of the anchors, evenly, from the first on, as latent consistency models do it.
+
+    Raises ValueError for more than there are.
+    """
+    if not 1 <= count <= len(anchors):
+        raise ValueError(f"{count} steps of a model with {len(anchors)} anchors; 1 to that many")
+    index = np.floor(np.linspace(0, len(anchors), count, endpoint=False)).astype(int)
+    return [anchors[i] for i in index]
+
+
+class FewStep(Extension):
+    """Mixin before a stock scheduler that lays the grid; the step is ours. Settings: `SETTINGS`.
+
+    Raises ValueError for settings out of range.
+    """
+
+    settings = SETTINGS
+    config: Any
+    timesteps: Tensor
+    step_index: int | None
+
+    @classmethod
+    def check(cls, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError for settings (all of them) that are out of range."""
+        for name in ("eta", "gamma"):
+            value = settings[name]
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{cls.__name__}: {name} = {value!r}; 0 to 1")
+        anchors = settings["anchors"]
+        if anchors is not None and not (len(anchors) and list(anchors) == sorted(anchors)[::-1]):
+            raise ValueError(f"{cls.__name__}: anchors = {anchors!r}; one time or more, falling")
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> FewStepOutput | tuple[Tensor, Tensor]:
+        """From the network's output for `sample` (any shape alike) to the next sample.
+
+        `generator`: of the fresh noise, one or one for each sample; unused where `eta` is 1.
+        """
+        if self.step_index is None:
+            self._init_step_index(timestep)  # type: ignore[attr-defined]
+        at = self.step_index
+        assert at is not None
+        x0, noise = self._split(model_output.float(), sample.float(), *self._level(at))
+        last = at + 1 == len(self.timesteps)
+        eta = 1.0 if last else self._eta(at + 1)
+        if eta < 1:
+            kind = {"device": noise.device, "dtype": noise.dtype}
+            fresh = randn_tensor(noise.shape, generator=generator, **kind)
+            noise = eta * noise + (1 - eta**2) ** 0.5 * fresh
+        alpha, s = self._level(at + 1)
+        following = (alpha * x0 + s * noise).to(sample.dtype)
+        x0 = x0.to(sample.dtype)
+        self._step_index = at + 1
+        return FewStepOutput(following, x0) if return_dict else (following, x0)
+
+    def _eta(self, at: int) -> float:
+        """Share of the predicted noise in the input of step `at`."""
+        gamma = self.config.gamma
+        if gamma is None:
+            return self.config.eta
+        (alpha, s), (cleaner, less) = self._level(at), self._cleaner(at, gamma)
+        return float(alpha * less / (cleaner * s))
+
+    def _level(self, at: int) -> tuple[float, float]:
+        """alpha and s of the input of step `at`; after the last step, of the result."""
+        raise NotImplementedError
+
+    def _cleaner(self, at: int, gamma: float) -> tuple[float, float]:
+        """alpha and s at (1 - gamma) times the time of step `at`."""
+        raise NotImplementedError
+
+    def _split(self, out: Tensor, x: Tensor, alpha: float, s: float) -> tuple[Tensor, Tensor]:
+        """The clean sample and the noise that a network's output stands for."""
+        raise NotImplementedError
+
+
+class FewStepScheduler(FewStep, DDIMScheduler):
+    """Of diffusion models with discrete times: epsilon, v or sample prediction."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """A grid of `num_inference_steps` (of the anchors, where there are any), or `timesteps`.
+
+        Raises ValueError for neither, or for more steps than anchors.
+        """
+        if timesteps is None and num_inference_steps is None:
+            raise ValueError("FewStepScheduler: give num_inference_steps or timesteps")
+        if timesteps is None and self.config.anchors is not None:
+            timesteps = choose(list(self.config.anchors), num_inference_steps)  # type: ignore
+        super().set_timesteps(len(timesteps) if timesteps else num_inference_steps, device)  # type: ignore
+        if timesteps is not None:
+            self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
+        abar = self.alphas_cumprod[self.timesteps.cpu()].double()
+        self.sigmas = torch.cat([((1 - abar) / abar).sqrt().float(), torch.zeros(1)])
+        self._abar = [*abar.tolist(), float(self.final_alpha_cumprod)]
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next step; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step; None where the first step's time tells."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """The first step is this one."""
+        self._begin_index = begin_index
+
+    def _init_step_index(self, timestep: Any) -> None:
+        found = self._begin_index
+        self._step_index = self.timesteps.tolist().index(int(timestep)) if found is None else found
+
+    def _level(self, at: int) -> tuple[float, float]:
+        return self._abar[at] ** 0.5, (1 - self._abar[at]) ** 0.5
+
+    def _cleaner(self, at: int, gamma: float) -> tuple[float, float]:
+        time = int(np.floor(np.float32(1 - gamma) * int(self.timesteps[at])))
+        abar = float(self.alphas_cumprod[time])
+        return abar**0.5, (1 - abar) ** 0.5
+
+    def _split(self, out: Tensor, x: Tensor, alpha: float, s: float) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if config.prediction_type == "epsilon":
+            x0, noise = (x - s * out) / alpha, out
+        elif config.prediction_type == "sample":
+            x0, noise = out, (x - alpha * out) / s
+        else:
+            x0, noise = alpha * x - s * out, alpha * out + s * x
+        if config.thresholding:
+            x0 = self._threshold_sample(x0)
+        elif config.clip_sample:
+            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        return x0, noise
+
+
+class FewStepFlowScheduler(FewStep, FlowMatchEulerDiscreteScheduler):
+    """Of flow models: v = e - x_0. Grids, shifts and sigmas are those of the stock scheduler."""
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **given):
+        """As the stock scheduler's; anchors, where there are any, take the place of its grid."""
+        super().set_timesteps(num_inference_steps, device, **given)
+        if self.config.anchors is not None:
+            count = len(self.timesteps)
+            times = torch.tensor(choose(list(self.config.anchors), count), dtype=torch.float32)
+            self.timesteps = times.to(device)
+            self.sigmas = torch.cat([times / self.config.num_train_timesteps, torch.zeros(1)])
+
+    def _level(self, at: int) -> tuple[float, float]:
+        sigma = float(self.sigmas[at])
+        return 1 - sigma, sigma
+
+    def _cleaner(self, at: int, gamma: float) -> tuple[float, float]:
+        sigma = (1 - gamma) * float(self.sigmas[at])
+        return 1 - sigma, sigma
+
+    def _split(self, out: Tensor, x: Tensor, alpha: float, s: float) -> tuple[Tensor, Tensor]:
+        return x - s * out, x + alpha * out
