@@ -198,9 +198,16 @@ class FewStepScheduler(FewStep, DDIMScheduler):
 class FewStepFlowScheduler(FewStep, FlowMatchEulerDiscreteScheduler):
     """Of flow models: v = e - x_0. Grids, shifts and sigmas are those of the stock scheduler."""
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **given):
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
         """As the stock scheduler's; anchors, where there are any, take the place of its grid."""
-        super().set_timesteps(num_inference_steps, device, **given)
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         if self.config.anchors is not None:
             count = len(self.timesteps)
             times = torch.tensor(choose(list(self.config.anchors), count), dtype=torch.float32)
