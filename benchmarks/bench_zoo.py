@@ -248,9 +248,9 @@ def stills(samples: np.ndarray, size: int = 32) -> np.ndarray:
     return np.stack(windows)
 
 
-def nearest(images: np.ndarray, class_ids: np.ndarray, count: int):
+def nearest(images: np.ndarray, class_ids: np.ndarray, count: int, *, plain: bool):
     """Nearest training pictures by strokes: (n, count, 32, 32, 3) and distances (n, count)."""
-    world = DigitWorld("train", seed=1)
+    world = DigitWorld("train", seed=1, plain=plain)
     found, distances = [], []
     for picture, class_id in zip(images, class_ids, strict=True):
         draws = np.full(NEIGHBOUR_DRAWS, class_id)
@@ -273,7 +273,7 @@ def measure_neighbours(study: Study) -> dict[str, Any]:
     for name, pictures in sets.items():
         answers = judge("digits-judge").answers(pictures)
         class_ids = answers["digit"] + 10 * answers["colour"]
-        near, distance = nearest(pictures, class_ids, count=4)
+        near, distance = nearest(pictures, class_ids, 4, plain=study.subject.plain)
         medians[name] = float(np.median(distance[:, 0]))
         if name == "samples":
             labels = [f"{COLOURS[c // 10]} {DIGITS[c % 10]}" for c in class_ids[:10]]

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from accel.artifact import Artifact, Fingerprint, inputs_digest
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
-from accel.method import Attached, Claim, Method
+from accel.method import Attached, Claim, Method, attached
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class TimeShift(Method):
     ``variance_model`` "signal" counts the data's own variance ``v0``; ``scheduler``: a diffusers
     class name, instead of the pipeline's own.
 
-    Both have to be found for a model and a number of steps: the paper's range from 2 to 80 and from
-    200 to 900, and wrong ones are worse than none.
+    Both have to be found for a model and a number of steps (``calibrate``): the paper's range from
+    2 to 80 and from 200 to 900, and wrong ones are worse than none.
     """
 
     SLOTS = ("scheduler", "denoiser.call")
@@ -68,6 +69,66 @@ class TimeShift(Method):
         for denoiser in denoisers(pipe):
             live.around_denoiser(denoiser.slot, live.tell(denoiser))
 
+    @staticmethod
+    def calibrate(
+        pipe: Any,
+        inputs: list[dict[str, Any]],
+        seeds: list[int],
+        score: Callable[[Any], float],
+        candidates: tuple[TimeShift, ...],
+    ) -> Artifact:
+        """Choose among ``candidates`` for this model and this number of steps.
+
+        ``score`` takes the outputs (n, ...) of all calls and is lower for better ones, such as a
+        Frechet distance. The calls are scored in two halves, each on the same seeds without any
+        shift; a candidate has to beat that in both, and the best of those wins. If there is none,
+        the choice is no shift. The artifact holds the choice and every score.
+
+        Args:
+            inputs: arguments of pipeline calls, without generators and output type.
+            seeds: one for each call.
+
+        Raises:
+            ValueError: fewer than two calls, as many seeds, no candidates, or another base
+                scheduler in some of them.
+        """
+        import torch
+
+        bases = {method.scheduler for method in candidates}
+        if len(inputs) < 2 or len(inputs) != len(seeds) or len(bases) != 1:
+            raise ValueError(
+                "TimeShift.calibrate wants two calls or more, a seed for each, and candidates "
+                f"with one scheduler; got {len(inputs)}, {len(seeds)} and {bases or 'none'}"
+            )
+        methods = (TimeShift(window=0, scheduler=bases.pop()), *candidates)
+        calls = list(zip(inputs, seeds, strict=True))
+        table = torch.tensor(
+            [
+                [score(_outputs(pipe, m, half)) for half in (calls[::2], calls[1::2])]
+                for m in methods
+            ]
+        )
+        better = (table < table[0]).all(dim=1)
+        better[0] = True  # if nothing else
+        chosen = int(table.sum(dim=1).where(better, torch.inf).argmin())
+        return Artifact(
+            method=TimeShift.name(),
+            fingerprint=Fingerprint.of(denoisers(pipe)[0].module),
+            tensors={"scores": table},
+            inputs_sha256=inputs_digest(inputs),
+            settings={
+                "chosen": methods[chosen].to_json()["settings"],
+                "scored": [m.to_json()["settings"] for m in methods],
+                "seeds": seeds,
+            },
+        )
+
+    @classmethod
+    def calibrated(cls, artifact: Artifact, pipe: Any) -> TimeShift:
+        """The choice in an artifact. Raises ValueError where it is not for the model of `pipe`."""
+        artifact.check_model(denoisers(pipe)[0].module)
+        return cls.from_settings(artifact.settings["chosen"])
+
     def _settings(self) -> dict[str, Any]:
         names = ("window", "cutoff", "variant", "variance_model", "v0")
         return {name: getattr(self, name) for name in names} | {"per_sample": True}
@@ -83,6 +144,19 @@ class TimeShift(Method):
                 f"{', '.join(known)}"
             )
         return known[wanted].from_config(pipe.scheduler.config, **self._settings())
+
+
+def _outputs(pipe: Any, method: TimeShift, calls: list[tuple[dict[str, Any], int]]) -> Any:
+    """What all calls give under a method, (n, ...)."""
+    import numpy as np
+    import torch
+
+    made = []
+    with attached(method, pipe):
+        for arguments, seed in calls:
+            generator = torch.Generator().manual_seed(seed)
+            made.append(pipe(**arguments, generator=generator, output_type="np")[0])
+    return np.concatenate(made)
 
 
 class _LiveTimeShift(Attached):

@@ -93,3 +93,60 @@ def test_refusals(method, pipeline, words):
 def test_bad_settings():
     with pytest.raises(ValueError, match=r"ShiftedTime: v0 = 0.9; .* does not tell time"):
         TimeShift(variance_model="signal", v0=0.9)
+
+
+CANDIDATES = tuple(
+    TimeShift(window=window, cutoff=0, variant=variant)
+    for window in (100, 300)
+    for variant in ("paper", "pnm")
+)
+CALLS = [{"batch_size": 1, "num_inference_steps": 4}] * 4
+
+
+def brightness(images) -> float:
+    return float(images.mean())
+
+
+def test_calibration_takes_the_best_of_those_that_beat_no_shift_in_both_halves():
+    host = tiny("ddim")
+    artifact = TimeShift.calibrate(host.pipe, CALLS, [1, 2, 3, 4], brightness, CANDIDATES)
+    scores = artifact.tensors["scores"]
+    assert scores.shape == (1 + len(CANDIDATES), 2)
+    # by hand: one row and one half
+    with accel.attached(CANDIDATES[2], host.pipe):
+        images = [
+            host.run(generator=torch.Generator().manual_seed(seed), output_type="np")
+            for seed in (2, 4)
+        ]
+    assert float(scores[3, 1]) == pytest.approx(sum(i.mean() for i in images) / 2, abs=1e-6)
+    fair = [i for i in range(1, len(scores)) if (scores[i] < scores[0]).all()]
+    assert fair, "all are brighter: this test shows nothing"
+    best = min(fair, key=lambda i: float(scores[i].sum()))
+    assert TimeShift.calibrated(artifact, host.pipe) == CANDIDATES[best - 1]
+
+
+def test_calibration_chooses_no_shift_where_none_is_better(tmp_path):
+    host = tiny("ddim")
+    scores = iter([1.0, 1.0, 0.5, 1.5, 1.5, 0.5, 2.0, 2.0, 1.0, 1.0])
+    artifact = TimeShift.calibrate(
+        host.pipe, CALLS, [1, 2, 3, 4], lambda images: next(scores), CANDIDATES
+    )
+    loaded = type(artifact).load(artifact.save(tmp_path / "choice.safetensors"))
+    assert TimeShift.calibrated(loaded, host.pipe) == TimeShift(window=0)
+    with pytest.raises(ValueError, match="it is for UNet2DModel"):
+        TimeShift.calibrated(loaded, tiny("dit").pipe)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"inputs": CALLS[:1], "seeds": [1]},
+        {"seeds": [1, 2]},
+        {"candidates": ()},
+        {"candidates": (TimeShift(), TimeShift(scheduler="PNDMScheduler"))},
+    ],
+)
+def test_calibration_says_what_it_wants(wrong):
+    arguments = {"inputs": CALLS, "seeds": [1, 2, 3, 4], "candidates": CANDIDATES} | wrong
+    with pytest.raises(ValueError, match="wants two calls or more"):
+        TimeShift.calibrate(tiny("ddim").pipe, score=brightness, **arguments)

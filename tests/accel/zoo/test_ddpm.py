@@ -52,13 +52,14 @@ def test_timesteps_cover_the_schedule():
     assert (t.min(), t.max()) == (0, 999)
 
 
-def test_every_scale_of_an_error_has_its_own_min_snr():
+def test_averages_of_an_error_have_their_own_min_snr():
     """A constant error is the same at 1, 2 and 4 pixels; one that alternates is at 1 only.
 
-    Pixels of ratios 0.1 and 2: larger scales have 0.4, 1.6 and 8, 32, of which 5 count at most.
+    Pixels of ratios 0.1 and 2: larger scales have 0.4, 1.6 and 8, 32, of which 5 count at most. By
+    pixels every error counts alike.
     """
     constant, snr = torch.full((2, 3, 8, 8), 2.0), torch.tensor([0.1, 2.0])
-    expected = torch.tensor([4 * (0.1 + 0.4 + 1.6) / 0.1, 4 * (2 + 5 + 5) / 2])
+    expected = torch.tensor([4 * (1 + (0.4 + 1.6) / 0.1), 4 * (1 + (5 + 5) / 2)])
     assert torch.allclose(ddpm.multiscale_error(constant, snr), expected)
     signs = 1 - 2 * (torch.arange(8) % 2)
     assert torch.equal(ddpm.multiscale_error(constant * signs, snr), torch.full((2,), 4.0))
