@@ -103,13 +103,13 @@ CANDIDATES = tuple(
 CALLS = [{"batch_size": 1, "num_inference_steps": 4}] * 4
 
 
-def brightness(images) -> float:
-    return float(images.mean())
+def darkness(images) -> float:
+    return -float(images.mean())
 
 
 def test_calibration_takes_the_best_of_those_that_beat_no_shift_in_both_halves():
     host = tiny("ddim")
-    artifact = TimeShift.calibrate(host.pipe, CALLS, [1, 2, 3, 4], brightness, CANDIDATES)
+    artifact = TimeShift.calibrate(host.pipe, CALLS, [1, 2, 3, 4], darkness, CANDIDATES)
     scores = artifact.tensors["scores"]
     assert scores.shape == (1 + len(CANDIDATES), 2)
     # by hand: one row and one half
@@ -118,9 +118,9 @@ def test_calibration_takes_the_best_of_those_that_beat_no_shift_in_both_halves()
             host.run(generator=torch.Generator().manual_seed(seed), output_type="np")
             for seed in (2, 4)
         ]
-    assert float(scores[3, 1]) == pytest.approx(sum(map(brightness, images)) / 2, abs=1e-6)
+    assert float(scores[3, 1]) == pytest.approx(sum(map(darkness, images)) / 2, abs=1e-6)
     fair = [i for i in range(1, len(scores)) if (scores[i] < scores[0]).all()]
-    assert fair, "all are brighter: this test shows nothing"
+    assert fair, "none is brighter: this test shows nothing"
     best = min(fair, key=lambda i: float(scores[i].sum()))
     assert TimeShift.calibrated(artifact, host.pipe) == CANDIDATES[best - 1]
 
@@ -149,4 +149,4 @@ def test_calibration_chooses_no_shift_where_none_is_better(tmp_path):
 def test_calibration_says_what_it_wants(wrong):
     arguments = {"inputs": CALLS, "seeds": [1, 2, 3, 4], "candidates": CANDIDATES} | wrong
     with pytest.raises(ValueError, match="wants two calls or more"):
-        TimeShift.calibrate(tiny("ddim").pipe, score=brightness, **arguments)
+        TimeShift.calibrate(tiny("ddim").pipe, score=darkness, **arguments)
