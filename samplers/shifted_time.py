@@ -19,7 +19,8 @@ The paper and its two official codes shift different things at different moments
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -71,6 +72,16 @@ class Levels:
         return self.table[time] if level is None else level
 
 
+def _signed_as(stock: Callable, ours: Callable) -> Callable:
+    """`ours` as a method with the signature of `stock`."""
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(self, *args, **kwargs)
+
+    return method
+
+
 class ShiftedTime(Extension):
     """Mixin before a stock scheduler whose step reads its noise levels from `alphas_cumprod`.
 
@@ -113,7 +124,14 @@ class ShiftedTime(Extension):
                 "variance does not tell time",
             )
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Pipelines read the signatures of both: what they do not name is not passed."""
+        super().__init_subclass__(**kwargs)
+        for name, ours in (("set_timesteps", cls._set_timesteps), ("step", cls._step)):
+            stock = getattr(super(), name)
+            setattr(cls, name, _signed_as(stock, ours))
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """As the stock scheduler's; forgets the run before."""
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
         self._grid = self.timesteps.tolist()
@@ -129,7 +147,7 @@ class ShiftedTime(Extension):
         self._inside: dict[int, Tensor] = {}  # times of this move, by those of the grid
         self.conditioning, self.shifts = None, 0
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args, **kwargs) -> Any:
+    def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args, **kwargs) -> Any:
         """As the stock scheduler's, with shifted times."""
         if not self.config.window:
             return super().step(model_output, timestep, sample, *args, **kwargs)  # type: ignore[misc]

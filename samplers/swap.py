@@ -8,26 +8,23 @@ costs one wait for the device a run.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import hashlib
 import importlib
 import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from accel.clock import Run
 from accel.method import Attached, Claim, Method
 from accel.settings import Settings
+from samplers.host import check_step_call, is_flow, noise_scale, scales_initial_noise
 
 if TYPE_CHECKING:
     import torch
 
 
-GRID_FOR_SCALE = 10  # steps; any number tells unit noise from sigma-space noise
 OWN = {"FewStepScheduler": "samplers.few_step", "FewStepFlowScheduler": "samplers.few_step"}
 
 
@@ -75,14 +72,7 @@ class SwapScheduler(Method):
                 f"holds a {have} model; choose one of its kind (multistep solvers: set "
                 "prediction_type and use_flow_sigmas)"
             )
-        passed = step_keywords(type(pipe))
-        accepted = inspect.signature(type(new).step).parameters
-        refused = sorted(passed - set(accepted))
-        if refused:
-            raise ValueError(
-                f"{type(pipe).__name__} calls its scheduler with {refused[0]}=..., which "
-                f"{self.scheduler}.step does not take; choose one that does"
-            )
+        check_step_call(pipe, new)
         if not scales_initial_noise(type(pipe)) and noise_scale(new) != 1:
             raise ValueError(
                 f"{type(pipe).__name__} starts from unit noise whatever its scheduler asks for; "
@@ -175,30 +165,6 @@ class _LiveSwap(Attached):
         return self._generators
 
 
-@cache
-def step_keywords(pipeline_class: type) -> frozenset[str]:
-    """Keywords that a pipeline class writes out in its calls of ``self.scheduler.step``."""
-    source = textwrap.dedent(inspect.getsource(pipeline_class.__call__))  # type: ignore[attr-defined]
-    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
-    steps = (c for c in calls if ast.unparse(c.func) == "self.scheduler.step")
-    return frozenset(k.arg for call in steps for k in call.keywords if k.arg)
-
-
-@cache
-def scales_initial_noise(pipeline_class: type) -> bool:
-    """Whether a pipeline's source multiplies its first latents by ``init_noise_sigma``."""
-    classes = [c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers.pipelines")]
-    return any("init_noise_sigma" in inspect.getsource(c) for c in classes)
-
-
-def noise_scale(scheduler: Any) -> float:
-    """Standard deviation of the noise a scheduler wants to start from (flow: 1)."""
-    if not hasattr(scheduler, "init_noise_sigma"):
-        return 1.0
-    scheduler.set_timesteps(GRID_FOR_SCALE)
-    return float(scheduler.init_noise_sigma)
-
-
 def _scheduler_class(name: str) -> Any:
     import diffusers
 
@@ -213,13 +179,3 @@ def _scheduler_class(name: str) -> Any:
 
 def _settings(scheduler: Any) -> dict[str, Any]:
     return {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-
-
-def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler integrates a flow (velocity) rather than a diffusion."""
-    config = scheduler.config
-    return (
-        any(base.__name__.startswith("FlowM") for base in type(scheduler).__mro__)
-        or bool(config.get("use_flow_sigmas"))
-        or config.get("prediction_type") == "flow_prediction"
-    )

@@ -15,6 +15,7 @@ from accel.artifact import Artifact, Fingerprint, inputs_digest
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method, attached
+from samplers.host import check_step_call
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TimeShift(Method):
         return None if self.scheduler else TimeShift(window=0)
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        self._made_for(pipe)
+        check_step_call(pipe, self._made_for(pipe))
         reads = self.window and self.variant != "constant"  # the variance of samples
         if reads and self.variance_model == "noise" and hasattr(pipe, "vae"):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -234,6 +235,14 @@ def test_image_to_image_starts_inside_the_grid():
     assert told[0] == 500
     assert told[1] != 400
     assert scheduler.timesteps.tolist() == list(range(900, -1, -100))
+
+
+@pytest.mark.parametrize("cls", STOCK)
+@pytest.mark.parametrize("name", ["step", "set_timesteps"])
+def test_pipelines_see_the_stock_signatures(cls, name):
+    """They pass a generator, eta or timesteps only to who names them."""
+    ours, stock = (inspect.signature(getattr(c, name)) for c in (cls, STOCK[cls]))
+    assert ours == stock
 
 
 @pytest.mark.parametrize("cls", STOCK)

@@ -83,6 +83,7 @@ def test_any_supported_scheduler_can_be_asked_for():
         (TimeShift(), "dit", "variance does not tell time"),
         (TimeShift(), "flux", "no shifted form of FlowMatchEulerDiscreteScheduler"),
         (TimeShift(scheduler="EulerDiscreteScheduler"), "ddpm", "set scheduler to one of DDIM"),
+        (TimeShift(scheduler="PNDMScheduler"), "ddpm", "with generator="),
     ],
 )
 def test_refusals(method, pipeline, words):

@@ -1,0 +1,56 @@
+"""What a pipeline and its scheduler ask of each other, read from their sources."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from functools import cache
+from typing import Any
+
+GRID_FOR_SCALE = 10  # steps; any number tells unit noise from sigma-space noise
+
+
+@cache
+def step_keywords(pipeline_class: type) -> frozenset[str]:
+    """Keywords that a pipeline class writes out in its calls of ``self.scheduler.step``."""
+    source = textwrap.dedent(inspect.getsource(pipeline_class.__call__))  # type: ignore[attr-defined]
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    steps = (c for c in calls if ast.unparse(c.func) == "self.scheduler.step")
+    return frozenset(k.arg for call in steps for k in call.keywords if k.arg)
+
+
+@cache
+def scales_initial_noise(pipeline_class: type) -> bool:
+    """Whether a pipeline's source multiplies its first latents by ``init_noise_sigma``."""
+    classes = [c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers.pipelines")]
+    return any("init_noise_sigma" in inspect.getsource(c) for c in classes)
+
+
+def check_step_call(pipe: Any, scheduler: Any) -> None:
+    """Raises ValueError where the pipeline's call of ``scheduler.step`` would fail."""
+    accepted = inspect.signature(type(scheduler).step).parameters
+    refused = sorted(step_keywords(type(pipe)) - set(accepted))
+    if refused:
+        raise ValueError(
+            f"{type(pipe).__name__} calls its scheduler with {refused[0]}=..., which "
+            f"{type(scheduler).__name__}.step does not take; choose one that does"
+        )
+
+
+def noise_scale(scheduler: Any) -> float:
+    """Standard deviation of the noise a scheduler wants to start from (flow: 1)."""
+    if not hasattr(scheduler, "init_noise_sigma"):
+        return 1.0
+    scheduler.set_timesteps(GRID_FOR_SCALE)
+    return float(scheduler.init_noise_sigma)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler integrates a flow (velocity) rather than a diffusion."""
+    config = scheduler.config
+    return (
+        any(base.__name__.startswith("FlowM") for base in type(scheduler).__mro__)
+        or bool(config.get("use_flow_sigmas"))
+        or config.get("prediction_type") == "flow_prediction"
+    )
