@@ -242,11 +242,52 @@ class Kill(_Strict):
         return self
 
 
+class DrawsRow(_Strict):
+    """Frechet distances of one sampler's draws. calls: of the network for one sample."""
+
+    sampler: str
+    steps: Positive
+    setting: str
+    methods: list[MethodRecord]
+    calls: Positive
+    samples: Positive
+    seeds: list[Count]
+    frechet: list[Annotated[float, Field(ge=0)]]
+
+    @model_validator(mode="after")
+    def _a_distance_for_each_seed(self) -> DrawsRow:
+        if len(self.seeds) != len(self.frechet):
+            raise ValueError(f"{len(self.frechet)} distances of {len(self.seeds)} sets")
+        return self
+
+
+class ExposureRow(_Strict):
+    """Of one time; pairs are [noised real pictures, samples on their way]."""
+
+    time: Count
+    error: Annotated[float, Field(ge=0)]
+    rms: Annotated[list[float], Field(min_length=2, max_length=2)]
+    variance: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class TimeShiftStudy(_Strict):
+    """``time_shift.json``. overhead: seconds with over seconds without."""
+
+    environment: Environment
+    protocol: ProtocolRecord
+    model: str
+    clean_variance: Annotated[float, Field(gt=0)]
+    rows: list[DrawsRow]
+    exposure: list[ExposureRow]
+    overhead: Interval
+
+
 KINDS: dict[str, type[BaseModel]] = {
     "native": Native,
     "waterfall": Waterfall,
     "overhead": Overhead,
     "kill": Kill,
+    "time_shift": TimeShiftStudy,
     "recipe": RecipeMeasured,
     ZOO: Envelope,
 }
