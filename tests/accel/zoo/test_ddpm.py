@@ -66,12 +66,22 @@ def test_averages_of_an_error_have_their_own_min_snr():
 
 
 def test_fresh_network_predicts_its_input():
-    """Up to the scale of each group of normalised channels: the deviation of 2 x 1024 normal
-    numbers is uncertain by 1 / (2 x 2048)^(1/2), of which five times are allowed.
+    """Up to what the last normalisation takes for its scale.
+
+    A group's variance is (v + 64) / 2 for inputs of variance v, so its deviation is off by
+    (v - 1) / (2 x 65): v is uncertain by (2 / 1024)^(1/2), of which five times are allowed, or a
+    fifth off where the noise is.
     """
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    out = ddpm.UNetConfig().build()(x, torch.tensor([3, 700])).sample
-    assert torch.allclose(out, x, rtol=5 / 4096**0.5, atol=1e-5)
+    model = ddpm.UNetConfig().build()
+    for scale, rtol in ((1.0, 5 * (2 / 1024) ** 0.5 / 130), (1.1, 0.44 / 130)):
+        out = model(scale * x, torch.tensor([3, 700])).sample
+        assert torch.allclose(out, scale * x, rtol=rtol, atol=1e-5)
+
+
+def test_identity_wants_room_for_it():
+    with pytest.raises(ValueError, match="4 groups of 2 for 3 inputs"):
+        ddpm.UNetConfig(widths=(8, 16)).build()
 
 
 def test_trained_shipped_and_loaded_from_nothing(tmp_path):
