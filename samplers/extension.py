@@ -36,8 +36,9 @@ class Extension:
         The stock one drops what its giver was not told and had by default: a new ``LCMScheduler``
         hands on none of its betas, and other classes have others.
         """
-        told = {name: value for name, value in config.items() if name != "_use_default_values"}
-        return super().from_config(told, return_unused_kwargs, **kwargs)  # type: ignore[misc]
+        if isinstance(config, Mapping):  # else the stock class says what it wants
+            config = {k: v for k, v in config.items() if k != "_use_default_values"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
 
 
 def _with_settings(stock: Any, cls: Any) -> Any:
