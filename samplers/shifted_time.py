@@ -15,6 +15,8 @@ The paper and its two official codes shift different things at different moments
 | pnm      | the step's input  | the next time   | where the step goes; forgotten after it         |
 | adm      | the step's input  | the same time   | where the step goes, by a stride of its own     |
 | constant | nothing           |                 | as "paper", always by half a window: a control  |
+
+``samplers.shifted_sigmas`` has the schedulers with tables of sigmas, and one more variant.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module of a foreign scheduler.
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -97,6 +99,8 @@ class ShiftedTime(Extension):
     timesteps: Tensor
     alphas_cumprod: Any
     settings = SETTINGS
+    variants: tuple[str, ...] = VARIANTS  # that make sense for the stock scheduler
+    max_v0 = MAX_V0
     conditioning: Tensor | None = None  # times (n,) that the next network call should be told
     reads_conditioning = False
     shifts = 0  # steps of this run that were shifted
@@ -110,23 +114,27 @@ class ShiftedTime(Extension):
 
         if settings["window"] < 0:
             refuse("window", "0 (off) or a number of timesteps")
-        if settings["variant"] not in VARIANTS:
-            refuse("variant", f"one of {', '.join(VARIANTS)}")
+        if settings["variant"] not in cls.variants:
+            refuse("variant", f"one of {', '.join(cls.variants)}")
         if settings["variance_model"] not in VARIANCE_MODELS:
             refuse("variance_model", f"one of {', '.join(VARIANCE_MODELS)}")
         if not 2 <= settings.get("history", 4) <= 4:
             refuse("history", "2, 3 or 4")
         v0 = settings["v0"]
-        if settings["variance_model"] == "signal" and not (v0 is not None and 0 <= v0 <= MAX_V0):
+        if settings["variance_model"] == "signal" and not (
+            v0 is not None and 0 <= v0 <= cls.max_v0
+        ):
             refuse(
                 "v0",
-                f"the variance of a clean sample, at most {MAX_V0}: nearer to 1, that of noise, "
-                "variance does not tell time",
+                f"the variance of a clean sample, at most {cls.max_v0}: nearer to 1, that of "
+                "noise, variance does not tell time",
             )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Pipelines read the signatures of both: what they do not name is not passed."""
         super().__init_subclass__(**kwargs)
+        if not issubclass(cls, SchedulerMixin):
+            return
         for name, ours in (("set_timesteps", cls._set_timesteps), ("step", cls._step)):
             stock = getattr(super(), name)
             setattr(cls, name, _signed_as(stock, ours))
@@ -213,18 +221,20 @@ class ShiftedTime(Extension):
         if told is not None and not told.ndim:
             self.timesteps[after] = told
 
-    def _nearest(self, sample: Tensor, centre: int) -> Tensor:
+    def _nearest(self, sample: Tensor, centre: float) -> Tensor:
         """Times in the window whose variance is nearest: (n,), or () for the batch."""
-        half, last = self.config.window // 2, len(self.alphas_cumprod) - 1
+        middle, half = round(centre), self.config.window // 2
+        low, high = max(middle - half, 0), min(middle + half, len(self.alphas_cumprod) - 1)
         if self.config.variant == "constant":
-            picked = torch.full((len(sample),), min(centre + half, last), device=sample.device)
-            return picked if self.config.per_sample else picked[0]
-        low, high = max(centre - half, 0), min(centre + half, last)
-        variance = sample.flatten(1).float().var(dim=1)
-        if not self.config.per_sample:
-            variance = variance.mean()
+            picked = torch.full((len(sample),), high, device=sample.device)
+            return picked if self.config.get("per_sample") else picked[0]
         expected = self._expected()[low : high + 1].to(sample.device)
-        return low + (variance[..., None] - expected).abs().argmin(dim=-1)
+        return low + (self._variance(sample)[..., None] - expected).abs().argmin(dim=-1)
+
+    def _variance(self, sample: Tensor) -> Tensor:
+        """Unbiased, of each sample over all its numbers: (n,), or their mean ()."""
+        variance = sample.flatten(1).float().var(dim=1)
+        return variance if self.config.get("per_sample") else variance.mean()
 
     def _expected(self) -> Tensor:
         """Variance of a sample at each time, (T,)."""
