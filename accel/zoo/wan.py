@@ -269,7 +269,7 @@ def write(out: Path, folder: Path) -> None:
 
 MODEL = Model(
     presets={
-        # About two hours on one core of a server CPU: what was shipped.
+        # Three and a half hours on one core of a server CPU.
         "cpu": Preset(
             "cpu",
             "no",
