@@ -37,6 +37,7 @@ REFEREE = "digits-judge-b"
 STEPS = (50, 20, 10)  # the first one is the ordinary number
 SEED = 1  # of the samples whose accuracy is measured; sheets have SEED + 1
 LEAKED = 100  # samples per background or shift of the noise
+UNASKED = 300
 NEIGHBOUR_DRAWS = 1000
 NEIGHBOURS_COMPARED = 50
 
@@ -182,8 +183,10 @@ def measure_brightness(study: Study) -> dict[str, Any]:
     leaked = sd.leaked_levels(study.pipe, prompts, (-2.0, 0.0, 2.0), **options)
     return {
         "asked": sd.asked_levels(study.pipe, LEAKED, **options),
+        "unasked": sd.unasked_shares(study.pipe, UNASKED, **options),
         "leaked": {f"{shift:+g}": float(levels.mean()) for shift, levels in leaked.items()},
         "samples": LEAKED,
+        "unasked_samples": UNASKED,
     }
 
 

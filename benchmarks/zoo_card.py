@@ -174,16 +174,21 @@ def _movement(r: Mapping[str, Any]) -> str:
 def _brightness(r: Mapping[str, Any]) -> str:
     flaw = r["brightness"]
     asked = [[name, f"{v['real']:.3f}", f"{v['samples']:.3f}"] for name, v in flaw["asked"].items()]
+    unasked = [
+        [name, percent(v["real"]), percent(v["samples"])] for name, v in flaw["unasked"].items()
+    ]
     leaked = [[shift, f"{level:.3f}"] for shift, level in flaw["leaked"].items()]
     return (
         "## The brightness flaw\n\nTrained with the usual scaled-linear schedule, whose last step "
         "still carries some of the picture (no zero terminal SNR), but sampling starts from pure "
-        "noise. So extreme backgrounds come out too grey, and the mean of the noise leaks into the "
-        f"brightness. Mean level of the background, 0 black to 1 white, {flaw['samples']} samples "
-        f"each, asked for a background:\n\n{table(['background', 'real', 'samples'], asked)}\n\n"
-        "With an empty prompt and noise whose mean is shifted along the brightness axis, in "
-        "standard deviations of an honest draw's mean:\n\n"
-        f"{table(['shift', 'level of the background'], leaked)}"
+        "noise: the mean of the noise leaks into the brightness. With an empty prompt and noise "
+        "whose mean is shifted along the brightness axis, in standard deviations of an honest "
+        f"draw's mean, mean of {flaw['samples']} samples, 0 black to 1 white:\n\n"
+        f"{table(['shift', 'level of the background'], leaked)}\n\n"
+        "Where a prompt names no background, share of pictures nearest to each, of "
+        f"{flaw['unasked_samples']}:\n\n{table(['background', 'real', 'samples'], unasked)}\n\n"
+        "A background that is asked for comes out right all the same; mean level of "
+        f"{flaw['samples']} samples each:\n\n{table(['background', 'real', 'samples'], asked)}"
     )
 
 

@@ -30,7 +30,7 @@ from accel.zoo.judge import to_tensor
 from accel.zoo.loop import LoopSettings, step_generator
 from accel.zoo.tokens import BEGIN, END, LENGTH, build_tokenizer, phrase, write_tokenizer
 from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
-from accel.zoo.world import BACKGROUNDS, COLOURS, DIGITS, DigitWorld
+from accel.zoo.world import BACKGROUNDS, COLOURS, DIGITS, LEVELS, DigitWorld
 
 CAPTION_DROPOUT = 0.1  # to "", for guidance
 PART_DROPOUT = 0.05  # of the colour, and of the background: so that "a red three" is known, too
@@ -281,6 +281,24 @@ def asked_levels(pipe, count: int, *, seed: int = 0, **options) -> dict[str, dic
             "samples": float(background_level(drawn).mean()),
         }
     return found
+
+
+def unasked_shares(pipe, count: int, *, seed: int = 0, **options) -> dict[str, dict[str, float]]:
+    """Share of pictures whose background is nearest to each level, where no prompt names one.
+
+    Of `count` pictures of the world, and of as many samples of "a red three" and so on.
+    """
+    images, what = DigitWorld("heldout", seed).batch(np.arange(count))
+    prompts = [phrase(d, c) for d, c in zip(what.digit, what.colour, strict=True)]
+    noise = torch.randn(count, 4, 8, 8, generator=step_generator(seed, len(BACKGROUNDS)))
+    shares = {}
+    for name, pictures in (("real", images), ("samples", draw(pipe, prompts, noise, **options))):
+        distance = background_level(pictures)[:, None] - np.array(list(LEVELS.values()))
+        shares[name] = np.bincount(np.abs(distance).argmin(1), minlength=len(LEVELS)) / count
+    return {
+        ground: {name: float(share[i]) for name, share in shares.items()}
+        for i, ground in enumerate(BACKGROUNDS)
+    }
 
 
 def leaked_levels(

@@ -180,3 +180,15 @@ def test_backgrounds_asked_for_are_in_order(pipe):
     levels = sd.asked_levels(pipe, 4, num_inference_steps=10, guidance_scale=4.0)
     drawn = [levels[name]["samples"] for name in BACKGROUNDS]
     assert drawn == sorted(drawn)
+
+
+@shipped
+def test_backgrounds_nobody_asked_for_are_greyer_than_real_ones(pipe):
+    """The flaw: a fifth of the world is black and a fifth white. Shares of 50 real pictures and 50
+    samples; a network without it differs by more than 0.1 in either direction alike.
+    """
+    shares = sd.unasked_shares(pipe, 50, num_inference_steps=10, guidance_scale=4.0)
+    for name in ("real", "samples"):
+        assert sum(share[name] for share in shares.values()) == pytest.approx(1)
+    extreme = {n: shares["black"][n] + shares["white"][n] for n in ("real", "samples")}
+    assert extreme["samples"] < extreme["real"]
