@@ -26,7 +26,7 @@ def test_results_are_of_the_shipped_weights(name):
 
 def test_nearest_finds_the_picture_itself_whatever_its_background():
     pool, _ = DigitWorld("train", seed=1).batch(np.arange(5), class_ids=np.full(5, 37))
-    found, distance = bench_zoo.nearest(pool, np.full(5, 37), count=2)
+    found, distance = bench_zoo.nearest(pool, np.full(5, 37), 2, plain=False)
     assert np.array_equal(found[:, 0], pool)
     assert distance[:, 0] == pytest.approx(0, abs=1e-6)
     assert (distance[:, 1] > 0.01).all()

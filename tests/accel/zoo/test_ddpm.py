@@ -52,6 +52,12 @@ def test_timesteps_cover_the_schedule():
     assert (t.min(), t.max()) == (0, 999)
 
 
+def test_min_snr_counts_an_error_of_the_picture_up_to_gamma():
+    """Where the ratio of variances is 10, an error of the noise counts as half."""
+    error, snr = torch.full((3, 1, 2, 2), 3.0), torch.tensor([0.1, 5.0, 10.0])
+    assert torch.allclose(ddpm.min_snr_error(error, snr), torch.tensor([9.0, 9.0, 4.5]))
+
+
 def test_averages_of_an_error_have_their_own_min_snr():
     """A constant error is the same at 1, 2 and 4 pixels; one that alternates is at 1 only.
 
