@@ -29,6 +29,9 @@ class Extension:
     def check(cls, settings: Mapping[str, Any]) -> None:
         """Raises ValueError for settings (all of them) that are out of range."""
 
+    def check_stock(self) -> None:
+        """Raises ValueError for settings of the stock scheduler that ours cannot serve."""
+
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs) -> Self:
         """As of a stock scheduler, and every setting carries over.
@@ -48,6 +51,7 @@ def _with_settings(stock: Any, cls: Any) -> Any:
         given = {name: kwargs.pop(name) for name in cls.settings if name in kwargs}
         cls.check(cls.settings | given)
         stock(self, *args, **kwargs)
+        self.check_stock()
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     ours = [inspect.Parameter(name, keyword, default=v) for name, v in cls.settings.items()]

@@ -29,7 +29,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from samplers.extension import Extension
+from samplers.host import refuse
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SETTINGS: dict[str, Any] = {
     "eta": 1.0,  # share of the predicted noise that is kept, 0 to 1
     "gamma": None,  # instead of eta: 0 keeps all, 1 nothing
@@ -131,6 +133,11 @@ class FewStep(Extension):
 class FewStepScheduler(FewStep, DDIMScheduler):
     """Of diffusion models with discrete times: epsilon, v or sample prediction."""
 
+    def check_stock(self) -> None:
+        """Raises ValueError for a model of another kind."""
+        if self.config.prediction_type not in PREDICTIONS:
+            refuse(self, "prediction_type", f"one of {', '.join(PREDICTIONS)}")
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -197,6 +204,11 @@ class FewStepScheduler(FewStep, DDIMScheduler):
 
 class FewStepFlowScheduler(FewStep, FlowMatchEulerDiscreteScheduler):
     """Of flow models: v = e - x_0. Grids, shifts and sigmas are those of the stock scheduler."""
+
+    def check_stock(self) -> None:
+        """Raises ValueError for a flow whose time runs the other way."""
+        if self.config.invert_sigmas:
+            refuse(self, "invert_sigmas", "noise has to be at sigma 1")
 
     def set_timesteps(
         self,

@@ -54,3 +54,8 @@ def is_flow(scheduler: Any) -> bool:
         or bool(config.get("use_flow_sigmas"))
         or config.get("prediction_type") == "flow_prediction"
     )
+
+
+def refuse(scheduler: Any, name: str, remedy: str) -> None:
+    """Raises ValueError about a setting of the stock scheduler that ours extends."""
+    raise ValueError(f"{type(scheduler).__name__}: {name} = {scheduler.config[name]!r}; {remedy}")

@@ -25,6 +25,7 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from torch import Tensor
 
+from samplers.host import refuse
 from samplers.shifted_time import SETTINGS, ShiftedTime
 
 
@@ -82,7 +83,12 @@ class TimeShiftEulerDiscreteScheduler(ShiftedSigmas, EulerDiscreteScheduler):
 
 
 class TimeShiftDPMSolverMultistepScheduler(ShiftedSigmas, DPMSolverMultistepScheduler):
-    """`DPMSolverMultistepScheduler` with shifted time."""
+    """`DPMSolverMultistepScheduler` with shifted time, of diffusion models."""
+
+    def check_stock(self) -> None:
+        """Raises ValueError for a flow, whose variance is another."""
+        if self.config.use_flow_sigmas:
+            refuse(self, "use_flow_sigmas", "use TimeShiftFlowMatchEulerDiscreteScheduler")
 
 
 class TimeShiftFlowMatchEulerDiscreteScheduler(ShiftedSigmas, FlowMatchEulerDiscreteScheduler):
@@ -90,6 +96,11 @@ class TimeShiftFlowMatchEulerDiscreteScheduler(ShiftedSigmas, FlowMatchEulerDisc
 
     variants = ("paper", "constant")
     max_v0 = float("inf")
+
+    def check_stock(self) -> None:
+        """Raises ValueError for a flow whose time runs the other way."""
+        if self.config.invert_sigmas:
+            refuse(self, "invert_sigmas", "noise has to be at sigma 1")
 
     @classmethod
     def check(cls, settings: Mapping[str, Any]) -> None:

@@ -66,7 +66,6 @@ def test_predicted_variance_is_left_alone():
     host = tiny("dit")
     model = host.pipe.transformer
     channels = model.config.in_channels
-    out = {}
     x = torch.randn(1, channels, model.config.sample_size, model.config.sample_size)
 
     def call(*args, **kwargs):

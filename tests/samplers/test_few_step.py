@@ -12,8 +12,9 @@ from diffusers import (
     TCDScheduler,
 )
 
-from accel.testing import assert_equal
+from accel.testing import assert_equal, tiny
 from samplers.few_step import FewStepFlowScheduler, FewStepScheduler, choose
+from samplers.swap import SwapScheduler
 
 SHAPE = (2, 4, 8, 8)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -141,7 +142,6 @@ def test_anchors_are_chosen_evenly_from_the_first():
 
 
 def test_eta_1_draws_no_noise_and_a_generator_for_each_sample_is_served():
-    ours = FewStepScheduler(eta=0.5)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
 
     def first(rows, seeds, eta=0.5):
@@ -211,3 +211,11 @@ def test_bad_settings(settings, words):
 def test_a_grid_is_wanted():
     with pytest.raises(ValueError, match="give num_inference_steps or timesteps"):
         FewStepScheduler().set_timesteps()
+
+
+def test_models_of_another_kind_are_refused():
+    """Before the run, by a swap, too: a velocity of a flow is no v of a diffusion."""
+    with pytest.raises(ValueError, match="prediction_type = 'flow_prediction'"):
+        SwapScheduler("FewStepScheduler").attach(tiny("wan").pipe)
+    with pytest.raises(ValueError, match="invert_sigmas = True"):
+        FewStepFlowScheduler(invert_sigmas=True)

@@ -147,3 +147,10 @@ def test_signatures_settings_and_tensors_are_stock(cls, tmp_path):
         for name in ("alphas_cumprod", "sigmas"):
             if hasattr(stock, name):
                 assert torch.equal(getattr(scheduler, name), getattr(stock, name))
+
+
+def test_models_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="use_flow_sigmas = True"):
+        TimeShiftDPMSolverMultistepScheduler(use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="invert_sigmas = True"):
+        TimeShiftFlowMatchEulerDiscreteScheduler(invert_sigmas=True)
