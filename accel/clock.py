@@ -104,7 +104,7 @@ class Clock:
         self._homes: tuple[tuple[str, Any], ...] = ()
         self._context: str | None = None
         self._call = 0
-        self._held = False
+        self._held = self._deaf = False
         self.run: Run | None = None
         self.now: Now | None = None
         self.step_tensor = torch.zeros((), dtype=torch.int64)  # for compiled graphs; on CPU
@@ -193,7 +193,7 @@ class Clock:
     def _denoise(
         self, slot: str, module: Any, call_next: Callable, args: tuple, kwargs: dict
     ) -> Any:
-        if compat.is_compiling():
+        if compat.is_compiling() or self._deaf:
             return call_next(*args, **kwargs)
         if self._held:
             return self._layered(slot, call_next)(*args, **kwargs)
@@ -304,6 +304,18 @@ class Clock:
             yield self.now
         finally:
             self._held, self.now = False, None
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """Denoiser calls inside are no part of a run; no layer acts on them.
+
+        For what a trainer asks the same network between two calls of its own with ``at``.
+        """
+        before, self._deaf = self._deaf, True
+        try:
+            yield
+        finally:
+            self._deaf = before
 
     def end(self) -> None:
         """Close the run opened by hand."""

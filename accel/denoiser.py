@@ -128,9 +128,18 @@ class Denoiser:
         span = _TABLE[self.cls].text_span
         return None if span is None else span(self.module, self._bind(args, kwargs))
 
+    @property
+    def sample_name(self) -> str:
+        """Name of the argument that is denoised."""
+        return _TABLE[self.cls].sample
+
     def sample(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What is denoised, (rows, channels, ...)."""
-        return self._bind(args, kwargs)[_TABLE[self.cls].sample]
+        return self.argument(self.sample_name, args, kwargs)
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One argument of a call; None where the call does not give it."""
+        return self._bind(args, kwargs).get(name)
 
     def batch_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Rows of the batch; batched guidance doubles them."""
@@ -140,9 +149,10 @@ class Denoiser:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], **values: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call with other values for some of its arguments, such as `timestep`."""
-        bound = _signature(type(self.module)).bind(self.module, *args, **kwargs)
-        bound.arguments.update(values)
-        return bound.args[1:], bound.kwargs
+        names = list(_signature(type(self.module)).parameters)[1 : len(args) + 1]
+        by_place = tuple(values.get(n, a) for n, a in zip(names, args, strict=True))
+        by_name = {n: v for n, v in values.items() if n not in names}
+        return by_place, {**kwargs, **by_name}
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         return _signature(type(self.module)).bind(self.module, *args, **kwargs).arguments

@@ -145,6 +145,7 @@ class Patch:
     def __init__(self) -> None:
         self._placed: list[_Placed] = []
         self._swaps: list[tuple[weakref.ref[Any], str, object]] = []
+        self._written: list[tuple[Any, Any]] = []  # (tensor, what it held, on the host)
 
     def around(self, owner: Any, name: str, layer: Layer, *, outer: bool = False) -> None:
         """Run ``layer(call_next, *args, **kwargs)`` instead of ``owner.name(*args, **kwargs)``.
@@ -173,6 +174,15 @@ class Patch:
         self._swaps.append((weakref.ref(owner), name, token))
         setattr(owner, name, value)
 
+    def write(self, tensor: Any, values: Any) -> None:
+        """Put ``values`` (its shape, any type and device) into a tensor until undone.
+
+        The tensor stays the same object, so offloading and compiled graphs go on. What it held is
+        kept in host memory. One patch at a time may write a tensor: claim the slot ``weights``.
+        """
+        self._written.append((tensor, tensor.detach().to("cpu", copy=True)))
+        tensor.data.copy_(values)
+
     def ensure(self) -> None:
         """Put back what the host threw away, and follow modules that were compiled since."""
         for placed in self._placed:
@@ -195,6 +205,9 @@ class Patch:
             owner = owner_ref()
             if owner is not None:
                 _unswap(owner, name, token)
+        while self._written:
+            tensor, before = self._written.pop()
+            tensor.data.copy_(before)
 
 
 def _place(owner: Any, name: str, entry: _Entry) -> _Placed:

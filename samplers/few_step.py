@@ -29,9 +29,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from samplers.extension import Extension
-from samplers.host import refuse
+from samplers.host import carried, is_flow, refuse
+from samplers.predictions import DIFFUSION, FLOW, split
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SETTINGS: dict[str, Any] = {
     "eta": 1.0,  # share of the predicted noise that is kept, 0 to 1
     "gamma": None,  # instead of eta: 0 keeps all, 1 nothing
@@ -135,8 +135,8 @@ class FewStepScheduler(FewStep, DDIMScheduler):
 
     def check_stock(self) -> None:
         """Raises ValueError for a model of another kind."""
-        if self.config.prediction_type not in PREDICTIONS:
-            refuse(self, "prediction_type", f"one of {', '.join(PREDICTIONS)}")
+        if self.config.prediction_type not in DIFFUSION:
+            refuse(self, "prediction_type", f"one of {', '.join(DIFFUSION)}")
 
     def set_timesteps(
         self,
@@ -189,12 +189,7 @@ class FewStepScheduler(FewStep, DDIMScheduler):
 
     def _split(self, out: Tensor, x: Tensor, alpha: float, s: float) -> tuple[Tensor, Tensor]:
         config = self.config
-        if config.prediction_type == "epsilon":
-            x0, noise = (x - s * out) / alpha, out
-        elif config.prediction_type == "sample":
-            x0, noise = out, (x - alpha * out) / s
-        else:
-            x0, noise = alpha * x - s * out, alpha * out + s * x
+        x0, noise = split(config.prediction_type, out, x, alpha, s)
         if config.thresholding:
             x0 = self._threshold_sample(x0)
         elif config.clip_sample:
@@ -235,4 +230,14 @@ class FewStepFlowScheduler(FewStep, FlowMatchEulerDiscreteScheduler):
         return 1 - sigma, sigma
 
     def _split(self, out: Tensor, x: Tensor, alpha: float, s: float) -> tuple[Tensor, Tensor]:
-        return x - s * out, x + alpha * out
+        return split(FLOW, out, x, alpha, s)
+
+
+def few_step_scheduler(pipe: Any, anchors: tuple[float, ...], eta: float = 1.0) -> FewStep:
+    """The sampler of a distilled model, from its pipeline's own scheduler; nothing is clipped."""
+    settings: dict[str, Any] = {"anchors": list(anchors), "eta": eta}
+    if is_flow(pipe.scheduler):
+        known = carried(pipe.scheduler, FewStepFlowScheduler)
+        return FewStepFlowScheduler.from_config(known, **settings)
+    settings |= {"clip_sample": False, "thresholding": False}
+    return FewStepScheduler.from_config(carried(pipe.scheduler, FewStepScheduler), **settings)

@@ -46,6 +46,20 @@ def noise_scale(scheduler: Any) -> float:
     return float(scheduler.init_noise_sigma)
 
 
+def carried(scheduler: Any, cls: type) -> dict[str, Any]:
+    """The settings of a scheduler that another class knows, whichever way a flow names its shift.
+
+    Without "_use_default_values": there a built and a reloaded scheduler would differ.
+    """
+    given = dict(scheduler.config)
+    if "flow_shift" in given:  # what multistep solvers call it
+        given["shift"] = given["flow_shift"]
+    elif "shift" in given:
+        given["flow_shift"] = given["shift"]
+    known = inspect.signature(cls.__init__).parameters
+    return {k: v for k, v in given.items() if k in known}
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler integrates a flow (velocity) rather than a diffusion."""
     config = scheduler.config

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from accel.clock import Run
 from accel.method import Attached, Claim, Method
 from accel.settings import Settings
-from samplers.host import check_step_call, is_flow, noise_scale, scales_initial_noise
+from samplers.host import carried, check_step_call, is_flow, noise_scale, scales_initial_noise
 
 if TYPE_CHECKING:
     import torch
@@ -99,15 +99,7 @@ class SwapScheduler(Method):
 
     def _made_for(self, pipe: Any) -> Any:
         cls = _scheduler_class(self.scheduler)
-        known = set(inspect.signature(cls.__init__).parameters)
-        # without "_use_default_values": there a built and a reloaded scheduler would differ
-        given = dict(pipe.scheduler.config)
-        if "flow_shift" in given:  # what multistep solvers call it
-            given["shift"] = given["flow_shift"]
-        elif "shift" in given:
-            given["flow_shift"] = given["shift"]
-        config = {k: v for k, v in given.items() if k in known}
-        return cls.from_config(config, **self.config)
+        return cls.from_config(carried(pipe.scheduler, cls), **self.config)
 
 
 class _LiveSwap(Attached):

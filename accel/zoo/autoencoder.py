@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from accel.loop import step_generator
 from accel.zoo.judge import to_tensor
-from accel.zoo.loop import step_generator
 from accel.zoo.training import Training
 from accel.zoo.world import DigitWorld
 

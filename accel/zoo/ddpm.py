@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
+from accel.loop import LoopSettings, step_generator
 from accel.zoo.judge import to_tensor
-from accel.zoo.loop import LoopSettings, step_generator
 from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
 from accel.zoo.world import DigitWorld
 

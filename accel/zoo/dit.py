@@ -10,9 +10,9 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
+from accel.loop import LoopSettings, step_generator
 from accel.zoo import autoencoder
 from accel.zoo.ddpm import add_noise, min_snr_error, stratified_timesteps
-from accel.zoo.loop import LoopSettings, step_generator
 from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
 from accel.zoo.world import COLOURS, DIGITS, NULL_CLASS, DigitWorld, class_label
 

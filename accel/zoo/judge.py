@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accel import zoo
+from accel.loop import LoopSettings
 from accel.zoo.judge_data import FRAMES, HEADS, JudgeLoss
-from accel.zoo.loop import LoopSettings
 from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
 from accel.zoo.world import DIRECTIONS, DigitWorld
 

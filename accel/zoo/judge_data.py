@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accel.zoo.loop import step_generator
+from accel.loop import step_generator
 from accel.zoo.world import (
     BACKGROUNDS,
     COLOURS,

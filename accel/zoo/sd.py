@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from accel import zoo
+from accel.loop import LoopSettings, step_generator
 from accel.zoo.autoencoder import encode_pool, nameless
 from accel.zoo.ddpm import add_noise, min_snr_error, predict_the_input, stratified_timesteps
 from accel.zoo.judge import to_tensor
-from accel.zoo.loop import LoopSettings, step_generator
 from accel.zoo.tokens import BEGIN, END, LENGTH, build_tokenizer, phrase, write_tokenizer
 from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
 from accel.zoo.world import BACKGROUNDS, COLOURS, DIGITS, LEVELS, DigitWorld

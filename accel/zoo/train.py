@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from accel import zoo
+from accel.loop import newest_checkpoint
 from accel.measure import hardware
-from accel.zoo.loop import newest_checkpoint
 from accel.zoo.ship import MODELS, model, ship
 from accel.zoo.training import SETTINGS, TRAINING, Preset, Training
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from accel.zoo.loop import POSITION, LoopSettings, Position, fit, newest_checkpoint
+from accel.loop import POSITION, LoopSettings, Position, fit, newest_checkpoint
 
 SETTINGS = "settings.json"  # in a run's folder: how it was begun
 TRAINING = "training.json"  # in a shipped folder: the same, the data positions and the loss curves
@@ -141,7 +141,7 @@ def last_checkpoint(stage: Path) -> Path:
 
 
 def ema_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The averaged weights in a checkpoint of `accel.zoo.loop`."""
+    """The averaged weights in a checkpoint of `accel.loop`."""
     state = torch.load(checkpoint / "custom_checkpoint_0.pkl", weights_only=True)
     return {name: value for name, value in state.items() if name != "updates"}
 

@@ -25,9 +25,9 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
+from accel.loop import LoopSettings, step_generator
 from accel.zoo import wan_autoencoder
 from accel.zoo.judge import to_tensor
-from accel.zoo.loop import LoopSettings, step_generator
 from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
 from accel.zoo.wan_autoencoder import WanAutoencoderConfig, videos_to_tensor
 from accel.zoo.wan_text import MAX_LENGTH, TextConfig, build_tokenizer

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from accel.loop import step_generator
 from accel.zoo.autoencoder import EDGE_WEIGHT, encode_decode, sobel
-from accel.zoo.loop import step_generator
 from accel.zoo.training import Training
 from accel.zoo.world import VIDEO_CANVAS, DigitWorld
 

@@ -164,6 +164,8 @@ def test_driven_by_hand():
     for step in range(2):
         with listener.clock.at(step, branch="cond", sigma=0.5):
             model(x, **arguments)
+        with listener.clock.unheard():
+            model(x, **arguments)  # a trainer asks its teacher
     heard = listener.take()
     assert [(h.step, h.branch, h.sigma) for h in heard] == [(0, "cond", 0.5), (1, "cond", 0.5)]
     assert int(listener.clock.step_tensor) == 1

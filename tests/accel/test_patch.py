@@ -224,3 +224,26 @@ def test_undo_is_idempotent(times):
     for _ in range(times):
         patch.undo()
     assert vars(host) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_values_go_and_the_tensor_stays(dtype):
+    weight, patch = torch.nn.Parameter(torch.randn(3, 2).to(dtype)), Patch()
+    before, place = weight.detach().clone(), weight.data_ptr()
+    patch.write(weight, torch.full((3, 2), 0.5, dtype=torch.float64))
+    assert (weight == 0.5).all()
+    patch.write(weight, torch.zeros(3, 2))
+    patch.undo()
+    patch.undo()
+    assert torch.equal(weight, before)
+    assert weight.data_ptr() == place
+    assert weight.dtype == dtype
+    assert weight.requires_grad
+
+
+def test_values_of_another_shape_are_not_written():
+    weight, patch = torch.nn.Parameter(torch.ones(3, 2)), Patch()
+    with pytest.raises(RuntimeError):
+        patch.write(weight, torch.zeros(4, 5))
+    patch.undo()
+    assert (weight == 1).all()

@@ -8,9 +8,9 @@ from safetensors import safe_open
 from torch import nn
 
 from accel import zoo
+from accel.loop import newest_checkpoint
 from accel.zoo import sd, train
 from accel.zoo.judge import Judge
-from accel.zoo.loop import newest_checkpoint
 from accel.zoo.training import ema_weights
 from accel.zoo.world import BACKGROUNDS, COLOURS, LEVELS, DigitWorld, caption
 

@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline
 from torch import nn
 
-from accel import zoo
-from accel.zoo import loop, train
+from accel import loop, zoo
+from accel.loop import Ema, LoopSettings, Position, newest_checkpoint
+from accel.zoo import train
 from accel.zoo.dit import DiTConfig, NoiseLoss
 from accel.zoo.judge import Judge
-from accel.zoo.loop import Ema, LoopSettings, Position, newest_checkpoint
 from accel.zoo.training import ema_weights
 from accel.zoo.world import NULL_CLASS
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from accel.zoo.loop import step_generator
+from accel.loop import step_generator
 from accel.zoo.wan_autoencoder import (
     STAGES,
     WanAutoencoderConfig,

@@ -2,7 +2,8 @@
 
 A model brings `loss_of(model, step)`, a pure function of the weights and the step: it draws its own
 batch and noise from the step number. So the data position is one integer, and a run that was killed
-and resumed takes the same steps as one that was not.
+and resumed takes the same steps as one that was not. A loss that keeps something for a few steps
+says how many (`cycle`), and checkpoints are written between them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,10 +40,12 @@ class LoopSettings:
     lr: float = 1e-3
     warmup: int = 200  # steps
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
     ema_decay: float = 0.999
     checkpoint_seconds: float = 60.0
     checkpoint_steps: int | None = None  # as well; for tests
     log_steps: int = 50
+    cycle: int = 1  # steps; checkpoints are written after multiples of it
 
     def __post_init__(self):
         if self.steps is None and self.minutes is None:
@@ -112,7 +116,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def fit(
     name: str,
     model: nn.Module,
-    loss_of: Callable[[nn.Module, int], Tensor],
+    loss_of: Callable[[Any, int], Tensor],
     settings: LoopSettings,
     out: Path,
     *,
@@ -131,8 +135,9 @@ def fit(
     """
     out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+    groups = parameter_groups(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
+        groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=settings.betas
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     position = start or Position()
@@ -146,11 +151,12 @@ def fit(
     report, saved = _Report(name, settings, position), time.monotonic()
     while _progress(settings, position) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, position)
+            group["lr"] = group["rate"] * learning_rate(settings, position)
         with accelerator.autocast():
             loss = loss_of(model, position.step)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        for group in groups:
+            accelerator.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(accelerator.unwrap_model(model))
@@ -158,11 +164,22 @@ def fit(
         report.add(loss.detach())
         every = settings.checkpoint_steps
         due = time.monotonic() - saved > settings.checkpoint_seconds
-        if due or (every and position.step % every == 0):
+        due |= bool(every) and position.step % every == 0
+        if due and position.step % settings.cycle == 0:
             _save(accelerator, position, out)
             saved = time.monotonic()
     _save(accelerator, position, out)
     return ema.weights, position
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """`model.parameter_groups()` where it has them, else one of all its parameters.
+
+    A group is {"params": [...], "rate": its share of the learning rate}. Gradients are clipped in
+    each alone, and a group without any in a step stays as it is.
+    """
+    own = getattr(model, "parameter_groups", None)
+    return own() if own else [{"params": list(model.parameters()), "rate": 1.0}]
 
 
 def newest_checkpoint(out: Path) -> Path | None:

@@ -1,0 +1,151 @@
+"""What distilling any pipeline takes: its denoiser's calls, and weights to train beside its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from accel.denoiser import Denoiser, denoisers
+from accel.patch import Patch
+
+LOW, HIGH = ".lora_A", ".lora_B"  # behind a weight's name: its change is B @ A
+
+
+class _Seen(Exception):
+    """Ends a pipeline's run at the first call of its denoiser."""
+
+    def __init__(self, args: tuple, kwargs: dict):
+        super().__init__()
+        self.args_of_call, self.kwargs_of_call = args, kwargs
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call that a pipeline made of its denoiser, to be made again with other samples.
+
+    shape: of the sample, (n, ...). scale: what the network is told is this times the scheduler's
+    time.
+    """
+
+    denoiser: Denoiser
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    shape: tuple[int, ...]
+    scale: float
+
+    @classmethod
+    def of(cls, pipe: Any, arguments: Mapping[str, Any]) -> Call:
+        """The first call of a run with these arguments, which ends there.
+
+        Raises ValueError where the pipeline has several denoisers, or made no call.
+        """
+        parts = denoisers(pipe)
+        if len(parts) != 1:
+            raise ValueError(f"{type(pipe).__name__} has {len(parts)} denoisers; one is distilled")
+        patch = Patch()
+
+        def layer(call_next: Any, *args: Any, **kwargs: Any) -> Any:
+            raise _Seen(args, kwargs)
+
+        patch.around_call(parts[0].module, layer)
+        try:
+            pipe(**arguments)
+        except _Seen as seen:
+            args, kwargs = seen.args_of_call, seen.kwargs_of_call
+        else:
+            raise ValueError(f"{type(pipe).__name__} did not call its denoiser: {arguments!r}")
+        finally:
+            patch.undo()
+        x = parts[0].sample(args, kwargs)
+        told = torch.as_tensor(parts[0].argument("timestep", args, kwargs))
+        scale = float(told.flatten()[0]) / float(pipe.scheduler.timesteps[0])
+        return cls(parts[0], args, kwargs, tuple(x.shape), scale)
+
+    def __call__(
+        self, x: Tensor, times: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The network's output for x (n, ...) at the scheduler's times (n,), in float32.
+
+        weights: in place of some of the network's own. Learned variances are left out.
+        """
+        module = self.denoiser.module
+        kind = next(module.parameters())
+        given = {
+            self.denoiser.sample_name: x.to(kind.device, kind.dtype),
+            "timestep": (self.scale * times).to(kind.device),
+        }
+        args, kwargs = self.denoiser.replace(self.args, dict(self.kwargs), **given)
+        out = functional_call(module, dict(weights or {}), args, kwargs)
+        out = out[0] if isinstance(out, tuple) else out.sample
+        return out[:, : x.shape[1]].float()
+
+
+class Weights(nn.Module):
+    """Weights to train in place of a network's own: all of them, or low-rank changes.
+
+    rank: of the changes to the weights of its linear layers (Hu et al. 2021, LoRA); None for a
+    full copy. Starts as the network. Raises ValueError where there is nothing to train.
+    """
+
+    def __init__(self, network: nn.Module, rank: int | None = None):
+        super().__init__()
+        self.rank = rank
+        own = dict(network.named_parameters())
+        if rank is None:
+            start = {name: p.detach().float().clone() for name, p in own.items()}
+        else:
+            self._base = {name: p.detach() for name, p in own.items()}
+            linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
+            start = {}
+            for name in (f"{layer}.weight" for layer in linear):
+                base = own[name]
+                low = torch.randn(rank, base.shape[1], device=base.device) / math.sqrt(rank)
+                start[name + LOW] = low / math.sqrt(base.shape[1])
+                start[name + HIGH] = torch.zeros(base.shape[0], rank, device=base.device)
+        if not start:
+            raise ValueError(f"{type(network).__name__} has no weights to train")
+        self.names = list(start)
+        self.values = nn.ParameterList(start.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, by name."""
+        return dict(zip(self.names, self.values, strict=True))
+
+    def merged(self) -> dict[str, Tensor]:
+        """All weights by the names of the network, with gradients to what is trained alone."""
+        trained = self.tensors()
+        return trained if self.rank is None else self._base | dict(merge(self._base, trained))
+
+
+def merge(
+    base: Mapping[str, Tensor], trained: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of a network, from full ones or low-rank changes to `base`."""
+    for name, value in trained.items():
+        if name.endswith(LOW):
+            weight = name.removesuffix(LOW)
+            change = trained[weight + HIGH].float() @ value.float()
+            yield weight, base[weight] + change.to(base[weight].device)
+        elif not name.endswith(HIGH):
+            yield name, value
+
+
+def lora_layers(trained: Mapping[str, Tensor], slot: str) -> dict[str, Tensor]:
+    """Low-rank changes as ``pipe.load_lora_weights`` takes them; `slot`: "unet" or "transformer".
+
+    So a student also runs without this package, under any few-step scheduler that has its anchors.
+    Raises ValueError for full weights.
+    """
+    layers = {}
+    for name, value in trained.items():
+        layer, _, factor = name.rpartition(".weight")
+        if factor not in (LOW, HIGH):
+            raise ValueError(f"{name} is a full weight; only low-rank students are LoRAs")
+        layers[f"{slot}.{layer}{factor}.weight"] = value
+    return layers

@@ -1,0 +1,384 @@
+"""Trajectory distribution matching (Luo et al. 2025): a student that samples in a few steps.
+
+Needs no data, only inputs to the pipeline. The student walks its own few steps from noise. At each,
+what it predicts is noised again, and two networks say where that sample belongs: the teacher, with
+guidance, and the *fake*, which is trained all along to denoise what the student makes. Their
+difference is the gradient of the divergence between the two distributions. Guidance ends up in the
+student, which runs without.
+
+Where this leaves the paper (each measured on a ring of Gaussians, where the paper's own settings do
+not converge): several updates of the fake for each of the student, a warm-up of the fake alone, no
+importance weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel.artifact import Artifact, Fingerprint, inputs_digest
+from accel.clock import clock_of
+from accel.loop import LoopSettings, fit, step_generator
+from accel.method import Recipe, Trainer, attached
+from accel.settings import Settings
+from samplers.distillation import Call, Weights
+from samplers.few_step import few_step_scheduler
+from samplers.predictions import Process, renoise
+
+STUDENT = "samplers.distilled:Distilled"  # the method that samples with what is trained here
+SNR_LIMIT = 5.0  # of the fake's loss, as in Min-SNR
+HUBER = 1e-3
+EMA_DECAY = 0.998  # by step of the loop
+LEAST_WEIGHT = 0.02  # of a sample's distance from the teacher, in the denominator
+CLEANEST, APART = 0.02, 0.01  # shares of the horizon: least noise, and distance from the anchor
+NO_RECIPE = Recipe(())
+RUN = "tdm.json"  # in the folder of a training: what it was begun with
+
+Network = Callable[[Tensor, Tensor], Tensor]  # x (n, ...), times (n,) -> output
+
+
+def even_anchors(count: int, horizon: int = 1000) -> tuple[int, ...]:
+    """`count` times, falling from horizon - 1: 899, 674, 449, 224 for 4 of 900."""
+    return tuple(round(k * horizon / count) - 1 for k in range(count, 0, -1))
+
+
+@dataclass(frozen=True)
+class State:
+    """One step of the student's walk: its input and what it predicted, each (n, ...)."""
+
+    x: Tensor
+    clean: Tensor
+    noise: Tensor
+
+
+@torch.no_grad()
+def roll_out(
+    student: Callable[[Tensor, Tensor, int], Tensor],
+    process: Process,
+    anchors: tuple[float, ...],
+    x: Tensor,
+    eta: float,
+    generator: torch.Generator,
+) -> list[State]:
+    """The student's walk from noise x (n, ...) over all anchors."""
+    states = []
+    for index, anchor in enumerate(anchors):
+        times = torch.full((len(x),), float(anchor))
+        clean, noise = process.split(student(x, times, index), x, times)
+        states.append(State(x, clean, noise))
+        if index + 1 < len(anchors):
+            following = torch.full((len(x),), float(anchors[index + 1]))
+            x = hop(process, clean, noise, following, eta, generator)
+    return states
+
+
+def hop(
+    process: Process,
+    clean: Tensor,
+    noise: Tensor,
+    times: Tensor,
+    eta: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """The sample (n, ...) at times (n,) that a prediction leads to: the few-step sampler's step."""
+    alpha, s = process.levels(times, clean)
+    if eta < 1:
+        noise = eta * noise + (1 - eta**2) ** 0.5 * _noise(clean, generator)
+    return alpha * clean + s * noise
+
+
+def fake_loss(process: Process, output: Tensor, x: Tensor, clean: Tensor, times: Tensor) -> Tensor:
+    """Error (scalar) of the fake's output for x (n, ...), made from `clean`, at times (n,).
+
+    Weighted as its prediction type is trained: for noise, min(SNR, 5); for velocities 1 / s^2,
+    which makes it their own squared error.
+    """
+    predicted, _ = process.split(output, x, times)
+    alpha, s = process.levels(times, x)
+    velocity = process.prediction in ("flow", "v_prediction")
+    weight = 1 / s**2 if velocity else ((alpha / s) ** 2).clamp(max=SNR_LIMIT)
+    return (weight * (predicted - clean).square()).mean()
+
+
+def student_target(
+    clean: Tensor, teacher: Tensor, unconditional: Tensor | None, fake: Tensor, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Where the student's prediction should go (n, ...), and how far the teacher is (n,).
+
+    All are clean samples (n, ...): of the student, and as the others see it noised again.
+    `unconditional`, the teacher's, is needed for guidance other than 1.
+    """
+    guided = teacher
+    if unconditional is not None:
+        guided = teacher + (guidance - 1) * (teacher - unconditional)
+    distance = (clean - guided).abs().flatten(1).mean(dim=1)
+    return clean + guided - fake, distance.clamp(min=LEAST_WEIGHT)
+
+
+def student_loss(clean: Tensor, target: Tensor, distance: Tensor) -> Tensor:
+    """Pseudo-Huber distance (scalar) of predictions (n, ...) from their targets over `distance`.
+
+    Its gradient is the difference of the two networks, weighted. Only `clean` gets one.
+    """
+    error = ((clean - target.detach()).square() + HUBER**2).sqrt() - HUBER
+    return (error.flatten(1).mean(dim=1) / distance.detach()).mean()
+
+
+@dataclass(frozen=True)
+class TDM(Trainer):
+    """``anchors``: the student's times, falling, in the scheduler's units (flows: 1000 sigma).
+
+    ``guidance`` of the teacher, which needs ``unconditional``: what those calls have instead, such
+    as ``Settings(prompt="")``. ``rank`` of low-rank changes; none trains all weights. ``eta``: the
+    noise the walk keeps (1: all of it). ``updates``: of the student; each follows ``fake_updates``
+    of the fake, and ``warmup`` of those come before the first. ``separate``: a step's samples are
+    noised up to its own anchor only. ``precision`` as Accelerate names it.
+    """
+
+    anchors: tuple[float, ...]
+    guidance: float = 1.0
+    unconditional: Settings = Settings()
+    rank: int | None = None
+    eta: float = 1.0
+    updates: int = 1000
+    fake_updates: int = 5
+    warmup: int = 200
+    lr: float = 1e-4
+    fake_lr: float = 5e-4
+    separate: bool = True
+    precision: str = "no"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        falling = list(self.anchors) == sorted(set(self.anchors))[::-1]
+        if not self.anchors or not falling or self.anchors[-1] <= 0:
+            raise ValueError(f"TDM.anchors = {self.anchors!r}: falling times above 0")
+        if self.guidance != 1 and not self.unconditional:
+            raise ValueError(
+                f"TDM.guidance = {self.guidance} needs unconditional, such as "
+                "Settings(prompt='') or, for DiT, Settings(class_labels=1000)"
+            )
+        counts = {n: getattr(self, n) for n in ("updates", "fake_updates", "lr", "fake_lr")}
+        if min(counts.values()) <= 0 or self.warmup < 0 or not 0 <= self.eta <= 1:
+            raise ValueError(f"{self}: positive {', '.join(counts)}, and eta in [0, 1] wanted")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"TDM.rank = {self.rank}: 1 or more, or None")
+
+    def fit(
+        self,
+        pipe: Any,
+        inputs: list[dict[str, Any]],
+        out: str,
+        student_recipe: Recipe = NO_RECIPE,
+    ) -> Artifact:
+        """Train below `out`, going on where a killed run stopped.
+
+        `inputs`: pipeline calls, each a batch of the training; they are made without guidance
+        (``guidance_scale=1``, unless they say otherwise). The pipeline is float32 and stays as it
+        is. The student's forwards run `student_recipe`. The artifact is for ``Distilled``.
+
+        Raises:
+            ValueError: no inputs, a pipeline in half precision, anchors beyond its times, or `out`
+                holds a training that was begun otherwise.
+        """
+        process = Process.of(few_step_scheduler(pipe, self.anchors))
+        if not inputs or self.anchors[0] > process.horizon:
+            raise ValueError(
+                f"TDM: {len(inputs)} inputs, anchors {self.anchors} of 0 to {process.horizon:g}"
+            )
+        calls = [Call.of(pipe, _unguided(pipe, call)) for call in inputs]
+        bare: list[Call | None] = [None] * len(inputs)
+        if self.guidance != 1:
+            bare = [Call.of(pipe, _unguided(pipe, self._without(call))) for call in inputs]
+        network = calls[0].denoiser.module
+        if next(network.parameters()).dtype != torch.float32:
+            raise ValueError("TDM trains in float32; load the pipeline so, and set precision")
+        record = {"trainer": repr(self), "recipe": student_recipe.to_json()}
+        _check_same_run(Path(out) / RUN, record | {"inputs": inputs_digest(inputs)})
+        torch.manual_seed(self.seed)
+        pair = _Pair(network, self)
+        with attached(student_recipe, pipe):
+            losses = _Losses(self, pipe, process, list(zip(calls, bare, strict=True)))
+            averages, _ = fit(
+                "tdm",
+                pair,
+                losses,
+                self._loop(),
+                Path(out),
+                cpu=next(network.parameters()).device.type == "cpu",
+                precision=self.precision,
+                resume=True,
+            )
+            clock_of(pipe).end()
+        kept = {k.removeprefix("student.values."): v for k, v in averages.items()}
+        names = pair.student.names
+        return Artifact(
+            method=STUDENT,
+            fingerprint=Fingerprint.of(network),
+            tensors={name: kept[str(i)].half() for i, name in enumerate(names)},
+            grid=tuple(float(t) for t in self.anchors),
+            guidance=False,
+            inputs_sha256=inputs_digest(inputs),
+            seed=self.seed,
+            settings={"eta": self.eta, "guidance": self.guidance, "trainer": repr(self)},
+        )
+
+    def _loop(self) -> LoopSettings:
+        return LoopSettings(
+            steps=(self.idle + self.updates) * self.cycle,
+            lr=self.lr,
+            betas=(0.0, 0.95),
+            warmup=1,
+            cycle=self.cycle,
+            ema_decay=EMA_DECAY,
+        )
+
+    @property
+    def cycle(self) -> int:
+        """Steps of the loop for one update of the student."""
+        return self.fake_updates + 1
+
+    @property
+    def idle(self) -> int:
+        """Cycles before the first of them, in which the fake learns alone."""
+        return -(-self.warmup // self.cycle)
+
+    def _without(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The call with what it has for no condition, as long as its lists."""
+        changed = dict(call)
+        for name, value in self.unconditional.items():
+            before = call.get(name)
+            changed[name] = [value] * len(before) if isinstance(before, list) else value
+        return changed
+
+
+class _Pair(nn.Module):
+    """Student and fake, both beginning as the network."""
+
+    def __init__(self, network: nn.Module, settings: TDM):
+        super().__init__()
+        self.student, self.fake = Weights(network, settings.rank), Weights(network, settings.rank)
+        self._rate = settings.fake_lr / settings.lr
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The fake learns at its own rate."""
+        groups = ((self.student, 1.0), (self.fake, self._rate))
+        return [{"params": list(part.parameters()), "rate": rate} for part, rate in groups]
+
+
+class _Losses:
+    """Loss of a step: `fake_updates` of the fake, then one of the student, on one walk."""
+
+    def __init__(self, settings: TDM, pipe: Any, process: Process, calls: list):
+        self.settings, self.process, self.calls = settings, process, calls
+        self.pipe, self.clock = pipe, clock_of(pipe)
+        self._walk: tuple[int, list[State]] = (-1, [])
+
+    def __call__(self, model: _Pair, step: int) -> Tensor:
+        cycle, at = divmod(step, self.settings.cycle)
+        generator = step_generator(self.settings.seed, step)
+        call, bare = self.calls[cycle % len(self.calls)]
+        if self._walk[0] != cycle:
+            self._walk = (cycle, self._roll_out(model, call, generator))
+        states = self._walk[1]
+        if at < self.settings.fake_updates or cycle < self.settings.idle:
+            return self._fake(model, call, states, generator)
+        return self._student(model, call, bare, states, generator)
+
+    def _roll_out(self, model: _Pair, call: Call, generator: torch.Generator) -> list[State]:
+        self.clock.end()  # a walk is a run
+        device = next(model.parameters()).device
+        x = torch.randn(call.shape, generator=generator).to(device)
+        weights = model.student.merged()
+
+        def student(x: Tensor, times: Tensor, index: int) -> Tensor:
+            return self._student_output(call, weights, x, times, index)
+
+        s = self.settings
+        return roll_out(student, self.process, s.anchors, x, s.eta, generator)
+
+    def _student_output(
+        self, call: Call, weights: Mapping[str, Tensor], x: Tensor, times: Tensor, index: int
+    ) -> Tensor:
+        level = self.process.levels(times[:1], x[:1])
+        sigma = float(level[1] / level[0].clamp(min=1e-6))
+        with self.clock.at(index, branch="cond", sigma=sigma):
+            return call(x, times, weights)
+
+    def _noised(self, clean: Tensor, noise: Tensor, steps: Tensor, generator: torch.Generator):
+        """Samples noised again from the ends of their steps (n,), and their times (n,)."""
+        s, process = self.settings, self.process
+        ends = torch.tensor([*s.anchors[1:], 0.0])[steps]
+        tops = torch.tensor(s.anchors)[steps] if s.separate else torch.tensor(s.anchors[:1])
+        low = ends.clamp(min=CLEANEST * process.horizon)
+        high = torch.maximum(tops - APART * process.horizon, low + 1)
+        times = low + torch.rand(len(steps), generator=generator) * (high - low)
+        times = times if process.alphas is None else times.floor()
+        ends = torch.minimum(ends, times)
+        x = hop(process, clean, noise, ends, s.eta, generator)
+        levels = process.levels(ends, x), process.levels(times, x)
+        return renoise(x, *levels, _noise(x, generator)), times
+
+    def _fake(
+        self, model: _Pair, call: Call, states: list[State], generator: torch.Generator
+    ) -> Tensor:
+        count = call.shape[0]
+        steps = torch.randint(len(states), (count,), generator=generator)
+        rows = torch.arange(count)
+        clean = torch.stack([state.clean for state in states])[steps, rows]
+        noise = torch.stack([state.noise for state in states])[steps, rows]
+        x, times = self._noised(clean, noise, steps, generator)
+        with self.clock.unheard():
+            out = call(x, times, model.fake.merged())
+        return fake_loss(self.process, out, x, clean, times)
+
+    def _student(
+        self,
+        model: _Pair,
+        call: Call,
+        bare: Call | None,
+        states: list[State],
+        generator: torch.Generator,
+    ) -> Tensor:
+        index = int(torch.randint(len(states), (1,), generator=generator))
+        start = states[index].x
+        at = torch.full((len(start),), float(self.settings.anchors[index]))
+        out = self._student_output(call, model.student.merged(), start, at, index)
+        clean, noise = self.process.split(out, start, at)
+        with torch.no_grad(), self.clock.unheard():
+            steps = torch.full((len(start),), index)
+            x, times = self._noised(clean, noise, steps, generator)
+
+            def seen(call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+                return self.process.split(call(x, times, weights), x, times)[0]
+
+            teacher, fake = seen(call), seen(call, model.fake.merged())
+            unconditional = None if bare is None else seen(bare)
+            target, distance = student_target(
+                clean, teacher, unconditional, fake, self.settings.guidance
+            )
+        return student_loss(clean, target, distance)
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def _unguided(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    takes = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+    return {"guidance_scale": 1.0, **call} if takes else call
+
+
+def _check_same_run(file: Path, record: dict[str, Any]) -> None:
+    """Raises ValueError where a folder holds a training that was begun with something else."""
+    if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(record)):
+        raise ValueError(f"{file.parent} holds a training with other settings; name another folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record))

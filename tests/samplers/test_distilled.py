@@ -1,0 +1,141 @@
+"""A student in place of the pipeline's denoiser."""
+
+import pytest
+import torch
+
+import accel
+from accel.artifact import Artifact, Fingerprint
+from accel.denoiser import denoisers
+from accel.testing import assert_equal, checks, conform, tiny
+from caches.native import FirstBlockCache
+from samplers.distillation import HIGH, LOW
+from samplers.distilled import Distilled
+from samplers.few_step import FewStepScheduler
+
+
+def student(folder, name="dit", *, low_rank=False, method=None, **settings):
+    """A method with an artifact as a training writes it: weights a little off the teacher's."""
+    module = denoisers(tiny(name).pipe)[0].module
+    own = dict(module.named_parameters())
+    g = torch.Generator().manual_seed(5)
+    if low_rank:
+        linear = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
+        tensors = {}
+        for n in linear:
+            rows, columns = own[f"{n}.weight"].shape
+            tensors[f"{n}.weight{LOW}"] = 0.1 * torch.randn(2, columns, generator=g)
+            tensors[f"{n}.weight{HIGH}"] = 0.1 * torch.randn(rows, 2, generator=g)
+    else:
+        tensors = {n: (1.05 * p.detach()).half() for n, p in own.items()}
+    artifact = Artifact(
+        method=method or Distilled.name(),
+        fingerprint=Fingerprint.of(module),
+        tensors=tensors,
+        grid=(899.0, 599.0, 299.0),
+        settings={"eta": 1.0, "guidance": 4.0},
+    )
+    return Distilled(artifact.save(folder / f"{name}.safetensors"), **settings)
+
+
+@pytest.mark.parametrize("check", checks())
+def test_conformance(check, tmp_path):
+    conform(check, student(tmp_path, "flux"), "flux")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", checks())
+def test_conformance_hunyuan(check, tmp_path):
+    conform(check, student(tmp_path, "hunyuanvideo"), "hunyuanvideo")
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("name", ["dit", "sd", "wan"])
+def test_weights_and_steps_are_the_student_s_and_go_away(name, low_rank, tmp_path):
+    host = tiny(name)
+    module = denoisers(host.pipe)[0].module
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    plain = host.run(guidance_scale=1.0)
+    with accel.attached(student(tmp_path, name, low_rank=low_rank), host.pipe) as live:
+        own = dict(module.named_parameters())
+        assert any(not torch.equal(own[n], v) for n, v in before.items())
+        few = host.run(guidance_scale=1.0)
+        assert live.report()["runs"][0]["steps"] == 3
+    assert not torch.equal(plain, few)
+    for n, p in module.named_parameters():
+        assert torch.equal(p, before[n]), n
+    assert_equal(plain, host.run(guidance_scale=1.0), "after the student left")
+
+
+def test_equals_the_weights_and_the_scheduler_put_there_by_hand(tmp_path):
+    host, method = tiny("dit"), student(tmp_path)
+    with accel.attached(method, host.pipe):
+        few = host.run(guidance_scale=1.0)
+    artifact = Artifact.load(method.artifact)
+    host.pipe.transformer.load_state_dict(artifact.tensors, strict=False)
+    host.pipe.scheduler = FewStepScheduler.from_config(
+        host.pipe.scheduler.config, anchors=[899, 599, 299], clip_sample=False
+    )
+    assert_equal(few, host.run(guidance_scale=1.0, num_inference_steps=3), "by hand")
+
+
+def test_one_step_of_a_student_of_three(tmp_path):
+    host = tiny("dit")
+    with accel.attached(student(tmp_path, steps=1), host.pipe) as live:
+        host.run(guidance_scale=1.0)
+        assert live.report()["runs"][0]["steps"] == 1
+    with pytest.raises(ValueError, match="trained for 3"):
+        student(tmp_path, steps=4).attach(host.pipe)
+    with pytest.raises(ValueError, match="at least 1"):
+        student(tmp_path, steps=0)
+
+
+@pytest.mark.parametrize("name", ["dit", "sd", "wan"])  # guidance by doubled batches, by calls
+def test_guidance_is_refused(name, tmp_path):
+    host = tiny(name)
+    with (
+        accel.attached(student(tmp_path, name), host.pipe),
+        pytest.raises(ValueError, match="guidance_scale=1"),
+    ):
+        host.run()
+    host.run()  # and nothing of it is left
+
+
+def test_timesteps_of_the_call_s_own_are_refused(tmp_path):
+    host = tiny("sd")
+    with (
+        accel.attached(student(tmp_path, "sd"), host.pipe),
+        pytest.raises(ValueError, match="timesteps"),
+    ):
+        host.run(guidance_scale=1.0, timesteps=[800, 200])
+
+
+def test_an_artifact_of_another_kind_or_model_is_refused(tmp_path):
+    host = tiny("dit")
+    with pytest.raises(ValueError, match="is for"):
+        student(tmp_path, method="caches.native:MagCache").attach(host.pipe)
+    with pytest.raises(ValueError, match="does not fit"):
+        student(tmp_path, "pixart").attach(host.pipe)
+
+
+def test_two_students_collide(tmp_path):
+    host, method = tiny("dit"), student(tmp_path)
+    with accel.attached(method, host.pipe), pytest.raises(ValueError, match="both claim"):
+        method.attach(host.pipe)
+
+
+def test_composes_with_a_cache(tmp_path):
+    host, method = tiny("dit"), student(tmp_path)
+    with accel.attached([FirstBlockCache(1e9), method], host.pipe) as live:
+        host.run(guidance_scale=1.0)
+        assert live.report()["members"][1]["runs"][0]["steps"] == 3
+
+
+def test_half_precision_takes_the_weights_it_can_hold(tmp_path):
+    host = tiny("dit")
+    host.pipe.to(dtype=torch.bfloat16)
+    method = student(tmp_path)
+    with accel.attached(method, host.pipe):
+        name, value = next(iter(Artifact.load(method.artifact).tensors.items()))
+        held = dict(host.pipe.transformer.named_parameters())[name]
+        assert torch.equal(held, value.to(torch.bfloat16))
+        assert held.dtype == torch.bfloat16
