@@ -195,14 +195,15 @@ class Study:
         return self._passes[method]
 
     def _run(self, method: Method) -> Pass:
+        timed = self._timed_run(method)
         with attached(method, self.pipe) as live:
-            samples = self._outputs(len(self.inputs))
+            samples = self._outputs(len(self.inputs), method)
             report = live.report()
         with attached(method, self.pipe) as live:
-            flops = counted_flops(self._timed_outputs)
+            flops = counted_flops(timed)
             nfe = sum(run["nfe"] for run in live.report()["runs"])
         with attached(method, self.pipe):
-            peak = peak_memory(self._timed_outputs, self.pipe.device.type)
+            peak = peak_memory(timed, self.pipe.device.type)
         verdict = None
         if self.referee is not None:
             verdict = self.referee.judge(_as_bytes(samples), self.inputs)
@@ -211,8 +212,8 @@ class Study:
     def paired_time(self, a: Method, b: Method, *, rounds: int = 5) -> PairedTime:
         """Time the timed inputs under two methods in turn; attaching them is not timed."""
         around = tuple(lambda m=m: attached(m, self.pipe) for m in (a, b))
-        run = self._timed_outputs
-        return paired_time(run, run, rounds=rounds, around=(around[0], around[1]))
+        runs = self._timed_run(a), self._timed_run(b)
+        return paired_time(*runs, rounds=rounds, around=(around[0], around[1]))
 
     def compare(self, method: Method, base: Method = PLAIN, *, rounds: int = 5) -> Comparison:
         """``method`` against ``base``, the plain pipeline by default."""
@@ -263,12 +264,14 @@ class Study:
         values = [x.get(argument) for x in self.inputs]
         return values[0] if all(v == values[0] for v in values) else None
 
-    def _timed_outputs(self) -> torch.Tensor:
-        return self._outputs(self.timed)
+    def _timed_run(self, method: Method) -> Callable[[], torch.Tensor]:
+        return lambda: self._outputs(self.timed, method)
 
-    def _outputs(self, count: int) -> torch.Tensor:
+    def _outputs(self, count: int, method: Method) -> torch.Tensor:
+        """Of the first calls, with what the attached method changes in them."""
         pairs = zip(self.inputs[:count], self.seeds[:count], strict=True)
-        return torch.cat([_samples(self.pipe, x, s) for x, s in pairs])
+        changes = method.call_changes()
+        return torch.cat([_samples(self.pipe, {**x, **changes}, s) for x, s in pairs])
 
 
 def compare(

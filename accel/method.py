@@ -110,6 +110,13 @@ class Method(ABC):
         """The setting that equals the unmodified pipeline bit for bit, or ``None``."""
         return None
 
+    def call_changes(self) -> dict[str, Any]:
+        """Arguments that pipeline calls need under this method, over those that a job asks for.
+
+        Whoever makes the calls applies them (the renderer, ``Study``), and says so.
+        """
+        return {}
+
     # -- as a value --------------------------------------------------------------------------
 
     @classmethod
@@ -350,6 +357,9 @@ class Recipe(Method):
     def neutral(self) -> Recipe | None:
         neutrals = [m.neutral() for m in self.methods]
         return None if None in neutrals else Recipe(tuple(m for m in neutrals if m is not None))
+
+    def call_changes(self) -> dict[str, Any]:
+        return {k: v for method in self.methods for k, v in method.call_changes().items()}
 
     def to_json(self) -> dict[str, Any]:
         return {"methods": [m.to_json() for m in self.methods]}

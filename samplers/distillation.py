@@ -43,7 +43,7 @@ class Call:
     def of(cls, pipe: Any, arguments: Mapping[str, Any]) -> Call:
         """The first call of a run with these arguments, which ends there.
 
-        Raises ValueError where the pipeline has several denoisers, or made no call.
+        Raises ValueError where the pipeline has several denoisers, made no call, or one at time 0.
         """
         parts = denoisers(pipe)
         if len(parts) != 1:
@@ -64,7 +64,10 @@ class Call:
             patch.undo()
         x = parts[0].sample(args, kwargs)
         told = torch.as_tensor(parts[0].argument("timestep", args, kwargs))
-        scale = float(told.flatten()[0]) / float(pipe.scheduler.timesteps[0])
+        time = float(pipe.scheduler.timesteps[0])
+        if time <= 0:
+            raise ValueError(f"the first step of {arguments!r} is at time 0; ask for more steps")
+        scale = float(told.flatten()[0]) / time
         return cls(parts[0], args, kwargs, tuple(x.shape), scale)
 
     def __call__(

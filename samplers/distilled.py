@@ -20,9 +20,9 @@ from samplers.host import check_step_call
 class Distilled(Method):
     """``artifact`` of a training (``samplers.tdm``); ``steps``: fewer than it was trained for.
 
-    The number of steps is the student's, whatever a call asks for, and its guidance is built in: a
-    call with guidance is refused. Weights are written into the model that is there, and what it
-    held is kept in host memory for ``detach``.
+    The number of steps is the student's, whatever a call asks for. Its guidance is built in: jobs
+    and measurements are called without, and a call of your own with guidance is refused. Weights
+    are written into the model that is there; what it held is kept in host memory for ``detach``.
     """
 
     SLOTS = ("scheduler", "weights")
@@ -35,6 +35,9 @@ class Distilled(Method):
         super().__post_init__()
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"Distilled.steps = {self.steps}: at least 1")
+
+    def call_changes(self) -> dict[str, Any]:
+        return dict(Artifact.load(self.artifact).settings["call"])
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
         slot = denoisers(pipe)[0].slot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import textwrap
 from functools import cache
@@ -73,3 +74,11 @@ def is_flow(scheduler: Any) -> bool:
 def refuse(scheduler: Any, name: str, remedy: str) -> None:
     """Raises ValueError about a setting of the stock scheduler that ours extends."""
     raise ValueError(f"{type(scheduler).__name__}: {name} = {scheduler.config[name]!r}; {remedy}")
+
+
+def sample_seed(sample: Any) -> int:
+    """A seed from the bytes of one sample (any shape): same noise, same seed."""
+    import torch
+
+    data = sample.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1

@@ -9,7 +9,6 @@ costs one wait for the device a run.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -19,21 +18,20 @@ from typing import TYPE_CHECKING, Any
 from accel.clock import Run
 from accel.method import Attached, Claim, Method
 from accel.settings import Settings
-from samplers.host import carried, check_step_call, is_flow, noise_scale, scales_initial_noise
+from samplers.host import (
+    carried,
+    check_step_call,
+    is_flow,
+    noise_scale,
+    sample_seed,
+    scales_initial_noise,
+)
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 OWN = {"FewStepScheduler": "samplers.few_step", "FewStepFlowScheduler": "samplers.few_step"}
-
-
-def sample_seed(sample: torch.Tensor) -> int:
-    """A seed from the bytes of one sample (any shape): same noise, same seed."""
-    import torch
-
-    data = sample.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ class TDM(Trainer):
             raise ValueError(
                 f"TDM: {len(inputs)} inputs, anchors {self.anchors} of 0 to {process.horizon:g}"
             )
-        calls = [Call.of(pipe, _unguided(pipe, call)) for call in inputs]
+        without = [_unguided(pipe, call) for call in inputs]
+        calls = [Call.of(pipe, call) for call in without]
         bare: list[Call | None] = [None] * len(inputs)
         if self.guidance != 1:
             bare = [Call.of(pipe, _unguided(pipe, self._without(call))) for call in inputs]
@@ -227,7 +228,12 @@ class TDM(Trainer):
             guidance=False,
             inputs_sha256=inputs_digest(inputs),
             seed=self.seed,
-            settings={"eta": self.eta, "guidance": self.guidance, "trainer": repr(self)},
+            settings={
+                "eta": self.eta,
+                "guidance": self.guidance,
+                "call": {k: v for k, v in without[0].items() if k == "guidance_scale"},
+                "trainer": repr(self),
+            },
         )
 
     def _loop(self) -> LoopSettings:

@@ -165,6 +165,8 @@ class Worker:
         now = time.perf_counter()
         first = marks.get("run", marks["start"])
         notes = [f"{w.category.__name__}: {w.message}" for w in caught if _is_ours(w)]
+        changes = recipe.call_changes() if recipe else {}
+        notes += [f"the recipe called with {name}={value!r}" for name, value in changes.items()]
         return latents, {
             "report": report,
             "notes": notes + latents.story.get("notes", []),
@@ -175,10 +177,11 @@ class Worker:
         self, pipe: Any, inputs: dict, payload: dict, recipe: Any, on_event: Callable
     ) -> tuple[latents_file.Latents, dict[str, Any] | None]:
         seed, count = payload["job"]["seed"], stages.sample_count(inputs)
+        changes = recipe.call_changes() if recipe else {}
         for cut in (True, False):
             if cut and self._loaded in self._uncut:
                 continue
-            arguments = {**inputs, "generator": stages.generators(seed, count)}
+            arguments = {**inputs, **changes, "generator": stages.generators(seed, count)}
             try:
                 with (
                     _own_global_rng(seed),

@@ -6,6 +6,7 @@ import torch
 import accel
 from accel.artifact import Artifact, Fingerprint
 from accel.denoiser import denoisers
+from accel.measure import compare
 from accel.testing import assert_equal, checks, conform, tiny
 from caches.native import FirstBlockCache
 from samplers.distillation import HIGH, LOW
@@ -32,7 +33,7 @@ def student(folder, name="dit", *, low_rank=False, method=None, **settings):
         fingerprint=Fingerprint.of(module),
         tensors=tensors,
         grid=(899.0, 599.0, 299.0),
-        settings={"eta": 1.0, "guidance": 4.0},
+        settings={"eta": 1.0, "guidance": 4.0, "call": {"guidance_scale": 1.0}},
     )
     return Distilled(artifact.save(folder / f"{name}.safetensors"), **settings)
 
@@ -139,3 +140,10 @@ def test_half_precision_takes_the_weights_it_can_hold(tmp_path):
         held = dict(host.pipe.transformer.named_parameters())[name]
         assert torch.equal(held, value.to(torch.bfloat16))
         assert held.dtype == torch.bfloat16
+
+
+def test_measured_against_the_guided_teacher(tmp_path):
+    inputs = [{"class_labels": [1, 2], "num_inference_steps": 5, "guidance_scale": 4.0}]
+    result = compare(tiny("dit").pipe, student(tmp_path), inputs, rounds=1)
+    assert result.nfe == (5 * 2 * 2, 3 * 2)
+    assert result.flops[1] < result.flops[0]

@@ -11,8 +11,8 @@ from accel.method import Recipe
 from accel.settings import Settings
 from accel.testing import assert_equal, checks, conform, tiny
 from caches.native import FirstBlockCache
-from samplers.host import noise_scale, scales_initial_noise, step_keywords
-from samplers.swap import SwapScheduler, sample_seed
+from samplers.host import noise_scale, sample_seed, scales_initial_noise, step_keywords
+from samplers.swap import SwapScheduler
 
 DPM = SwapScheduler("DPMSolverMultistepScheduler", Settings(use_karras_sigmas=True))
 SWAPS = [

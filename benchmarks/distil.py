@@ -1,0 +1,109 @@
+"""Distils the embedded models: `python -m benchmarks.distil digits-dit-4-steps --out OUT`.
+
+Trains below OUT, goes on where a killed run stopped, and at the end writes the student and its
+recipe to `recipes/`. `benchmarks.bench_tdm` measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import accel
+from accel.method import Recipe
+from accel.settings import Settings
+from accel.zoo.world import NULL_CLASS, DigitWorld
+from samplers.distilled import Distilled
+from samplers.tdm import TDM, even_anchors
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def classes(batches: int, batch: int) -> list[dict[str, Any]]:
+    """Calls of digits-dit for random classes."""
+    labels = np.random.default_rng(0).integers(0, 100, (batches, batch))
+    return [{"class_labels": row.tolist(), "num_inference_steps": 2} for row in labels]
+
+
+def captions(batches: int, batch: int) -> list[dict[str, Any]]:
+    """Calls of digits-sd with the captions it was trained on."""
+    world = DigitWorld("train", 0)
+    calls = []
+    for number in range(batches):
+        _, what = world.batch(np.arange(number * batch, (number + 1) * batch))
+        calls.append({"prompt": what.captions(), "num_inference_steps": 2})
+    return calls
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is distilled, on which calls and how."""
+
+    model: str
+    inputs: Callable[[int, int], list[dict[str, Any]]]
+    trainer: TDM
+    batch: int = 64
+    batches: int = 64
+
+
+NO_CLASS, NO_TEXT = Settings(class_labels=NULL_CLASS), Settings(prompt="")
+STUDENTS = {
+    "digits-dit-4-steps": Student(
+        "zoo:digits-dit",
+        classes,
+        TDM(even_anchors(4, 900), 3.0, NO_CLASS, rank=16, updates=350, lr=5e-4, fake_lr=2e-3),
+    ),
+    "digits-dit-1-step": Student(
+        "zoo:digits-dit",
+        classes,
+        TDM(even_anchors(1), 3.0, NO_CLASS, updates=500, lr=1e-4, fake_lr=5e-4),
+    ),
+    "digits-sd-4-steps": Student(
+        "zoo:digits-sd",
+        captions,
+        TDM(even_anchors(4, 900), 4.0, NO_TEXT, rank=16, updates=200, lr=5e-4, fake_lr=2e-3),
+        batch=24,
+    ),
+}
+
+
+def distil(name: str, out: Path, updates: int | None = None) -> Recipe:
+    """Train one student and write it to `recipes/`."""
+    student = STUDENTS[name]
+    pipe = accel.load(student.model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    trainer = student.trainer
+    if updates is not None:
+        trainer = dataclasses.replace(trainer, updates=updates)
+    inputs = student.inputs(student.batches, student.batch)
+    artifact = trainer.fit(pipe, inputs, str(out))
+    recipe = Recipe((Distilled(artifact.save(out / f"{name}.safetensors")),))
+    steps = len(trainer.anchors)
+    accel.write_recipe(
+        RECIPES / f"{name}.yaml",
+        recipe,
+        name=name,
+        description=f"{student.model} in {steps} step{'s' if steps > 1 else ''} without guidance.",
+    )
+    return recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("name", choices=sorted(STUDENTS))
+    parser.add_argument("--out", type=Path, help="default: out/NAME")
+    parser.add_argument("--updates", type=int, help="of the student")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    distil(given.name, given.out or Path("out") / given.name, given.updates)
+
+
+if __name__ == "__main__":
+    main()
