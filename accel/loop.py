@@ -137,7 +137,10 @@ def fit(
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     groups = parameter_groups(model)
     optimizer = torch.optim.AdamW(
-        groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=settings.betas
+        [{"params": group["params"]} for group in groups],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        betas=settings.betas,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     position = start or Position()
@@ -150,8 +153,8 @@ def fit(
         print(f"{name}: resumed at step {position.step} from {newest.name}", flush=True)
     report, saved = _Report(name, settings, position), time.monotonic()
     while _progress(settings, position) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * learning_rate(settings, position)
+        for group, own in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = own["rate"] * learning_rate(settings, position)
         with accelerator.autocast():
             loss = loss_of(model, position.step)
         accelerator.backward(loss)

@@ -17,12 +17,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import accel
 from accel.measure import environment, load_average
 from accel.method import Method, Recipe
 from accel.metrics.protocol import Protocol, require_same
 from accel.settings import Settings
 from apps.digits_referee import NAME
+from benchmarks.bench_tdm import STUDENTS
 from benchmarks.digits_study import BATCH, DDIM, DPM, SAMPLES, head, inputs, row, study
+from benchmarks.distil import RECIPES
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, read, write
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
@@ -59,6 +62,8 @@ def rows(pipe: Any, folder: Path) -> dict[str, Recipe]:
         "control: DDIM 20 steps": (SwapScheduler(*DDIM, steps=20),),
         "control: TaylorSeer(5), order 0, warmup 1": (TaylorSeer(5, 1, 0),),
     }
+    for name in STUDENTS:
+        methods[name] = accel.read_recipe(RECIPES / f"{name}.yaml").recipe.methods
     return {name: Recipe(m) for name, m in methods.items()}
 
 
@@ -108,7 +113,7 @@ def main() -> None:
                 measured |= {name: kept[name]} if name in kept else {}
                 continue
             result = bench.compare(recipe, rounds=given.rounds)
-            measured[name] = row(recipe, result, folder)
+            measured[name] = row(recipe, result, folder, str(RECIPES))
             print(name, *(measured[name][k] for k in ("speedup", "psnr", "judged")), flush=True)
     block = here(given.device, load)
     write("native", given.device, {**head(bench, given.samples, block), "rows": measured})

@@ -65,15 +65,17 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def row(recipe: Recipe, result: Comparison, artifacts: str = "") -> dict[str, Any]:
-    """A row of ``schema.Row``. ``artifacts``: folder whose name is left out of artifact paths."""
+def row(recipe: Recipe, result: Comparison, *artifacts: str) -> dict[str, Any]:
+    """A row of ``schema.Row``. ``artifacts``: folders whose names are left out of paths."""
     measured = result.measured()
     kept = ("speedup", "flops", "nfe", "peak_bytes", "psnr", "ssim", "judged")
     methods = json.dumps([m.to_json() for m in recipe.methods])
+    for folder in artifacts:
+        methods = methods.replace(f"{folder}/", "")
     seconds = (result.time.seconds_a, result.time.seconds_b)
     return {
         **{k: measured[k] for k in kept},
-        "methods": json.loads(methods.replace(f"{artifacts}/", "") if artifacts else methods),
+        "methods": json.loads(methods),
         "effect": [m["effect"] for m in result.report["members"]],
         "seconds": [[round(x, 6) for x in side] for side in seconds],
         "per_sample": result.per_sample,

@@ -184,6 +184,10 @@ class Native(Study):
     """``native.json``: single methods, combinations, peers and controls."""
 
 
+class Students(Study):
+    """``tdm.json``: distilled students, and their teacher in as few steps."""
+
+
 class Bar(Row):
     """One more method. over_previous: speed-up over the bar before, timed in turn with it."""
 
@@ -282,12 +286,55 @@ class TimeShiftStudy(_Strict):
     overhead: Interval
 
 
+class Brightness(_Strict):
+    """Of backgrounds, 0 to 1. black_or_white: share nearest to one of them."""
+
+    mean: Share
+    deviation: Share
+    black_or_white: Share
+
+
+class BrightnessRow(_Strict):
+    """named_right: by attribute, where the prompt names the background. The rest: where not.
+
+    Distances: Wasserstein-1 to real pictures, of whole pictures' means (0..255) and of backgrounds.
+    """
+
+    setting: str
+    steps: Positive
+    methods: list[MethodRecord]
+    named_right: dict[str, Share]
+    brightness: Brightness
+    image_mean_distance: Annotated[float, Field(ge=0)]
+    background_distance: Annotated[float, Field(ge=0)]
+    frechet: Annotated[float, Field(ge=0)]
+
+
+class RealBrightness(_Strict):
+    brightness: Brightness
+    named_right: dict[str, Share]
+
+
+class OneMoreStepStudy(_Strict):
+    """``one_more_step.json``. overhead: seconds with over seconds without."""
+
+    environment: Environment
+    protocol: ProtocolRecord
+    model: str
+    samples: Positive
+    rows: list[BrightnessRow]
+    real: RealBrightness
+    overhead: Interval
+
+
 KINDS: dict[str, type[BaseModel]] = {
     "native": Native,
+    "tdm": Students,
     "waterfall": Waterfall,
     "overhead": Overhead,
     "kill": Kill,
     "time_shift": TimeShiftStudy,
+    "one_more_step": OneMoreStepStudy,
     "recipe": RecipeMeasured,
     ZOO: Envelope,
 }

@@ -194,23 +194,24 @@ def _fitted(
     scaled, target = (texts - texts.mean(dim=0)) / std, (latents - mean).flatten(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        net = nn.ModuleDict(
-            {
-                "inner": nn.Linear(texts.shape[1], HIDDEN),
-                "outer": nn.Linear(HIDDEN, target.shape[1]),
-            }
-        )
-    nn.init.zeros_(net["outer"].weight)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=NETWORK_LR, weight_decay=1e-3)
+        inner, outer = nn.Linear(texts.shape[1], HIDDEN), nn.Linear(HIDDEN, target.shape[1])
+    nn.init.zeros_(outer.weight)
+    parameters = [*inner.parameters(), *outer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=NETWORK_LR, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NETWORK_STEPS)
     for _ in range(NETWORK_STEPS):
         rows = torch.randint(len(scaled), (NETWORK_BATCH,), generator=generator)
-        loss = (net["outer"](F.silu(net["inner"](scaled[rows]))) - target[rows]).square().mean()
+        loss = (outer(F.silu(inner(scaled[rows]))) - target[rows]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    weights = {name: p.detach() for name, p in net.state_dict().items()}
+    layers = {"inner": inner, "outer": outer}
+    weights = {
+        f"{layer}.{name}": p.detach()
+        for layer, module in layers.items()
+        for name, p in module.named_parameters()
+    }
     return {"means": mean, "text_mean": texts.mean(dim=0), "text_std": std, **weights}
 
 
@@ -219,7 +220,7 @@ def _k_means(points: Tensor, count: int, generator: torch.Generator) -> tuple[Te
     from sklearn.cluster import KMeans
 
     seed = int(torch.randint(2**31, (), generator=generator))
-    found = KMeans(count, n_init=4, random_state=seed).fit(points.numpy())
+    found = KMeans(count, n_init=4, random_state=seed).fit(points.numpy())  # type: ignore[arg-type]
     return torch.from_numpy(found.cluster_centers_).float(), torch.from_numpy(found.labels_)
 
 

@@ -1,0 +1,54 @@
+"""Distilled students of ``zoo:digits-dit`` against their teacher, 50 steps with guidance.
+
+    python -m benchmarks.bench_tdm [--samples 1000] [--rounds 7]
+
+Judged accuracy, Frechet distance and speed, as everywhere. The controls are the teacher itself in
+as few steps, guided and with the best solver at hand: what a student has to beat.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import accel
+from accel.measure import environment, load_average
+from accel.method import Recipe
+from benchmarks.digits_study import DDIM, DPM, head, row, study
+from benchmarks.distil import RECIPES
+from benchmarks.results_file import DEVICES, write
+from samplers.swap import SwapScheduler
+
+SAMPLES = 1000  # ten of each class
+STUDENTS = ("digits-dit-4-steps", "digits-dit-1-step")
+
+
+def rows() -> dict[str, Recipe]:
+    """What is measured."""
+    made = {name: accel.read_recipe(RECIPES / f"{name}.yaml").recipe for name in STUDENTS}
+    for steps in (4, 1):
+        made[f"control: teacher, DDIM {steps}"] = Recipe((SwapScheduler(*DDIM, steps=steps),))
+    made["control: teacher, DPM-Solver++ 4"] = Recipe((SwapScheduler(*DPM, steps=4),))
+    made["control: teacher, DPM-Solver++ 20"] = Recipe((SwapScheduler(*DPM, steps=20),))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
+    given = parser.parse_args()
+    load = load_average()
+    bench = study(given.samples, given.device)
+    measured = {}
+    for name, recipe in rows().items():
+        result = bench.compare(recipe, rounds=given.rounds)
+        measured[name] = row(recipe, result, str(Path(RECIPES)))
+        print(name, *(measured[name][k] for k in ("speedup", "judged")), flush=True)
+    block = environment(given.device, load)
+    write("tdm", given.device, {**head(bench, given.samples, block), "rows": measured})
+
+
+if __name__ == "__main__":
+    main()
