@@ -188,6 +188,10 @@ class Students(Study):
     """``tdm.json``: distilled students, and their teacher in as few steps."""
 
 
+class Leaps(Study):
+    """``leap.json``: leaps, and as many steps without."""
+
+
 class Bar(Row):
     """One more method. over_previous: speed-up over the bar before, timed in turn with it."""
 
@@ -330,6 +334,7 @@ class OneMoreStepStudy(_Strict):
 KINDS: dict[str, type[BaseModel]] = {
     "native": Native,
     "tdm": Students,
+    "leap": Leaps,
     "waterfall": Waterfall,
     "overhead": Overhead,
     "kill": Kill,

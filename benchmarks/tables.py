@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables [--check]
 
-Writes ``methods.json`` into each package of methods and the blocks of README.md between
+Writes ``methods.json`` into each package of methods and the blocks of ``PAGES`` between
 ``<!-- generated: NAME -->`` and ``<!-- end -->``. ``--check`` only says what is out of date. A
 method without a measured row is not listed.
 """
@@ -23,12 +23,14 @@ from typing import Any
 
 from accel.method import Method, Recipe
 from accel.methods import INDEX_FILE, packages
+from benchmarks import sampler_tables
 from benchmarks.results_file import DEVICES, path, read
+from benchmarks.sampler_tables import measured_by_distance
 from benchmarks.waterfall_picture import PICTURE, drawn_from
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
-RESULTS_WITH_METHODS = ("native",)
+RESULTS_WITH_METHODS = ("native", "leap")
 PEERS = "benchmarks.peers:"
 
 
@@ -64,7 +66,7 @@ def measured_row(cls: type[Method]) -> dict[str, Any] | None:
                     "protocol": row["protocol"],
                     **{k: row[k] for k in FIGURES},
                 }
-    return None
+    return measured_by_distance(cls.name())
 
 
 def index_rows(package: str) -> list[dict[str, Any]]:
@@ -102,15 +104,17 @@ RULE = "---|" * QUALITY.count("|")
 
 def _quality(row: dict[str, Any]) -> str:
     """The cells under ``QUALITY``."""
+    flops = row.get("flops")
     cells = [
         _interval(row["speedup"], "{:.2f}", "x"),
-        f"{row['flops'][1] / row['flops'][0]:.2f}",
-        _interval(row["psnr"], "{:.1f}", " dB"),
-        _interval(row["ssim"], "{:.3f}", ""),
+        "-" if flops is None else f"{flops[1] / flops[0]:.2f}",
+        _interval(row.get("psnr"), "{:.1f}", " dB"),
+        _interval(row.get("ssim"), "{:.3f}", ""),
     ]
-    judged = row["judged"]
+    judged, distances = row.get("judged"), row.get("frechet")
     if judged is None:
-        return " | ".join([*cells, "-", "- |"])
+        change = f"{distances['before']:.2f} to {distances['after']:.2f}" if distances else "-"
+        return " | ".join([*cells, "-", f"{change} |"])
     points = {k: 100 * v for k, v in judged["accuracy"]["difference"].items()}
     share = 100 * judged["accuracy"]["after"]["estimate"]
     right = f"{share:.1f} % ({points['low']:+.1f} to {points['high']:+.1f})"
@@ -127,7 +131,7 @@ def _methods() -> str:
         lines.append(f"| {what} | {_quality(m)}")
     measured = [row["measured"] for row in rows]
     where = "; ".join(f"{m}, {h}, {t} thread(s)" for m, h, t in conditions(measured))
-    baseline = next((_baseline(m["judged"]) for m in measured if m["judged"]), "")
+    baseline = next((_baseline(m["judged"]) for m in measured if m.get("judged")), "")
     return "\n".join([*lines, "", f"Measured on: {where}. {_CAPTION}{baseline}"])
 
 
@@ -194,6 +198,32 @@ def _beside_on(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _rows_on(result: dict[str, Any], said: str) -> str:
+    """Every row of a study under a sentence."""
+    env = result["environment"]
+    where = f"{result['model']}, {env['hardware']}, {env['threads']} thread(s)"
+    lines = [f"{said} ({where}, {result['samples']} samples):", "", f"| what is on | {QUALITY}"]
+    lines.append(f"|---|{RULE}")
+    lines += [f"| {label} | {_quality(row)}" for label, row in result["rows"].items()]
+    judged = next((r["judged"] for r in result["rows"].values() if r["judged"]), None)
+    return "\n".join([*lines, "", _baseline(judged).strip() if judged else ""]).rstrip()
+
+
+def _students_on(result: dict[str, Any]) -> str:
+    return _rows_on(
+        result,
+        f"Distilled students against their teacher's {result['steps']} steps with guidance "
+        f"{result['guidance']:g}; the controls are the teacher in as few",
+    )
+
+
+def _leaps_on(result: dict[str, Any]) -> str:
+    return _rows_on(
+        result,
+        f"Leaps against all {result['steps']} Euler steps; the controls take as many steps evenly",
+    )
+
+
 def _waterfall_on(result: dict[str, Any]) -> str:
     bars = [f"{k} {r['speedup']['estimate']:.2f}x" for k, r in result["rows"].items()]
     device = "cpu" if result == read("waterfall") else "cuda"
@@ -237,11 +267,16 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "beside": lambda: _every_device("native", _beside_on),
     "overhead": lambda: _every_device("overhead", _overhead_on),
     "kills": _kills,
+    "students": lambda: _every_device("tdm", _students_on),
+    "time_shift": lambda: _every_device("time_shift", sampler_tables.time_shift),
+    "one_more_step": lambda: _every_device("one_more_step", sampler_tables.one_more_step),
+    "leap": lambda: _every_device("leap", _leaps_on),
 }
+PAGES = ("README.md", "benchmarks/README.md")
 
 
-def render_readme(text: str) -> str:
-    """README with every generated block renewed. Raises ``KeyError`` for an unknown block."""
+def render_page(text: str) -> str:
+    """A page with every generated block renewed. Raises ``KeyError`` for an unknown block."""
 
     def renew(match: re.Match[str]) -> str:
         return f"{match[1]}\n{BLOCKS[match[2]]()}\n{match[3]}"
@@ -252,7 +287,8 @@ def render_readme(text: str) -> str:
 
 def outputs() -> dict[Path, str]:
     """Every generated file with its content."""
-    files = {ROOT / "README.md": render_readme((ROOT / "README.md").read_text("utf-8"))}
+    pages = (ROOT / page for page in PAGES)
+    files = {page: render_page(page.read_text("utf-8")) for page in pages}
     for package in OWN:
         rows = index_rows(package)
         files[ROOT / package / INDEX_FILE] = json.dumps(rows, indent=1) + "\n"

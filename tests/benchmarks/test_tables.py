@@ -21,12 +21,12 @@ def test_everything_generated_is_up_to_date():
 
 def test_a_figure_typed_by_hand_is_overwritten():
     text = "a\n<!-- generated: kills -->\n999 of 999\n<!-- end -->\nb\n"
-    made = tables.render_readme(text)
+    made = tables.render_page(text)
     assert "999" not in made
     assert made.startswith("a\n<!-- generated: kills -->\n")
     assert made.endswith("\n<!-- end -->\nb\n")
     with pytest.raises(KeyError):
-        tables.render_readme("<!-- generated: nothing -->\n<!-- end -->")
+        tables.render_page("<!-- generated: nothing -->\n<!-- end -->")
 
 
 def _run(monkeypatch, *arguments):
@@ -39,15 +39,25 @@ def copy_of_root(tmp_path, monkeypatch):
     for package in tables.OWN:
         (tmp_path / package).mkdir()
         shutil.copy(tables.ROOT / package / INDEX_FILE, tmp_path / package)
-    shutil.copy(tables.ROOT / "README.md", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    for page in tables.PAGES:
+        shutil.copy(tables.ROOT / page, tmp_path / page)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("block", ["methods", "beside", "overhead", "kills"])
-def test_one_digit_changed_in_readme_is_found(copy_of_root, monkeypatch, block, capsys):
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [
+        ("README.md", "methods"),
+        ("README.md", "kills"),
+        ("benchmarks/README.md", "beside"),
+        ("benchmarks/README.md", "overhead"),
+    ],
+)
+def test_one_digit_changed_in_a_page_is_found(copy_of_root, monkeypatch, page, block, capsys):
     assert _run(monkeypatch, "--check") == 0
-    readme = copy_of_root / "README.md"
+    readme = copy_of_root / page
     good = readme.read_text("utf-8")
     begin = good.index(f"<!-- generated: {block} -->")
     place = re.compile(r"\d").search(good, begin)
@@ -55,7 +65,7 @@ def test_one_digit_changed_in_readme_is_found(copy_of_root, monkeypatch, block, 
     digit = str((int(place[0]) + 1) % 10)
     readme.write_text(good[: place.start()] + digit + good[place.end() :], "utf-8")
     assert _run(monkeypatch, "--check") == 1
-    assert "README.md" in capsys.readouterr().out
+    assert page in capsys.readouterr().out
     assert _run(monkeypatch) == 0
     assert readme.read_text("utf-8") == good
 
