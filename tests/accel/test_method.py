@@ -287,3 +287,10 @@ def test_detach_twice_and_report_after():
     live.detach()
     live.detach()
     assert live.report()["members"][0]["runs"][0]["computed"] > 0
+
+
+def test_what_methods_change_in_a_call_adds_up(monkeypatch):
+    monkeypatch.setattr(Taker, "call_changes", lambda self: {"guidance_scale": 1.0})
+    monkeypatch.setattr(Other, "call_changes", lambda self: {"eta": 0.5})
+    assert Recipe((Taker(), Other())).call_changes() == {"guidance_scale": 1.0, "eta": 0.5}
+    assert Recipe(()).call_changes() == {}

@@ -119,6 +119,16 @@ def test_a_recipe_acts_and_reports(run):
     assert touched["fallback"] is None
 
 
+def test_what_a_recipe_changes_in_the_call_is_done_and_said(run, monkeypatch):
+    monkeypatch.setattr(Touch, "call_changes", lambda self: {"guidance_scale": 1.0})
+    _, before = run()
+    _, after = run(Touch(0.9))
+    nfe = [sidecar["report"]["runs"][0]["nfe"] for sidecar in (before, after)]
+    assert nfe == [4, 2], "guided, and without guidance"
+    assert "the recipe called with guidance_scale=1.0" in after["notes"]
+    assert before["notes"] == []
+
+
 def test_a_recipe_for_the_autoencoder_is_there_when_it_decodes(run, tiny_model):
     result, sidecar = run(TouchDecoder())
     pipe = accel.load(tiny_model)
