@@ -18,22 +18,22 @@ from accel import zoo
 from accel.loop import newest_checkpoint
 from accel.measure import hardware
 from accel.zoo.ship import MODELS, model, ship
-from accel.zoo.training import SETTINGS, TRAINING, Preset, Training
+from accel.zoo.training import SETTINGS, TRAINING, LastStage, Preset, Training
 
 PRESETS = ("cpu", "gpu", "smoke")
 SCRATCH, SHIPPED = "scratch", "shipped"
 
 
-def _limited(preset: Preset, stages: tuple[str, ...], steps, minutes, batch) -> Preset:
-    """The preset with the last stage limited as the command line says."""
+def _limited(preset: Preset, stage: str, steps, minutes, batch) -> Preset:
+    """The preset with one stage limited as the command line says."""
     changed = dict(preset.stages)
-    last = changed[stages[-1]]
+    last = changed[stage]
     if steps is not None or minutes is not None:
         loop = dataclasses.replace(last.loop, steps=steps, minutes=minutes)
         last = dataclasses.replace(last, loop=loop)
     if batch is not None:
         last = dataclasses.replace(last, batch=batch)
-    changed[stages[-1]] = last
+    changed[stage] = last
     return dataclasses.replace(preset, stages=changed)
 
 
@@ -64,9 +64,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--out", type=Path, help="default: out/NAME")
     parser.add_argument("--again", help="the stage that --start goes on with; default: the last")
-    parser.add_argument("--steps", type=int, help="of the last stage")
-    parser.add_argument("--minutes", type=float, help="of the last stage")
-    parser.add_argument("--batch", type=int, help="of the last stage")
+    parser.add_argument("--until", help="the stage to end with; default: the last")
+    parser.add_argument("--steps", type=int, help="of the stage it ends with")
+    parser.add_argument("--minutes", type=float, help="of the stage it ends with")
+    parser.add_argument("--batch", type=int, help="of the stage it ends with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument(
@@ -79,18 +80,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, then writes the model to OUT/shipped."""
+    """Trains, then writes the model to OUT/shipped, if it trained to the end."""
     args = parse(argv)
     args.out = args.out or Path("out") / args.name
     made = model(args.name)
     stages = made.stages
-    preset = _limited(made.presets[args.preset], stages, args.steps, args.minutes, args.batch)
+    until = args.until or stages[-1]
+    if until not in stages:
+        raise SystemExit(f"--until {until}: names one of {stages}")
+    preset = _limited(made.presets[args.preset], until, args.steps, args.minutes, args.batch)
     if not args.resume and any(newest_checkpoint(args.out / stage) for stage in stages):
         raise SystemExit(f"{args.out} holds a training already; add --resume or name another")
     run = Training(args.name, preset, args.out, seed=args.seed)
     run.resume = args.resume
     run.shipped = _start(args.start, args.name)
-    run.first = args.again or run.first
+    run.first, run.last = args.again or run.first, until
     if run.first not in stages or (args.again and not run.shipped):
         raise SystemExit(f"--again {run.first}: goes with --start, and names one of {stages}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         _check_same_run(args.out / SETTINGS, settings)
     (args.out / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-    made.train(run)
+    try:
+        made.train(run)
+    except LastStage:
+        print(f"{until} is done; accel.zoo.ship writes what there is", flush=True)
+        return
     ship(args.name, args.out, args.out / "shipped")
 
 

@@ -53,6 +53,10 @@ class Model:
         return tuple(self.presets["cpu"].stages)
 
 
+class LastStage(Exception):
+    """The stage that a training was to end with is done."""
+
+
 class Training:
     """One model's training below one folder."""
 
@@ -63,10 +67,13 @@ class Training:
         self.device = torch.device(preset.device)
         self.resume = False
         self.shipped: Path | None = None  # the folder a warm restart begins with
-        self.first = list(preset.stages)[-1]  # the stage it goes on with
+        self.first = self.last = list(preset.stages)[-1]  # the stages it goes on and ends with
 
     def stage(self, stage: str, model: nn.Module, loss) -> dict[str, torch.Tensor]:
-        """Runs one stage; returns its EMA weights."""
+        """Runs one stage; returns its EMA weights.
+
+        Raises LastStage after the one that the training ends with, where others would follow.
+        """
         start = self.shipped_position(stage)
         weights, position = fit(
             stage,
@@ -80,6 +87,8 @@ class Training:
             start=start,
         )
         draw_curve(stage, position, self.out / f"{stage}.png")
+        if stage == self.last != list(self.preset.stages)[-1]:
+            raise LastStage
         return weights
 
     def shipped_position(self, stage: str) -> Position | None:

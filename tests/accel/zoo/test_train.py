@@ -230,3 +230,12 @@ def test_fresh_transformer_predicts_zero():
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     out = model(x, timestep=torch.tensor([3, 700]), class_labels=torch.tensor([0, NULL_CLASS]))
     assert out.sample.abs().max() == 0
+
+
+def test_a_training_ends_with_the_stage_it_was_told_to(tmp_path):
+    out = tmp_path / "dit"
+    train.main(["digits-dit", "--preset", "smoke", "--out", str(out), "--until", "autoencoder"])
+    assert newest_checkpoint(out / "autoencoder") is not None
+    assert not (out / "denoiser").exists()
+    with pytest.raises(SystemExit, match="names one of"):
+        train.main(["digits-dit", "--out", str(tmp_path / "other"), "--until", "nothing"])

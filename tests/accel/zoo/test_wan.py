@@ -20,6 +20,7 @@ from accel.zoo.wan import (
     WanConfig,
     kept_pool,
     tokenize,
+    windows,
 )
 from accel.zoo.wan_text import MAX_LENGTH, TextConfig
 
@@ -28,7 +29,7 @@ PROMPT = "a red three moving left on a dark background"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All four stages in miniature; the video is noise, the folder is stock."""
+    """All five stages in miniature; the video is noise, the folder is stock."""
     out = tmp_path_factory.mktemp("wan")
     train.main(["digits-wan", "--preset", "smoke", "--out", str(out)])
     return out
@@ -48,7 +49,7 @@ def test_digits_wan_is_trained_shipped_and_loaded_from_nothing(folder):
             was = trained[f"{part}.{name}"]
             assert torch.allclose(weight, was, rtol=2**-11, atol=2**-25), name
     record = json.loads((folder / "shipped" / "training.json").read_text())
-    assert list(record["stages"]) == ["autoencoder", "clips", "pictures", "videos"]
+    assert list(record["stages"]) == ["autoencoder", "clips", "pictures", "windows", "videos"]
     assert {s["step"] for s in record["stages"].values()} == {2}
 
 
@@ -78,6 +79,7 @@ def test_a_warm_restart_goes_on_with_the_stage_that_is_named(folder, tmp_path):
         "autoencoder": 2,
         "clips": 4,
         "pictures": 4,
+        "windows": 4,
         "videos": 4,
     }
 
@@ -170,3 +172,16 @@ def test_fresh_networks_predict_zero_and_have_the_designs_tokens():
         v = model(x, torch.tensor([500.0]), tokenize([PROMPT]), SHORT)
     assert np.array_equal(v, torch.zeros_like(x))
     assert seen[0].shape[1] == 1280
+
+
+def test_windows_hold_what_differs_from_the_rest():
+    x = torch.zeros(3, 6, 5, 16, 16)
+    places = [(2, 3), (8, 8), (15, 12)]
+    for sample, (row, column) in zip(x, places, strict=True):
+        sample[:, :, row, column] = 1.0
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        parts = windows(x, 10, g)
+        assert parts.shape == (3, 6, 5, 10, 10)
+        assert (parts.sum((2, 3, 4)) == 5).all(), "the one busy place is in every window"
+    assert len({windows(x, 10, g)[1].argmax().item() for _ in range(20)}) > 3, "it moves"
