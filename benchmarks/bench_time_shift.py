@@ -1,6 +1,6 @@
 """Time-shift and its baselines on ``zoo:digits-ddpm``: Frechet distance at few steps.
 
-    python -m benchmarks.bench_time_shift [--samples 2000] [--sets 3] [--only DDIM]
+    python -m benchmarks.bench_time_shift [--samples 2000] [--sets 3] [--only DDIM] [--steps 10]
 
 What is adopted (window, cutoff and variant; the constant offset; the scale of epsilon scaling) is
 chosen on other seeds with the other judge, ``digits-judge``, then measured with the referee: each
@@ -12,7 +12,8 @@ pictures of the same time.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,11 +34,11 @@ from accel.loading import zoo_path
 from accel.measure import environment, load_average, paired_time
 from accel.method import Method, attached
 from accel.metrics.distribution import frechet
-from accel.metrics.protocol import Protocol
+from accel.metrics.protocol import Protocol, require_same
 from accel.zoo.judge import AttributeJudge, judge, to_tensor
 from accel.zoo.world import DigitWorld
 from benchmarks.digits_study import weights_sha256
-from benchmarks.results_file import write
+from benchmarks.results_file import read, write
 from samplers.epsilon_scaling import EpsilonScaling
 from samplers.shifted_time import TimeShiftPNDMScheduler
 from samplers.time_shift import TimeShift
@@ -50,6 +51,7 @@ CHOOSING_SEED, SEED = 7_000_000, 1_000_000
 STEPS = 10
 OTHER_STEPS = (5, 20, 50)
 SCALES = (1.0025, 1.005, 1.01, 1.02, 1.04)
+WINDOWS, CUTOFFS = (0.1, 0.2, 0.4, 0.8), (200, 400, 600)
 SAMPLERS = ("DDIM", "F-PNDM", "S-PNDM", "DDPM")
 CHOSEN_FOR = ("DDIM", "F-PNDM")
 
@@ -81,24 +83,35 @@ def inputs(samples: int, steps: int) -> list[dict[str, Any]]:
     return [call] * (samples // BATCH)
 
 
-def candidates(steps: int, v0: float) -> tuple[TimeShift, ...]:
-    """Windows in shares of the stride between steps, with the paper's and higher cutoffs."""
+def candidates(steps: int, v0: float) -> list[Callable[[TimeShift], tuple[TimeShift, ...]]]:
+    """What is chosen in turn, each with what was chosen before: variant, window, cutoff.
+
+    Windows are shares of the stride between steps; cutoffs the paper's and higher ones.
+    """
     stride = 1000 // steps
-    return tuple(
-        TimeShift(window, cutoff, variant, model, v0 if model == "signal" else None)
-        for variant, model in (("paper", "signal"), ("paper", "noise"), ("pnm", "noise"))
-        for window in sorted({max(2, round(share * stride)) for share in (0.1, 0.2, 0.4, 0.8)})
-        for cutoff in (200, 400, 600)
-    )
+    windows = sorted({max(2, round(share * stride)) for share in WINDOWS})
+
+    def variants(best: TimeShift) -> tuple[TimeShift, ...]:
+        kinds = (("paper", "signal"), ("paper", "noise"), ("pnm", "noise"))
+        return tuple(
+            TimeShift(best.window, best.cutoff, variant, model, v0 if model == "signal" else None)
+            for variant, model in kinds
+        )
+
+    return [
+        variants,
+        lambda best: tuple(dataclasses.replace(best, window=w) for w in windows),
+        lambda best: tuple(dataclasses.replace(best, cutoff=c) for c in CUTOFFS),
+    ]
 
 
 def constants(steps: int) -> tuple[TimeShift, ...]:
     """The control: always half a window, whatever the sample's variance."""
     stride = 1000 // steps
     return tuple(
-        TimeShift(window, cutoff, "constant")
-        for window in sorted({max(2, round(share * stride)) for share in (0.1, 0.2, 0.4, 0.8)})
-        for cutoff in (200, 400, 600)
+        TimeShift(max(2, round(share * stride)), cutoff, "constant")
+        for share in WINDOWS
+        for cutoff in CUTOFFS[:2]
     )
 
 
@@ -142,6 +155,17 @@ class Draws:
         """Network evaluations of one sample."""
         self.pipe.scheduler.set_timesteps(steps)
         return len(self.pipe.scheduler.timesteps)
+
+    def choose_shift(self, steps: int, v0: float) -> Method | None:
+        """Variant, window and cutoff, one after the other; None where nothing beats none."""
+        stride = 1000 // steps
+        best = TimeShift(max(2, round(0.4 * stride)), 400)
+        found: Method | None = None
+        for offered in candidates(steps, v0):
+            chosen = self.choose(steps, offered(best))
+            if isinstance(chosen, TimeShift):
+                best = found = chosen
+        return found
 
     def choose(self, steps: int, offered: tuple[Any, ...]) -> Method | None:
         """The best of those offered on the choosing seeds, if any beats none in both halves."""
@@ -259,17 +283,17 @@ def protocol(samples: int, sets: int) -> dict[str, Any]:
     ).as_json()
 
 
-def measure(samples: int, sets: int, only: str) -> list[dict[str, Any]]:
-    """Every row; `only`: of the samplers whose name holds this."""
+def measure(samples: int, sets: int, only: str, at: list[int]) -> list[dict[str, Any]]:
+    """Every row; `only`: of the samplers whose name holds this; `at`: numbers of steps."""
     rows, v0 = [], clean_variance()
     for sampler in (name for name in SAMPLERS if only in name):
         draws = Draws(sampler)
         steps_list = (STEPS, *OTHER_STEPS) if sampler in CHOSEN_FOR else (STEPS, 20)
-        for steps in steps_list:
+        for steps in (s for s in steps_list if not at or s in at):
             main = sampler in CHOSEN_FOR and steps == STEPS
             size = (samples, sets) if main else (samples // 2, 1)
             rows.append(draws.row("base", None, steps, *size))
-            best = draws.choose(steps, candidates(steps, v0))
+            best = draws.choose_shift(steps, v0)
             rows.append(draws.row("time-shift", best, steps, *size))
             if main:
                 rows.append(
@@ -278,11 +302,26 @@ def measure(samples: int, sets: int, only: str) -> list[dict[str, Any]]:
                 scales = tuple(EpsilonScaling(scale) for scale in SCALES)
                 best = draws.choose(steps, scales)
                 rows.append(draws.row("epsilon scaling", best, steps, *size))
-        if sampler == "DDIM":
+        if sampler == "DDIM" and (not at or STEPS in at):
             for variant in ("paper", "pnm", "adm", "constant"):
                 method = TimeShift(40, 200, variant)  # type: ignore[arg-type]
                 rows.append(draws.row(f"{variant} 40, 200", method, STEPS, samples // 2, 1))
     return rows
+
+
+def with_others(rows: list[dict[str, Any]], own: dict[str, Any]) -> list[dict[str, Any]]:
+    """New rows, and those of the file that they do not replace.
+
+    Raises ValueError where those are of another protocol.
+    """
+    old = read("time_shift")
+    if old is None:
+        return rows
+    require_same(Protocol.read(old["protocol"]), Protocol.read(own))
+    made = {(r["sampler"], r["steps"], r["setting"]) for r in rows}
+    kept = [r for r in old["rows"] if (r["sampler"], r["steps"], r["setting"]) not in made]
+    order = {name: i for i, name in enumerate(SAMPLERS)}
+    return sorted([*kept, *rows], key=lambda r: (order[r["sampler"]], r["steps"]))
 
 
 def main() -> None:
@@ -291,10 +330,13 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="samplers whose name holds this")
+    parser.add_argument("--steps", type=int, nargs="*", default=[], help="only these")
     given = parser.parse_args()
     torch.set_num_threads(1)
     load = load_average()
-    rows = measure(given.samples, given.sets, given.only)
+    rows = measure(given.samples, given.sets, given.only, given.steps)
+    if given.only or given.steps:
+        rows = with_others(rows, protocol(given.samples, given.sets))
     content = {
         "protocol": protocol(given.samples, given.sets),
         "model": MODEL,

@@ -19,13 +19,17 @@ few = pytest.mark.filterwarnings("ignore::accel.metrics.distribution.FewSamplesW
 
 def test_candidates_scale_with_the_stride_and_have_no_twins():
     for steps, widest in ((5, 160), (10, 80), (50, 16)):
-        offered = bench_time_shift.candidates(steps, v0=0.3)
-        assert len(set(offered)) == len(offered)
-        assert max(method.window for method in offered) == widest
-        assert {m.v0 for m in offered if m.variance_model == "signal"} == {0.3}
+        best = TimeShift(30, 300)
+        variants, windows, cutoffs = (f(best) for f in bench_time_shift.candidates(steps, v0=0.3))
+        assert {(m.window, m.cutoff) for m in variants} == {(30, 300)}
+        assert {m.v0 for m in variants if m.variance_model == "signal"} == {0.3}
+        assert max(m.window for m in windows) == widest
+        assert {m.cutoff for m in cutoffs} == set(bench_time_shift.CUTOFFS)
         controls = bench_time_shift.constants(steps)
         assert {m.variant for m in controls} == {"constant"}
-        assert {(m.window, m.cutoff) for m in controls} == {(m.window, m.cutoff) for m in offered}
+        assert {m.window for m in controls} == {m.window for m in windows}
+        for offered in (variants, windows, cutoffs, controls):
+            assert len(set(offered)) == len(offered)
 
 
 def test_a_row_has_a_distance_for_each_set():
@@ -63,6 +67,20 @@ def test_what_beats_nothing_is_not_chosen(monkeypatch):
     draws = bench_time_shift.Draws("DDIM")
     assert draws.choose(3, (EpsilonScaling(3.0),)) is None
     assert draws.choose(3, (TimeShift(600, 0, "constant"),)) is None
+
+
+def test_new_rows_stand_beside_those_of_the_same_protocol_only(monkeypatch):
+    def row(sampler, steps, setting, distance):
+        return {"sampler": sampler, "steps": steps, "setting": setting, "frechet": [distance]}
+
+    own = bench_time_shift.Protocol(model="m", inputs="i", samples=4, seeds="s").as_json()
+    old = [row("DDIM", 10, "base", 1.0), row("DDIM", 20, "base", 2.0), row("DDPM", 10, "base", 3.0)]
+    monkeypatch.setattr(bench_time_shift, "read", lambda name: {"protocol": own, "rows": old})
+    joined = bench_time_shift.with_others([row("DDIM", 10, "base", 9.0)], own)
+    assert [r["frechet"] for r in joined] == [[9.0], [2.0], [3.0]]
+    other = bench_time_shift.Protocol(model="m", inputs="i", samples=5, seeds="s").as_json()
+    with pytest.raises(ValueError, match="samples"):
+        bench_time_shift.with_others([], other)
 
 
 @shipped
