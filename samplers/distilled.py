@@ -13,7 +13,7 @@ from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
 from samplers.distillation import merge
 from samplers.few_step import few_step_scheduler
-from samplers.host import check_step_call
+from samplers.host import check_step_call, check_steps_asked, sample_generators
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Distilled(Method):
             raise ValueError(f"Distilled.steps = {self.steps}: at least 1")
 
     def call_changes(self) -> dict[str, Any]:
-        return dict(Artifact.load(self.artifact).settings["call"])
+        artifact = Artifact.load(self.artifact)
+        steps = self.steps or len(artifact.grid)
+        return {**artifact.settings["call"], "num_inference_steps": steps}
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
         slot = denoisers(pipe)[0].slot
@@ -63,6 +65,7 @@ class Distilled(Method):
         scheduler = few_step_scheduler(pipe, artifact.grid, artifact.settings["eta"])
         check_step_call(pipe, scheduler)
         live.guidance = artifact.settings["guidance"]
+        live.noisy = artifact.settings["eta"] < 1
         live.patch.swap(pipe, "scheduler", scheduler)
         live.patch.around(scheduler, "set_timesteps", live.set_timesteps)
         live.patch.around(scheduler, "step", live.step)
@@ -76,17 +79,19 @@ class _LiveStudent(Attached):
     denoiser: Denoiser
     steps: int
     guidance: float  # that is built in
+    noisy: bool  # whether its steps take fresh noise
     rows = 0  # of denoiser calls since the last step
     asked: int | None = None
+    generators: list[Any] | None = None  # where the pipeline gives none
 
     def on_run(self, run: Run) -> None:
-        self.rows = 0
+        self.rows, self.generators = 0, None
         self.detail["steps_asked"] = self.asked
 
     def set_timesteps(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
         """Around ``scheduler.set_timesteps``: the student's own steps.
 
-        Raises ValueError for a call with timesteps of its own.
+        Raises ValueError for a call with timesteps of its own, or that skips some of more steps.
         """
         given = inspect.signature(call_next).bind(*args, **kwargs).arguments
         if given.pop("timesteps", None) is not None:
@@ -95,6 +100,7 @@ class _LiveStudent(Attached):
             )
         given.pop("sigmas", None)  # some pipelines lay a grid whatever is asked of them
         self.asked = given.get("num_inference_steps")
+        check_steps_asked(self._pipe(), self.asked, self.steps)
         return call_next(**{**given, "num_inference_steps": self.steps})
 
     def call(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -113,11 +119,19 @@ class _LiveStudent(Attached):
         return call_next(*args, **kwargs)
 
     def step(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Around ``scheduler.step``. Raises ValueError under guidance."""
+        """Around ``scheduler.step``: fresh noise follows from the sample where no generator comes.
+
+        Raises ValueError under guidance.
+        """
         sample = args[2] if len(args) > 2 else kwargs["sample"]
         if self._in_run and self.rows > len(sample):
             self._refuse_guidance()
         self.rows = 0
+        if self.noisy and kwargs.get("generator") is None:
+            if self.generators is None or len(self.generators) != len(sample):
+                self.count("syncs")
+                self.generators = sample_generators(sample)
+            kwargs["generator"] = self.generators
         return call_next(*args, **kwargs)
 
     def _refuse_guidance(self) -> None:

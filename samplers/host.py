@@ -39,6 +39,20 @@ def check_step_call(pipe: Any, scheduler: Any) -> None:
         )
 
 
+def check_steps_asked(pipe: Any, asked: Any, steps: int) -> None:
+    """Raises ValueError where a pipeline reckons with the steps it was asked for, not those laid.
+
+    With a ``strength`` it skips a share of the number it was asked for: of 20 steps instead of 50,
+    all would be skipped.
+    """
+    reckons = "strength" in inspect.signature(type(pipe).__call__).parameters
+    if reckons and asked != steps:
+        raise ValueError(
+            f"{type(pipe).__name__} skips steps by the number it is asked for ({asked}), but "
+            f"{steps} are made; call it with num_inference_steps={steps}"
+        )
+
+
 def noise_scale(scheduler: Any) -> float:
     """Standard deviation of the noise a scheduler wants to start from (flow: 1)."""
     if not hasattr(scheduler, "init_noise_sigma"):
@@ -82,3 +96,10 @@ def sample_seed(sample: Any) -> int:
 
     data = sample.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1
+
+
+def sample_generators(sample: Any) -> list[Any]:
+    """A generator for each sample (n, ...), seeded from its content. Waits for the device."""
+    import torch
+
+    return [torch.Generator("cpu").manual_seed(sample_seed(row)) for row in sample]

@@ -21,9 +21,10 @@ from accel.settings import Settings
 from samplers.host import (
     carried,
     check_step_call,
+    check_steps_asked,
     is_flow,
     noise_scale,
-    sample_seed,
+    sample_generators,
     scales_initial_noise,
 )
 
@@ -120,7 +121,8 @@ class _LiveSwap(Attached):
         """Around ``scheduler.set_timesteps``: lays the grid with our number of steps.
 
         Raises:
-            ValueError: the pipeline (or its caller) gives a grid of its own.
+            ValueError: the pipeline (or its caller) gives a grid of its own, or skips steps by
+                the number asked for.
         """
         method = self.method
         assert isinstance(method, SwapScheduler)
@@ -132,6 +134,8 @@ class _LiveSwap(Attached):
                 f"({own[0]}=...); set num_inference_steps in the call instead"
             )
         asked = given.get("num_inference_steps")
+        assert method.steps is not None  # else this is not around it
+        check_steps_asked(self._pipe(), asked, method.steps)
         self.steps_asked = None if asked == method.steps else asked
         return call_next(**{**given, "num_inference_steps": method.steps})
 
@@ -146,12 +150,9 @@ class _LiveSwap(Attached):
         return call_next(*args, **kwargs)
 
     def _own_generators(self, sample: Any) -> list[Any]:
-        import torch
-
         if self._generators is None or len(self._generators) != len(sample):
             self.count("syncs")
-            seeds = [sample_seed(row) for row in sample]
-            self._generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+            self._generators = sample_generators(sample)
         return self._generators
 
 

@@ -14,7 +14,7 @@ from samplers.distilled import Distilled
 from samplers.few_step import FewStepScheduler
 
 
-def student(folder, name="dit", *, low_rank=False, method=None, **settings):
+def student(folder, name="dit", *, low_rank=False, method=None, eta=1.0, **settings):
     """A method with an artifact as a training writes it: weights a little off the teacher's."""
     module = denoisers(tiny(name).pipe)[0].module
     own = dict(module.named_parameters())
@@ -33,7 +33,7 @@ def student(folder, name="dit", *, low_rank=False, method=None, **settings):
         fingerprint=Fingerprint.of(module),
         tensors=tensors,
         grid=(899.0, 599.0, 299.0),
-        settings={"eta": 1.0, "guidance": 4.0, "call": {"guidance_scale": 1.0}},
+        settings={"eta": eta, "guidance": 4.0, "call": {"guidance_scale": 1.0}},
     )
     return Distilled(artifact.save(folder / f"{name}.safetensors"), **settings)
 
@@ -147,3 +147,26 @@ def test_measured_against_the_guided_teacher(tmp_path):
     result = compare(tiny("dit").pipe, student(tmp_path), inputs, rounds=1)
     assert result.nfe == (5 * 2 * 2, 3 * 2)
     assert result.flops[1] < result.flops[0]
+
+
+def test_fresh_noise_follows_from_the_seed_alone(tmp_path):
+    """DiT gives its scheduler no generator."""
+    host, method = tiny("dit"), student(tmp_path, eta=0.3)
+    with accel.attached(method, host.pipe):
+        state = torch.get_rng_state()
+        first = host.run(guidance_scale=1.0)
+        again = host.run(guidance_scale=1.0)
+        assert torch.equal(state, torch.get_rng_state()), "the global generator is not touched"
+    assert_equal(first, again, "the same seed")
+    with accel.attached(student(tmp_path), host.pipe):
+        assert not torch.equal(first, host.run(guidance_scale=1.0)), "eta does nothing"
+
+
+def test_image_to_image_takes_the_last_of_the_student_s_steps(tmp_path):
+    host = tiny("sd-img2img")
+    method = student(tmp_path, "sd-img2img")
+    with accel.attached(method, host.pipe) as live:
+        host.run(strength=0.7, **method.call_changes())
+        assert live.report()["runs"][0]["steps"] == 2
+        with pytest.raises(ValueError, match="num_inference_steps=3"):
+            host.run(strength=0.7, guidance_scale=1.0, num_inference_steps=50)

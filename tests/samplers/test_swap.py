@@ -188,3 +188,13 @@ def test_composes_with_a_cache():
         host.run()
         report = live.report()
     assert [m["effect"] for m in report["members"]] == ["some", "some"]
+
+
+def test_steps_of_its_own_where_the_pipeline_reckons_with_those_asked():
+    """50 asked at strength 0.6 skip 20: of ten steps, all."""
+    host = tiny("sd-img2img")
+    with accel.attached(SwapScheduler("DPMSolverMultistepScheduler", steps=10), host.pipe) as live:
+        with pytest.raises(ValueError, match="num_inference_steps=10"):
+            host.run(num_inference_steps=50, strength=0.6)
+        host.run(num_inference_steps=10, strength=0.6)
+        assert live.report()["runs"][-1]["steps"] == 6
