@@ -12,7 +12,7 @@ from samplers.time_shift import TimeShift
 
 SHOWN = ("DDIM", 10)  # of time-shift: what stands in the list of methods
 SHOWN_STEPS = 20  # of One More Step
-SHIPPED = "network, spread"
+SHIPPED = "mean, spread"
 
 
 def measured_by_distance(name: str) -> dict[str, Any] | None:

@@ -18,7 +18,9 @@ from samplers.host import check_step_call, check_steps_asked, sample_generators
 
 @dataclass(frozen=True)
 class Distilled(Method):
-    """``artifact`` of a training (``samplers.tdm``); ``steps``: fewer than it was trained for.
+    """Sample in a few steps with a student's weights.
+
+    ``artifact`` of a training (``samplers.tdm``); ``steps``: fewer than it was trained for.
 
     The number of steps is the student's, whatever a call asks for. Its guidance is built in: jobs
     and measurements are called without, and a call of your own with guidance is refused. Weights

@@ -25,7 +25,9 @@ Scope = Literal["full", "official"]
 
 @dataclass(frozen=True)
 class Leap(Method):
-    """``after``: share of the steps (0 to 1) that are walked; none: leap when v is steady.
+    """Walk the rest of a flow's path in one step.
+
+    ``after``: share of the steps (0 to 1) that are walked before; none: leap when v is steady.
 
     Steady is: from ``earliest`` (a share, too) on, ``patience`` steps without an improvement of the
     cosine by ``tolerance``. ``scope`` of the cosine: "full" takes all of v, of the least steady

@@ -41,9 +41,10 @@ Kind = Literal["mean", "clusters", "network"]
 
 @dataclass(frozen=True)
 class OneMoreStep(Method):
-    """``artifact`` of ``calibrate``; ``spread``: draw around the mean, 0 to 1 of the real spread.
+    """Put the signal that training has at its last time into the first noise.
 
-    ``guidance`` over the mean of the empty prompt. ``official``: noise is scaled as in the authors'
+    ``artifact`` of ``calibrate``; ``spread``: draw around the mean, 0 to 1 of the real spread;
+    ``guidance`` over the mean of the empty prompt; ``official``: noise is scaled as in the authors'
     code, by 1 - abar instead of its root.
     """
 

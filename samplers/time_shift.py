@@ -20,7 +20,9 @@ from samplers.host import check_step_call
 
 @dataclass(frozen=True)
 class TimeShift(Method):
-    """``window`` and ``cutoff`` in timesteps, ``variant`` as in ``samplers.shifted_time``;
+    """Tell the network the time that a sample's variance shows.
+
+    ``window`` and ``cutoff`` in timesteps, ``variant`` as in ``samplers.shifted_time``;
     ``variance_model`` "signal" counts the data's own variance ``v0``; ``scheduler``: a diffusers
     class name, instead of the pipeline's own.
 

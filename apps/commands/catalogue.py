@@ -94,6 +94,9 @@ def _measured(measured: object) -> str:
     if not isinstance(measured, dict):
         return "not measured yet"
     figures = [f"{key} {_figure(measured[key])}" for key in _FIGURES if measured.get(key)]
+    distances = measured.get("frechet") or (measured.get("judged") or {}).get("frechet")
+    if distances:
+        figures.append(f"Frechet {distances['before']:.3g} -> {distances['after']:.3g}")
     where = ", ".join(
         str(measured[key]) for key in ("setting", "model", "hardware") if key in measured
     )
