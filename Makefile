@@ -24,6 +24,8 @@ bench: $(READY) figures
 	$(PY) -m pytest -m slow
 	$(PY) -m benchmarks.bench_kill
 	$(PY) -m benchmarks.bench_zoo
+	$(PY) -m benchmarks.bench_tdm
+	$(PY) -m benchmarks.bench_one_more_step
 	$(PY) -m benchmarks.tables
 
 # Speeds and qualities of the methods, of peers and of the core: about a quarter of an hour.
@@ -33,7 +35,8 @@ figures: $(READY)
 	$(PY) -m benchmarks.waterfall
 	$(PY) -m benchmarks.bench_overhead
 	set -e; for recipe in recipes/*.yaml; do \
-		$(VENV)/bin/accel measure $$recipe --model zoo:digits-dit; done
+		case $$recipe in */digits-sd-*) model=digits-sd;; *) model=digits-dit;; esac; \
+		$(VENV)/bin/accel measure $$recipe --model zoo:$$model; done
 	$(PY) -m benchmarks.tables
 
 # The same on a machine with an accelerator: figures go to results files of their own.
@@ -42,6 +45,7 @@ gpu: $(READY)
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
 	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers
 	$(PY) -m benchmarks.bench_native --device cuda
+	$(PY) -m benchmarks.bench_tdm --device cuda
 	$(PY) -m benchmarks.waterfall --device cuda
 	$(PY) -m benchmarks.bench_overhead --device cuda
 	$(PY) -m benchmarks.tables

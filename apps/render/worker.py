@@ -165,10 +165,9 @@ class Worker:
         now = time.perf_counter()
         first = marks.get("run", marks["start"])
         notes = [f"{w.category.__name__}: {w.message}" for w in caught if _is_ours(w)]
-        changes = recipe.call_changes() if recipe else {}
-        notes += [f"the recipe called with {name}={value!r}" for name, value in changes.items()]
         return latents, {
             "report": report,
+            "call_changes": recipe.call_changes() if recipe else {},
             "notes": notes + latents.story.get("notes", []),
             "timings": {"encode": first - marks["start"], "denoise": now - first},
         }

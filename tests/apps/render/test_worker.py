@@ -125,8 +125,9 @@ def test_what_a_recipe_changes_in_the_call_is_done_and_said(run, monkeypatch):
     _, after = run(Touch(0.9))
     nfe = [sidecar["report"]["runs"][0]["nfe"] for sidecar in (before, after)]
     assert nfe == [4, 2], "guided, and without guidance"
-    assert "the recipe called with guidance_scale=1.0" in after["notes"]
-    assert before["notes"] == []
+    assert after["call_changes"] == {"guidance_scale": 1.0}
+    assert before["call_changes"] == {}
+    assert after["notes"] == before["notes"] == [], "nothing to warn of"
 
 
 def test_a_recipe_for_the_autoencoder_is_there_when_it_decodes(run, tiny_model):
