@@ -1,9 +1,10 @@
 """Distilled students of ``zoo:digits-dit`` against their teacher, 50 steps with guidance.
 
-    python -m benchmarks.bench_tdm [--samples 1000] [--rounds 7]
+    python -m benchmarks.bench_tdm [--samples 1000] [--rounds 7] [--draw]
 
 Judged accuracy, Frechet distance and speed, as everywhere. The controls are the teacher itself in
-as few steps, guided and with the best solver at hand: what a student has to beat.
+as few steps, guided and with the best solver at hand: what a student has to beat. ``--draw`` only
+draws ``benchmarks/pictures/students.png``: teacher, students, teacher in as few steps.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 import accel
-from accel.measure import environment, load_average
+from accel.measure import Study, environment, load_average
 from accel.method import Recipe
 from benchmarks.digits_study import DDIM, DPM, head, row, study
 from benchmarks.distil import RECIPES
-from benchmarks.results_file import DEVICES, write
+from benchmarks.results_file import DEVICES, RESULTS, write
 from samplers.swap import SwapScheduler
 
 SAMPLES = 1000  # ten of each class
+IN_PICTURE = 20
+PICTURE = RESULTS.parent / "pictures" / "students.png"
 STUDENTS = ("digits-dit-4-steps", "digits-dit-1-step")
 
 
@@ -33,12 +39,29 @@ def rows() -> dict[str, Recipe]:
     return made
 
 
+def draw(study: Study) -> None:
+    """The first batch: the teacher, then every student and the teacher in as many steps."""
+    made = rows()
+    names = (STUDENTS[0], "control: teacher, DDIM 4", STUDENTS[1], "control: teacher, DDIM 1")
+    strips = [study.run().samples, *(study.run(made[name]).samples for name in names)]
+    sheet = torch.cat([torch.cat(list(s[:IN_PICTURE]), dim=2) for s in strips], dim=1)
+    pixels = (255 * sheet).round().to(torch.uint8).movedim(0, -1).numpy()
+    size = (2 * pixels.shape[1], 2 * pixels.shape[0])
+    PICTURE.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(PICTURE)
+    print(f"wrote {PICTURE}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=DEVICES)
+    parser.add_argument("--draw", action="store_true", help="only the picture")
     given = parser.parse_args()
+    if given.draw:
+        draw(study(IN_PICTURE, given.device))
+        return
     load = load_average()
     bench = study(given.samples, given.device)
     measured = {}
