@@ -25,6 +25,7 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_kill
 	$(PY) -m benchmarks.bench_zoo
 	$(PY) -m benchmarks.bench_tdm
+	$(PY) -m benchmarks.bench_tdm --model zoo:digits-sd --samples 300
 	$(PY) -m benchmarks.bench_one_more_step
 	$(PY) -m benchmarks.tables
 

@@ -14,10 +14,12 @@ from accel.loading import zoo_path
 from accel.measure import Comparison, Study
 from accel.method import Recipe
 from accel.settings import Settings
+from accel.zoo.world import caption
 from apps.digits_referee import NAME, digits_referee
 
-MODEL = "zoo:digits-dit"
+MODEL, SD = "zoo:digits-dit", "zoo:digits-sd"
 STEPS, GUIDANCE, BATCH = 50, 3.0, 20
+SD_GUIDANCE = 4.0
 SAMPLES = 200  # two of each class, and enough for a Frechet distance of 64 features
 TIMED = 1  # of the batches
 SEED = 1000
@@ -40,19 +42,35 @@ def inputs(samples: int) -> list[dict[str, Any]]:
     ]
 
 
-def study(samples: int = SAMPLES, device: str = "cpu", referee: str = NAME) -> Study:
+def prompts(samples: int) -> list[dict[str, Any]]:
+    """The same for digits-sd: captions that go round digits, colours and backgrounds."""
+    rows = [(i * STRIDE) % 100 for i in range(samples)]
+    said = [caption(c % 10, c // 10, (c + i) % 5) for i, c in enumerate(rows)]
+    return [
+        {
+            "prompt": said[i : i + BATCH],
+            "num_inference_steps": STEPS,
+            "guidance_scale": SD_GUIDANCE,
+        }
+        for i in range(0, samples, BATCH)
+    ]
+
+
+def study(
+    samples: int = SAMPLES, device: str = "cpu", referee: str = NAME, model: str = MODEL
+) -> Study:
     """The shipped pipeline, one thread, with its inputs and referee."""
     torch.set_num_threads(1)
-    pipe = accel.load(MODEL, device=device)
+    pipe = accel.load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
-    calls = inputs(samples)
+    calls = inputs(samples) if model == MODEL else prompts(samples)
     return Study(
         pipe,
         calls,
         seeds=[SEED + i for i in range(len(calls))],
         timed=TIMED,
         referee=digits_referee(calls, referee),
-        model={"name": MODEL, "weights_sha256": weights_sha256(zoo_path(MODEL))},
+        model={"name": model, "weights_sha256": weights_sha256(zoo_path(model))},
     )
 
 
@@ -86,12 +104,13 @@ def row(recipe: Recipe, result: Comparison, *artifacts: str) -> dict[str, Any]:
 
 def head(study: Study, samples: int, environment: dict[str, Any]) -> dict[str, Any]:
     """What stands above the rows of ``schema.Study``."""
+    protocol = study.protocol()
     return {
         "environment": environment,
-        "protocol": study.protocol().as_json(),
-        "model": MODEL,
+        "protocol": protocol.as_json(),
+        "model": protocol.model["name"],
         "steps": STEPS,
-        "guidance": GUIDANCE,
+        "guidance": protocol.guidance,
         "batch": BATCH,
         "samples": samples,
     }

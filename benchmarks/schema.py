@@ -185,7 +185,7 @@ class Native(Study):
 
 
 class Students(Study):
-    """``tdm.json``: distilled students, and their teacher in as few steps."""
+    """``tdm.json``, ``tdm_sd.json``: distilled students, and their teacher in as few steps."""
 
 
 class Leaps(Study):
@@ -334,6 +334,7 @@ class OneMoreStepStudy(_Strict):
 KINDS: dict[str, type[BaseModel]] = {
     "native": Native,
     "tdm": Students,
+    "tdm_sd": Students,
     "leap": Leaps,
     "waterfall": Waterfall,
     "overhead": Overhead,
