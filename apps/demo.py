@@ -1,6 +1,6 @@
 """`make demo`: one file of jobs, rendered without and with acceleration, compared and shown.
 
-    python -m apps.demo [--out demo] [--jobs examples/demo.jsonl] [--recipes recipes/*.yaml]
+    python -m apps.demo [--out demo] [--jobs examples/demo.jsonl] [--recipes FILE ...]
 
 Run it twice and the second run renders nothing: finished work is skipped. Speeds are measured
 apart from the render, plain and accelerated in turn, so that a busy machine does not decide them.
@@ -89,13 +89,14 @@ def measure(job: Rendered, recipe: Path) -> PairedTime:
         pipe = accel.load(payload["model"])
     pipe.set_progress_bar_config(disable=True)
     found = accel.read_recipe(recipe).recipe
+    changed = {**inputs, **found.call_changes()}
 
     def plain() -> None:
         pipe(**inputs, generator=generators(seed, sample_count(inputs)))
 
     def accelerated() -> None:
         with accel.attached(found, pipe):
-            plain()
+            pipe(**changed, generator=generators(seed, sample_count(inputs)))
 
     before = torch.get_num_threads()
     torch.set_num_threads(payload["threads"])
@@ -137,11 +138,14 @@ def _quality(result: Result) -> tuple[str, str, str]:
     return mean_psnr(result.pairs), f"{ssim:.3f}", str(fallbacks)
 
 
-def _methods_then_name(path: Path) -> tuple[int, str]:
-    """Single methods before combinations, so that the sheet reads like a waterfall."""
+def measured_on(model: str) -> list[Path]:
+    """The recipes that were measured on a model: single methods first, then by speed."""
     import accel
 
-    return len(accel.read_recipe(path).recipe.methods), path.stem
+    found = [accel.read_recipe(path) for path in (ROOT / "recipes").glob("*.yaml")]
+    kept = [(f, f.measured) for f in found if f.measured and f.measured["model"] == model]
+    kept.sort(key=lambda pair: (len(pair[0].recipe.methods), pair[1]["speedup"]["estimate"]))
+    return [f.path for f, _ in kept if f.path is not None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,9 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("demo"))
     given = parser.parse_args(arguments)
-    recipes = given.recipes
-    if recipes is None:
-        recipes = sorted((ROOT / "recipes").glob("*.yaml"), key=_methods_then_name)
+    recipes = measured_on(given.model) if given.recipes is None else given.recipes
     started = time.monotonic()
     try:
         results = run(given.jobs, given.model, recipes, given.out, given.threads)

@@ -44,3 +44,21 @@ def test_wrong_input_is_told(tmp_path, capsys):
     bad.write_text(json.dumps({"sed": 1}))
     assert demo.main(["--jobs", str(bad), "--out", str(tmp_path / "out")]) == 2
     assert "unknown field 'sed'" in capsys.readouterr().err
+
+
+def test_every_shipped_recipe_of_the_demo_s_model_is_in_the_demo(monkeypatch):
+    names = [path.stem for path in demo.measured_on("zoo:digits-dit")]
+    assert names[-1] == "dpm-taylor", "the combination comes last"
+    assert {"dpm", "taylor", "digits-dit-4-steps", "digits-dit-1-step"} < set(names)
+    assert not [name for name in names if name.startswith("digits-sd")]
+
+
+def test_a_student_is_timed_as_it_is_called(tmp_path, monkeypatch):
+    """Its recipe calls without guidance, and the plain side stays guided."""
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text((ROOT / "examples" / "demo.jsonl").read_text().splitlines()[0] + "\n")
+    student = ROOT / "recipes" / "digits-dit-4-steps.yaml"
+    results = demo.run(jobs, "zoo:digits-dit", [student], tmp_path / "out", 1)
+    assert [result.rendered[0].evaluations for result in results] == [100, 4]
+    assert results[1].time is not None
