@@ -113,7 +113,8 @@ def print_table(results: Sequence[Result], threads: int) -> None:
 
     table = Table(title="the same jobs, the same seeds", title_justify="left")
     for heading in ("render", "evaluations", "time each", "speed", "PSNR", "SSIM", "fallbacks"):
-        table.add_column(heading, justify="left" if heading == "render" else "right")
+        name = heading == "render"
+        table.add_column(heading, justify="left" if name else "right", no_wrap=name)
     baseline = [second for r in results if r.time is not None for second in r.time.seconds_a]
     for result in results:
         seconds = baseline if result.time is None else list(result.time.seconds_b)
