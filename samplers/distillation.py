@@ -64,10 +64,11 @@ class Call:
             patch.undo()
         x = parts[0].sample(args, kwargs)
         told = torch.as_tensor(parts[0].argument("timestep", args, kwargs))
-        time = float(pipe.scheduler.timesteps[0])
+        time = float(told.flatten()[0])
         if time <= 0:
             raise ValueError(f"the first step of {arguments!r} is at time 0; ask for more steps")
-        scale = float(told.flatten()[0]) / time
+        grid = pipe.scheduler.timesteps.tolist()
+        scale = 1.0 if time in grid else time / grid[0]  # image to image begins inside the grid
         return cls(parts[0], args, kwargs, tuple(x.shape), scale)
 
     def __call__(

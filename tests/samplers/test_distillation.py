@@ -31,7 +31,11 @@ def _made_again(name):
     seeded = host.inputs | {"generator": torch.Generator().manual_seed(0)}
     call = Call.of(host.pipe, seeded)
     x = denoisers(host.pipe)[0].sample(call.args, call.kwargs)
-    time = host.pipe.scheduler.timesteps[0]
+    told = torch.as_tensor(call.denoiser.argument("timestep", call.args, call.kwargs)).flatten()[0]
+    time = told / call.scale
+    grid = host.pipe.scheduler.timesteps.float()
+    assert ((grid - time.float()).abs() <= 2**-22 * time).any(), "a time of the grid, but rounded"
+    assert call.scale == pytest.approx(0.001 if name == "flux" else 1), "Flux is told sigmas"
     again = call(x, time.expand(len(x)))
     assert_equal(first[:, : x.shape[1]].float(), again, "the first call")
     other = call(x, (time / 2).expand(len(x)))

@@ -43,12 +43,6 @@ def test_conformance(check, tmp_path):
     conform(check, student(tmp_path, "flux"), "flux")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("check", checks())
-def test_conformance_hunyuan(check, tmp_path):
-    conform(check, student(tmp_path, "hunyuanvideo"), "hunyuanvideo")
-
-
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("name", ["dit", "sd", "wan"])
 def test_weights_and_steps_are_the_student_s_and_go_away(name, low_rank, tmp_path):
