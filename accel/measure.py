@@ -197,7 +197,7 @@ class Study:
     def _run(self, method: Method) -> Pass:
         timed = self._timed_run(method)
         with attached(method, self.pipe) as live:
-            samples = self._outputs(len(self.inputs), method)
+            samples = self._outputs(len(self.inputs), method.call_changes())
             report = live.report()
         with attached(method, self.pipe) as live:
             flops = counted_flops(timed)
@@ -265,12 +265,12 @@ class Study:
         return values[0] if all(v == values[0] for v in values) else None
 
     def _timed_run(self, method: Method) -> Callable[[], torch.Tensor]:
-        return lambda: self._outputs(self.timed, method)
+        changes = method.call_changes()  # once: it may read a file
+        return lambda: self._outputs(self.timed, changes)
 
-    def _outputs(self, count: int, method: Method) -> torch.Tensor:
+    def _outputs(self, count: int, changes: dict[str, Any]) -> torch.Tensor:
         """Of the first calls, with what the attached method changes in them."""
         pairs = zip(self.inputs[:count], self.seeds[:count], strict=True)
-        changes = method.call_changes()
         return torch.cat([_samples(self.pipe, {**x, **changes}, s) for x, s in pairs])
 
 

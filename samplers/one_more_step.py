@@ -112,7 +112,9 @@ class OneMoreStep(Method):
         tensors = _fitted(kind, texts, latents, clusters, generator)
         tensors["empty"] = _pooled(empty.kwargs["encoder_hidden_states"])
         rest = (latents - guess(tensors, texts)).flatten(1)
-        _, _, rows = torch.pca_lowrank(rest, q=min(directions, *rest.shape), center=True, niter=4)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _, _, rows = torch.pca_lowrank(rest, q=min(directions, *rest.shape), niter=4)
         tensors["directions"] = rows.T.reshape(-1, *latents.shape[1:]).contiguous()
         tensors["coefficients"] = (rest - rest.mean(dim=0)) @ rows
         tensors["texts"] = texts
@@ -266,7 +268,8 @@ class _LiveStep(Attached):
             empty = guess(tensors, tensors["empty"])
             clean = empty + method.guidance * (clean - empty)
         if method.spread:
-            near = torch.cdist(texts, tensors["texts"]).topk(NEIGHBOURS, largest=False).indices
+            count = min(NEIGHBOURS, len(tensors["texts"]))
+            near = torch.cdist(texts, tensors["texts"]).topk(count, largest=False).indices
             drawn = [_one(rows, sample_seed(x)) for rows, x in zip(near, noise, strict=True)]
             picked = tensors["coefficients"][drawn]
             leak = torch.einsum("nk,kchw->nchw", picked, tensors["directions"])

@@ -13,7 +13,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accel.clock import Run
 from accel.method import Attached, Claim, Method
@@ -27,10 +27,6 @@ from samplers.host import (
     sample_generators,
     scales_initial_noise,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 OWN = {"FewStepScheduler": "samplers.few_step", "FewStepFlowScheduler": "samplers.few_step"}
 

@@ -203,8 +203,9 @@ class TDM(Trainer):
             raise ValueError("TDM trains in float32; load the pipeline so, and set precision")
         record = {"trainer": repr(self), "recipe": student_recipe.to_json()}
         _check_same_run(Path(out) / RUN, record | {"inputs": inputs_digest(inputs)})
-        torch.manual_seed(self.seed)
-        pair = _Pair(network, self)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            pair = _Pair(network, self)
         with attached(student_recipe, pipe):
             losses = _Losses(self, pipe, process, list(zip(calls, bare, strict=True)))
             averages, _ = fit(
@@ -284,7 +285,7 @@ class _Losses:
 
     def __init__(self, settings: TDM, pipe: Any, process: Process, calls: list):
         self.settings, self.process, self.calls = settings, process, calls
-        self.pipe, self.clock = pipe, clock_of(pipe)
+        self.clock = clock_of(pipe)
         self._walk: tuple[int, list[State]] = (-1, [])
 
     def __call__(self, model: _Pair, step: int) -> Tensor:

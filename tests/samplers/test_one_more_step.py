@@ -146,6 +146,21 @@ def test_the_spread_follows_the_noise_and_costs_no_generator(artifacts):
         assert not torch.equal(run(pipe), first)
 
 
+def test_calibration_repeats_and_few_prompts_are_enough(tmp_path):
+    """Fewer prompts than the spread has neighbours; the global generator is not touched."""
+    pipe = accel.load("zoo:digits-sd")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": ["a red three", "a blue two"] * 2, "num_inference_steps": 3}
+    pictures = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    first, again = (OneMoreStep.calibrate(pipe, [call], [pictures], kind="mean") for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    for name, value in first.tensors.items():
+        assert torch.equal(value, again.tensors[name]), name
+    with accel.attached(OneMoreStep(first.save(tmp_path / "few"), spread=1.0), pipe):
+        run(pipe)
+
+
 def test_other_sizes_are_served(artifacts):
     pipe, made = artifacts
     with accel.attached(OneMoreStep(made["mean"][1], spread=0.5), pipe):
