@@ -16,10 +16,12 @@ the attribute, module or value that differs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -343,22 +345,25 @@ def _slots(host: TinyPipeline) -> list[str]:
 
 
 def _run_cut_off(host: TinyPipeline) -> None:
-    """A run that ends with an exception in the middle of its third denoiser call."""
+    """A run that ends with an exception in its third denoiser call, or in its third step.
+
+    A method may answer calls without the network.
+    """
     from accel.patch import Patch
 
-    calls = 0
+    calls: Counter[str] = Counter()
 
-    def cut(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
+    def cut(what: str, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        calls[what] += 1
         output = call_next(*args, **kwargs)
-        if calls == 3:
+        if calls[what] == 3:
             raise _Interrupted
         return output
 
     patch = Patch()
     for slot in _slots(host):
-        patch.around_call(getattr(host.pipe, slot), cut)
+        patch.around_call(getattr(host.pipe, slot), functools.partial(cut, slot))
+    patch.around(host.pipe.scheduler, "step", functools.partial(cut, "step"))
     try:
         host.run()
     except _Interrupted:

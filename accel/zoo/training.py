@@ -19,10 +19,15 @@ TRAINING = "training.json"  # in a shipped folder: the same, the data positions 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the loop: its settings and how many samples a step sees."""
+    """One run of the loop: its settings and how many samples a step sees.
+
+    compile: torch.compile the network. Worth its minutes at the start where a stage takes long and
+    much of a step is small operations: 1.46 times as fast a step for `digits-wan` on one core.
+    """
 
     batch: int
     loop: LoopSettings
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Training:
         Raises LastStage after the one that the training ends with, where others would follow.
         """
         start = self.shipped_position(stage)
+        if self.preset.stages[stage].compile:
+            model.compile(dynamic=False)
         weights, position = fit(
             stage,
             model,

@@ -1,10 +1,10 @@
 """digits-wan: a small WanTransformer3DModel on 1,280 video tokens, with its text encoder.
 
-Trained in five stages: the autoencoder, in two; the transformer and the text encoder on single
+Trained in six stages: the autoencoder, in two; the transformer and the text encoder on single
 pictures of 64 tokens, where strokes, colours and words are learned 20 times cheaper; on windows of
-videos around the digit, four times cheaper than whole ones, where strokes are learned that move;
-then on whole videos. Rotary positions are relative, and a digit has the same size in all. Without
-the windows, an hour of whole videos taught colours and movement, and spoilt the digits.
+videos around the digit, first of two latent frames, then of all five, where strokes are learned
+that move; then on whole videos. Rotary positions are relative, and a digit has the same size in
+all. Without the windows, an hour of whole videos taught colours and movement, and spoilt the digits.
 """
 
 from __future__ import annotations
@@ -47,16 +47,18 @@ class Course:
 
     That is eight times as many tokens as a picture has, and three times the work. A picture alone
     is drowned by less noise than 17 that are alike. `window`: side of the part of the latents that
-    is taught, around what differs most from the rest.
+    is taught, around what differs most from the rest; `frames`: how many of them, from the first.
     """
 
     shift: float
     long_every: int
     window: int | None = None
+    frames: int | None = None
 
 
 COURSES = {
     "pictures": Course(2.0, 16),
+    "pairs": Course(FLOW_SHIFT, 16, 9, 2),
     "windows": Course(FLOW_SHIFT, 16, 10),
     "videos": Course(FLOW_SHIFT, 4),
 }
@@ -159,6 +161,7 @@ class VelocityLoss:
         rows, g = self.rows(step), step_generator(self.seed, step)
         mean = self.pool.means[rows].float()
         x0 = mean + self.pool.deviations[rows].float() * torch.randn(mean.shape, generator=g)
+        x0 = x0[:, :, : self.course.frames]
         if self.course.window is not None:
             x0 = windows(x0, self.course.window, g)
         eps = torch.randn(x0.shape, generator=g)
@@ -224,7 +227,7 @@ def _encoded(vae: AutoencoderKLWan, count: int, batch: int, draw, tensor) -> Poo
 
 
 def train(run: Training) -> None:
-    """Autoencoder, clips, pictures, windows, videos."""
+    """Autoencoder, clips, pictures, pairs, windows, videos."""
     run.seed_weights()
     vae = wan_autoencoder.trained(run)
     run.seed_weights()
@@ -240,10 +243,11 @@ def train(run: Training) -> None:
     count = run.preset.pool // PICTURES_PER_VIDEO
     videos = DigitWorld("train", run.seed, VIDEO_CANVAS)
     pool = kept_pool(run, "videos", lambda: encode_videos(vae, videos, count))
-    if run.keeps("windows"):
-        run.keep_record("windows")
-    else:
-        model.load_state_dict(teach(run, "windows", model, pool))
+    for stage in ("pairs", "windows"):
+        if run.keeps(stage):
+            run.keep_record(stage)
+        else:
+            model.load_state_dict(teach(run, stage, model, pool))
     teach(run, "videos", model, pool)
 
 
@@ -277,7 +281,7 @@ def shipped(folder: Path) -> TextToVideo:
 def write(out: Path, folder: Path) -> None:
     """A stock WanPipeline folder in half precision; before the last stages, only its parts."""
     model = TextToVideo(WanConfig().build(), TextConfig().build())
-    done = [stage for stage in ("videos", "windows", "pictures") if (out / stage).is_dir()]
+    done = [stage for stage in ("videos", "windows", "pairs", "pictures") if (out / stage).is_dir()]
     if done:
         model.load_state_dict(trained_weights(out, done[0]))
     trained = AutoencoderKLWan.from_pretrained(out / "vae")
@@ -309,8 +313,9 @@ MODEL = Model(
                 "autoencoder": Stage(8, LoopSettings(minutes=20, lr=3e-3)),
                 "clips": Stage(8, LoopSettings(minutes=25, lr=2e-3)),
                 "pictures": Stage(32, LoopSettings(minutes=85, lr=2e-3, warmup=300)),
-                "windows": Stage(16, LoopSettings(minutes=180, lr=2e-3, warmup=300)),
-                "videos": Stage(4, LoopSettings(minutes=60, lr=5e-4)),
+                "pairs": Stage(32, LoopSettings(minutes=90, lr=2e-3, warmup=300), compile=True),
+                "windows": Stage(16, LoopSettings(minutes=180, lr=2e-3, warmup=300), compile=True),
+                "videos": Stage(4, LoopSettings(minutes=60, lr=5e-4), compile=True),
             },
             pool=32_768,
         ),
@@ -322,6 +327,7 @@ MODEL = Model(
                 "autoencoder": Stage(64, LoopSettings(steps=20_000, lr=3e-3)),
                 "clips": Stage(64, LoopSettings(steps=20_000, lr=2e-3)),
                 "pictures": Stage(1024, LoopSettings(steps=60_000, lr=2e-3, warmup=1000)),
+                "pairs": Stage(1024, LoopSettings(steps=20_000, lr=2e-3, warmup=1000)),
                 "windows": Stage(256, LoopSettings(steps=40_000, lr=2e-3, warmup=1000)),
                 "videos": Stage(64, LoopSettings(steps=40_000, lr=1e-3, warmup=1000)),
             },
@@ -335,6 +341,7 @@ MODEL = Model(
                 "autoencoder": Stage(1, LoopSettings(steps=2, log_steps=2)),
                 "clips": Stage(1, LoopSettings(steps=2, log_steps=2)),
                 "pictures": Stage(4, LoopSettings(steps=2, log_steps=2)),
+                "pairs": Stage(2, LoopSettings(steps=2, log_steps=2)),
                 "windows": Stage(1, LoopSettings(steps=2, log_steps=2)),
                 "videos": Stage(1, LoopSettings(steps=2, log_steps=2)),
             },
