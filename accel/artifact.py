@@ -37,6 +37,11 @@ class ArtifactRef:
     sha256: str
 
     @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> ArtifactRef:
+        """The file as it is now. Raises ``FileNotFoundError``."""
+        return cls(str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest())
+
+    @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ArtifactRef:
         """``{"path": ..., "sha256": ...}``. Raises ``ValueError`` for anything else."""
         good = set(value) == {"path", "sha256"} and all(isinstance(v, str) for v in value.values())

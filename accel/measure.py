@@ -32,6 +32,7 @@ from accel.referee import Inputs, Judged, Referee, Verdict
 __all__ = [
     "PLAIN", "Comparison", "Judged", "PairedTime", "Pass", "Referee", "Study", "Verdict", "compare",
     "counted_flops", "environment", "hardware", "load_average", "paired_time", "peak_memory",
+    "pipeline_samples",
 ]  # fmt: skip
 
 PSNR_CAP = 100.0  # dB; equal samples have infinite PSNR, which has no mean
@@ -271,7 +272,7 @@ class Study:
     def _outputs(self, count: int, changes: dict[str, Any]) -> torch.Tensor:
         """Of the first calls, with what the attached method changes in them."""
         pairs = zip(self.inputs[:count], self.seeds[:count], strict=True)
-        return torch.cat([_samples(self.pipe, {**x, **changes}, s) for x, s in pairs])
+        return torch.cat([pipeline_samples(self.pipe, {**x, **changes}, s) for x, s in pairs])
 
 
 def compare(
@@ -301,8 +302,11 @@ def _paired_values(before: Pass, after: Pass) -> dict[str, list[float]]:
     return values
 
 
-def _samples(pipe: Any, arguments: dict[str, Any], seed: int) -> torch.Tensor:
-    """Pipeline output in [0, 1]: (batch, channels, h, w) or (batch, frames, channels, h, w)."""
+def pipeline_samples(pipe: Any, arguments: dict[str, Any], seed: int) -> torch.Tensor:
+    """What one call returns, in [0, 1]: (batch, channels, h, w), of videos (batch, frames, ...).
+
+    Noise comes from a CPU generator of this seed.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     output = pipe(**{**arguments, "generator": generator, "output_type": "np"}, return_dict=False)
     array = torch.as_tensor(np.asarray(output[0]))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from accel.artifact import Artifact, ArtifactRef
 from accel.clock import Run
 from accel.denoiser import Denoiser, chunked_feed_forward, denoisers
 from accel.method import Attached, Claim, Method
@@ -22,13 +23,16 @@ from caches.schedule import (
     REUSE,
     SKIP,
     Schedule,
+    constant,
     extrapolation,
     last_reads,
     noise_share,
+    of_artifact,
     resampled,
 )
 
 OnGrid = Literal["resample", "error", "bypass"]
+GRID_TOLERANCE = 1e-3  # relative, between noise levels that count as equal
 
 
 class Scheduled(ABC):
@@ -63,6 +67,49 @@ class Scheduled(ABC):
             live.adopt(denoiser, [c for c in live.columns if c.split(".")[0] == denoiser.slot])
 
 
+class FromArtifact(Scheduled):
+    """Methods whose schedule is an artifact: with fields `artifact` and `on_grid`.
+
+    on_grid: what to do in a run over other noise levels than the schedule was made for:
+    "resample" it, raise an "error", or "bypass" it and compute.
+    """
+
+    artifact: ArtifactRef
+    on_grid: OnGrid
+
+    def columns(self, pipe: Any) -> tuple[str, ...]:
+        artifact = Artifact.load(self.artifact)
+        for denoiser in denoisers(pipe):
+            artifact.check_model(denoiser.module)
+        return of_artifact(artifact).columns
+
+    def build(self, pipe: Any, live: Attached) -> None:
+        assert isinstance(live, LiveSchedule)
+        artifact = Artifact.load(self.artifact)
+        live.found, live.grid = of_artifact(artifact), artifact.grid
+        super().build(pipe, live)
+
+    def plan(self, live: LiveSchedule, sigmas: tuple[float, ...]) -> Schedule:
+        assert live.found is not None
+        same = len(live.grid) == len(sigmas) and all(
+            abs(a - b) <= GRID_TOLERANCE * max(abs(a), abs(b))
+            for a, b in zip(live.grid, sigmas, strict=True)
+        )
+        if same:
+            return live.found
+        said = f"the schedule has {len(live.grid)} steps, on other noise levels than this run"
+        if self.on_grid == "error":
+            raise ValueError(
+                f"{type(self).__name__}: {said}, which has {len(sigmas)}; "
+                "make one for it, or set on_grid='resample'"
+            )
+        if self.on_grid == "bypass":
+            live.fallback(said)
+            return constant(live.found.columns, len(sigmas))
+        live.detail["resampled"] = [len(live.grid), len(sigmas)]
+        return resampled(live.found, live.grid, sigmas)
+
+
 @dataclass
 class _Kept:
     """The newest computed outputs of one column, newest first, with their noise shares."""
@@ -78,6 +125,8 @@ class LiveSchedule(Attached):
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
         self.columns: tuple[str, ...] = ()
+        self.found: Schedule | None = None  # as it is on disk, for the noise levels `grid`
+        self.grid: tuple[float, ...] = ()
         self.schedule: Schedule | None = None
         self.places: dict[str, int] = {}  # column -> place in a row
         self.shares: tuple[float, ...] = ()
@@ -219,35 +268,6 @@ class LiveSchedule(Attached):
         self.bytes = 0
 
 
-def on_this_grid(
-    live: LiveSchedule,
-    schedule: Schedule,
-    grid: tuple[float, ...],
-    sigmas: tuple[float, ...],
-    on_grid: OnGrid,
-) -> Schedule:
-    """The schedule of an artifact for a run on these noise levels.
-
-    Raises:
-        ValueError: the grid is another one, and `on_grid` is "error".
-    """
-    same = len(grid) == len(sigmas) and all(
-        abs(a - b) <= 1e-3 * max(abs(a), abs(b), 1e-3) for a, b in zip(grid, sigmas, strict=True)
-    )
-    if same:
-        return schedule
-    said = f"the schedule is of {len(grid)} steps on another grid than this run's {len(sigmas)}"
-    if on_grid == "error":
-        raise ValueError(
-            f"{live.method.name()}: {said}; make one for it, or set on_grid='resample'"
-        )
-    if on_grid == "bypass":
-        live.fallback(said)
-        return schedule.with_tables(lambda rows: [COMPUTE * len(rows[0])] * len(sigmas))
-    live.detail["resampled"] = [len(grid), len(sigmas)]
-    return resampled(schedule, grid, sigmas)
-
-
 # -- outputs: tensors, tuples of them, diffusers' output objects ------------------------------
 
 
@@ -261,6 +281,11 @@ def _leaves(output: Any) -> list[Any]:
     if isinstance(output, Iterable):
         return [leaf for part in output for leaf in _leaves(part)]
     return []
+
+
+def first_leaf(output: Any) -> Any:
+    """The first tensor of an output."""
+    return _leaves(output)[0]
 
 
 def _combined(outputs: list[Any], weights: tuple[float, ...]) -> Any:

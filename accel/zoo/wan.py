@@ -4,7 +4,8 @@ Trained in six stages: the autoencoder, in two; the transformer and the text enc
 pictures of 64 tokens, where strokes, colours and words are learned 20 times cheaper; on windows of
 videos around the digit, first of two latent frames, then of all five, where strokes are learned
 that move; then on whole videos. Rotary positions are relative, and a digit has the same size in
-all. Without the windows, an hour of whole videos taught colours and movement, and spoilt the digits.
+all. Without the windows, an hour of whole videos taught colours and movement, and spoilt the
+digits.
 """
 
 from __future__ import annotations

@@ -1,0 +1,120 @@
+"""HarmoniCa (ICML 2025, arXiv 2410.01723): a schedule learned by walking the student's path.
+
+A table of logits, a row a step and a column an attention or feed-forward, is trained against the
+frozen network, without data: the pipeline itself runs, every module blends its new output with the
+kept one by the table's score, and each step's loss compares with the uncached network at the same
+place, weighted by how much caching there changes the final sample. Above the threshold a module
+computes, below it repeats its last output.
+
+Not taken over from the official code: kept outputs that leak from one sample into the next, and
+the generator that is set back after every refresh of the weights. Guidance is what the pipeline
+does, in all channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from accel.artifact import Artifact, ArtifactRef, inputs_digest
+from accel.denoiser import denoisers
+from accel.method import Method, Recipe, Trainer, attached
+from caches._executor import FromArtifact, OnGrid
+from caches._router_training import RouterTraining
+from caches.schedule import COMPUTE, REUSE, Schedule, module_columns, to_artifact
+
+
+@dataclass(frozen=True)
+class RouterCache(FromArtifact, Method):
+    """Run a schedule that ``RouterTrainer`` has learned.
+
+    artifact: the schedule. on_grid: in a run over other noise levels "resample" the schedule,
+    raise an "error", or "bypass" it and compute.
+    """
+
+    PAPER = "HarmoniCa, arXiv 2410.01723"
+
+    artifact: ArtifactRef
+    on_grid: OnGrid = "resample"
+
+    @classmethod
+    def load(cls, path: str, on_grid: OnGrid = "resample") -> RouterCache:
+        """The method for a schedule file, as it is now. Raises ``FileNotFoundError``."""
+        return cls(ArtifactRef.of(path), on_grid)
+
+
+@dataclass(frozen=True)
+class RouterTrainer(Trainer):
+    """Settings of a training. The defaults are the paper's, with fewer and larger updates.
+
+    beta: price of a computed module; the one knob between speed and quality. updates: of every
+    row, one a trajectory. lr: of Adam on the logits. threshold: on the score. proxy: a step's
+    weight is the change of the final sample when its row alone computes all ("leave_one_out", the
+    paper) or when it begins to cache after all earlier ones ("cumulative", the official code),
+    as a "sum" or "mean" of squares. refresh: trajectories between two measurements of the weights,
+    each of which takes a sampling a step.
+    """
+
+    beta: float = 7e-8
+    updates: int = 300
+    lr: float = 0.05
+    threshold: float = 0.1
+    proxy: Literal["leave_one_out", "cumulative"] = "leave_one_out"
+    reduce: Literal["mean", "sum"] = "mean"
+    refresh: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.beta < 0 or self.updates < 1 or self.refresh < 1 or not 0 < self.threshold < 1:
+            raise ValueError(
+                f"{self}: wants beta >= 0, updates and refresh >= 1, 0 < threshold < 1"
+            )
+
+    @classmethod
+    def official(cls, **changes: Any) -> RouterTrainer:
+        """The settings of the authors' example for 10 steps, for pictures of their size."""
+        return cls(**{"updates": 2000, "lr": 0.01, "proxy": "cumulative", "refresh": 50, **changes})
+
+    def fit(
+        self,
+        pipe: Any,
+        inputs: list[dict[str, Any]],
+        out: str,
+        student_recipe: Recipe | None = None,
+    ) -> Artifact:
+        """Train below `out`, where a training of the same settings goes on; returns the schedule.
+
+        `inputs`: pipeline-call arguments, used in turn; trajectory n has noise of seed
+        `seed` + n. `student_recipe` is attached all the while.
+
+        Raises:
+            ValueError: no inputs, not all of the same steps, two denoisers, or `out` holds another
+                training.
+        """
+        if not inputs or len(denoisers(pipe)) != 1:
+            raise ValueError("RouterTrainer wants inputs and a pipeline with one denoiser")
+        (denoiser,) = denoisers(pipe)
+        columns = module_columns(denoiser)
+        with attached(student_recipe or Recipe(()), pipe):
+            training = RouterTraining(self, pipe, inputs, out, columns)
+            training.run()
+        schedule = routed(training.logits(), columns, self.threshold)
+        artifact = to_artifact(
+            schedule,
+            denoiser,
+            method=RouterCache.name(),
+            grid=training.sigmas,
+            guidance=training.guided,
+            inputs_sha256=inputs_digest(inputs),
+            seed=self.seed,
+        )
+        artifact.tensors["logits"] = training.logits()
+        return artifact
+
+
+def routed(logits: Any, columns: tuple[str, ...], threshold: float) -> Schedule:
+    """The schedule of a table of logits (steps, columns): computed where the score is above."""
+    bits = logits.sigmoid() > threshold
+    bits[0] = True
+    rows = tuple("".join(COMPUTE if bit else REUSE for bit in row) for row in bits.tolist())
+    return Schedule(columns, rows)

@@ -1,0 +1,216 @@
+"""The searched cache: conformance, the search end to end, resuming, and the parts it is made of."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from accel.denoiser import denoisers
+from accel.method import Recipe, attached
+from accel.testing import assert_equal, checks, conform, tiny
+from caches._drift import best_steps, forecast_errors, measure_drift
+from caches._front import Candidate, Front, is_dominated
+from caches._step_mutation import step_mutation
+from caches.evolution import EvolutionCache, EvolutionSearch, searched_columns
+from caches.schedule import Schedule, extrapolation, from_steps, noise_share, to_artifact
+
+pytest.importorskip("pymoo")
+STEPS = 6
+
+
+def method_for(pipeline, folder, parts="output+modules", **more):
+    """An EvolutionCache whose schedule alternates, on the grid of the tiny pipeline's own call."""
+    host = tiny(pipeline)
+    steps = host.inputs.get("num_inference_steps", 4)
+    (denoiser,) = denoisers(host.pipe)
+    columns = searched_columns(denoiser, parts)
+    schedule = from_steps(columns, steps, range(0, steps, 2), "F")
+    host.pipe.scheduler.set_timesteps(steps)
+    from accel.clock import sampling_grid
+
+    grid = sampling_grid(host.pipe.scheduler)[1]
+    artifact = to_artifact(schedule, denoiser, method=EvolutionCache.name(), grid=grid)
+    return EvolutionCache(artifact.save(folder / "schedule.safetensors"), **more)
+
+
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize(("pipeline", "parts"), [("dit", "output+modules")])
+def test_conformance(check, pipeline, parts, tmp_path):
+    conform(check, method_for(pipeline, tmp_path, parts), pipeline)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize("pipeline", ["pixart", "flux", "wan", "sd", "sd3", "ltx", "cogvideox"])
+def test_conformance_matrix(check, pipeline, tmp_path):
+    conform(check, method_for(pipeline, tmp_path), pipeline)
+
+
+def test_another_model_is_refused(tmp_path):
+    method = method_for("dit", tmp_path)
+    with pytest.raises(ValueError, match="it is for DiTTransformer2DModel"):
+        method.attach(tiny("pixart").pipe)
+
+
+def test_another_grid_is_resampled_refused_or_bypassed(tmp_path):
+    host = tiny("dit")
+    plain = host.run(num_inference_steps=9)
+    with attached(method_for("dit", tmp_path), host.pipe) as live:
+        host.run(num_inference_steps=9)
+        (run,) = live.report()["runs"]
+    assert run["detail"]["resampled"][1] == 9
+    assert run["reused"] > 0
+    with (
+        attached(method_for("dit", tmp_path, on_grid="error"), host.pipe),
+        pytest.raises(ValueError, match="on_grid='resample'"),
+    ):
+        host.run(num_inference_steps=9)
+    with attached(method_for("dit", tmp_path, on_grid="bypass"), host.pipe) as live:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            assert_equal(plain, host.run(num_inference_steps=9), "bypassed")
+        assert "another grid" in next(iter(live.report()["runs"][0]["fallbacks"]))
+
+
+# -- drift -----------------------------------------------------------------------------------
+
+
+def test_forecast_errors_are_those_of_the_forecasts():
+    shares = (0.99, 0.9, 0.7, 0.4, 0.1)
+    outputs = np.random.default_rng(0).normal(size=(5, 30))
+    found = forecast_errors(outputs @ outputs.T, shares, order=1)
+    for a, b, s in itertools.combinations(range(5), 3):
+        wb, wa = extrapolation((shares[b], shares[a]), shares[s])
+        want = np.square(wb * outputs[b] + wa * outputs[a] - outputs[s]).sum()
+        assert found[a, b, s] == pytest.approx(want)
+    assert found[1, 1, 3] == pytest.approx(np.square(outputs[1] - outputs[3]).sum())  # repeated
+
+
+@pytest.mark.parametrize("price", [0.02, 0.3, 2.0])
+def test_best_steps_are_the_best_of_all(price):
+    """Against every subset of steps."""
+    rng = np.random.default_rng(1)
+    shares = noise_share(tuple(np.geomspace(20, 0.1, 8)))
+    outputs = np.cumsum(rng.normal(size=(8, 10)), axis=0)
+    errors = forecast_errors(outputs @ outputs.T / 50, shares, order=1)
+    weights = rng.uniform(0.5, 2, 8)
+
+    def cost(steps):
+        total = price * len(steps)
+        for s in set(range(8)) - set(steps):
+            known = [c for c in steps if c < s]
+            b = known[-1]
+            a = known[-2] if len(known) > 1 else b
+            total += weights[s] * errors[a, b, s]
+        return total
+
+    subsets = [(0, *rest) for n in range(8) for rest in itertools.combinations(range(1, 8), n)]
+    best = min(subsets, key=cost)
+    assert cost(best_steps(errors, weights, price)) == pytest.approx(cost(best))
+
+
+def test_drift_knows_every_column_and_changes_nothing():
+    host = tiny("dit")
+    before = host.run()
+    columns = searched_columns(denoisers(host.pipe)[0], "output+modules")
+    arguments = {k: v for k, v in host.inputs.items() if k != "generator"}
+    drift = measure_drift(host.pipe, arguments, columns)
+    assert_equal(before, host.run(), "after the probe")
+    assert set(drift.products) == set(columns) == set(drift.seconds)
+    for products in drift.products.values():
+        assert products.trace() == pytest.approx(len(drift.shares), rel=1e-5)
+    assert drift.seconds["transformer"] > sum(drift.seconds[c] for c in columns[1:])
+
+
+# -- the search ------------------------------------------------------------------------------
+
+
+def _search(folder, **more):
+    host = tiny("dit")
+    inputs = [{"class_labels": [i, i + 1], "num_inference_steps": STEPS} for i in range(2)]
+    search = EvolutionSearch(population=6, generations=3, **more)
+    return host.pipe, inputs, search, search.run(host.pipe, inputs, folder)
+
+
+@pytest.mark.parametrize("parts", ["output", "modules", "output+modules", "blocks"])
+def test_a_search_ends_with_a_front(parts, tmp_path):
+    pipe, _, _, front = _search(tmp_path, parts=parts)
+    assert front.candidates[0].quality == 100.0  # everything computed is among the first
+    goals = [(1 / c.speedup, -c.quality) for c in front.candidates]
+    assert not any(is_dominated(g, goals) for g in goals)
+    assert front.candidates[-1].speedup > 1.05
+    assert (tmp_path / "front.png").is_file()
+    again = Front.read(tmp_path)
+    assert again.candidates == front.candidates
+    method = EvolutionCache(again.pick(speed=1.2))
+    with attached(method, pipe) as live:
+        pipe(class_labels=[1], num_inference_steps=STEPS, output_type="np")
+        assert live.report()["runs"][0]["reused"] > 0
+
+
+def test_a_search_that_was_cut_off_goes_on(tmp_path):
+    pipe, inputs, search, front = _search(tmp_path / "whole", parts="modules")
+    half = tmp_path / "half"
+    search.run(pipe, inputs, half)
+    lines = (half / "evaluations.jsonl").read_text().splitlines()
+    (half / "evaluations.jsonl").write_text("\n".join(lines[:5]) + '\n{"rows": "CC')
+    (half / "front.json").unlink()
+    # with the same costs it asks for the same candidates again
+    (tmp_path / "whole/drift.npz").replace(half / "drift.npz")
+    resumed = search.run(pipe, inputs, half)
+    qualities = {c.schedule: c.quality for c in front.candidates}
+    for candidate in resumed.candidates:
+        assert candidate.quality == pytest.approx(
+            qualities.get(candidate.schedule, candidate.quality)
+        )
+    assert len((half / "evaluations.jsonl").read_text().splitlines()) >= len(lines)
+
+
+def test_another_search_in_the_same_folder_is_refused(tmp_path):
+    pipe, inputs, _, _ = _search(tmp_path)
+    with pytest.raises(ValueError, match="other inputs or settings"):
+        EvolutionSearch(population=6, generations=3, seed=1).run(pipe, inputs, tmp_path)
+
+
+def test_a_search_with_a_recipe_runs_it(tmp_path):
+    from caches.interval import IntervalCache
+
+    host = tiny("dit")
+    inputs = [{"class_labels": [1], "num_inference_steps": STEPS}]
+    search = EvolutionSearch(parts="output", population=4, generations=1)
+    with pytest.raises(ValueError, match="both claim"):
+        search.run(host.pipe, inputs, tmp_path, recipe=Recipe((IntervalCache(2),)))
+
+
+def test_pick_says_what_there_is(tmp_path):
+    front = Front((Candidate(from_steps(("transformer",), 2, {0}), 1.5, 30.0),), tmp_path)
+    with pytest.raises(ValueError, match=r"1.50x at 30.0 to 1.50x at 30.0"):
+        front.pick(speed=2.0)
+    with pytest.raises(ValueError, match="for a speed or for a quality"):
+        front.pick()
+
+
+def test_mutation_moves_or_flips():
+    genomes = np.zeros((40, 12 * 2), dtype=bool)
+    genomes[:, ::6] = True
+    mutation = step_mutation(12, share=0.1)
+    found = mutation._do(None, genomes, random_state=np.random.default_rng(0))
+    assert found.shape == genomes.shape
+    assert (found != genomes).any(axis=1).mean() > 0.5
+    moved = [f for f in found if f.sum() <= 4]
+    assert all(1 <= f.sum() <= 4 for f in moved)
+
+
+def test_the_front_is_plain_json(tmp_path):
+    front = Front.of([Candidate(Schedule(("transformer",), ("C", "R")), 1.5, 30.0)], tmp_path)
+    (denoiser,) = denoisers(tiny("dit").pipe)
+    front.write(
+        lambda s: to_artifact(s, denoiser, method="x", grid=(2.0, 1.0)), {"seed": 1}, [(1.5, 30.0)]
+    )
+    record = json.loads((tmp_path / "front.json").read_text())
+    assert record["seed"] == 1
+    assert record["candidates"][0]["file"] == "schedule-00.safetensors"
