@@ -1,0 +1,288 @@
+"""HarmoniCa: parity with the paper's formulas, training end to end, resuming."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from accel.artifact import Artifact
+from accel.clock import sampling_grid
+from accel.denoiser import denoisers
+from accel.method import Recipe, attached
+from accel.testing import assert_same_state, checks, conform, host_state, tiny
+from caches._router_training import LiveWalk, Mix, RouterTraining, _frozen, _Walk
+from caches.router import RouterCache, RouterTrainer, routed
+from caches.schedule import Schedule, module_columns, of_artifact, to_artifact
+
+STEPS = 4
+INPUTS = [
+    {"class_labels": [i], "num_inference_steps": STEPS, "guidance_scale": 3.0} for i in (1, 2)
+]
+
+
+def _columns(pipe):
+    return module_columns(denoisers(pipe)[0])
+
+
+def _method(folder, pipeline="dit"):
+    pipe = tiny(pipeline).pipe
+    columns = _columns(pipe)
+    pipe.scheduler.set_timesteps(STEPS)
+    logits = torch.randn(STEPS, len(columns), generator=torch.Generator().manual_seed(3))
+    schedule = routed(logits, columns, 0.5)
+    grid = sampling_grid(pipe.scheduler)[1]
+    made = to_artifact(schedule, denoisers(pipe)[0], method=RouterCache.name(), grid=grid)
+    return RouterCache(made.save(folder / "router.safetensors"))
+
+
+@pytest.mark.parametrize("check", checks())
+def test_conformance(check, tmp_path):
+    conform(check, _method(tmp_path), "dit")
+
+
+# -- against the formulas, module by module ---------------------------------------------------
+
+
+class _Reference:
+    """DiT's blocks written out, with the soft router of the paper in every module."""
+
+    def __init__(self, transformer, scores, threshold):
+        self.transformer, self.scores, self.threshold = transformer, scores, threshold
+        self.kept = {}
+        self.step = 0
+        self.hard = False
+
+    def module(self, place, new):
+        score = self.scores[self.step][place]
+        kept = self.kept.get(place)
+        if self.hard:
+            out = new if kept is None or score > self.threshold else kept
+        else:
+            out = new if kept is None else score * new + (1 - score) * kept
+        if kept is None or score > self.threshold:
+            self.kept[place] = out.detach()
+        return out
+
+    def __call__(self, x, t, labels):
+        model = self.transformer
+        hidden, place = model.pos_embed(x), 0
+        for block in model.transformer_blocks:
+            normed, gate_a, shift, scale, gate_f = block.norm1(
+                hidden, t, labels, hidden_dtype=hidden.dtype
+            )
+            hidden = hidden + gate_a[:, None] * self.module(place, block.attn1(normed))
+            normed = block.norm3(hidden) * (1 + scale[:, None]) + shift[:, None]
+            hidden = hidden + gate_f[:, None] * self.module(place + 1, block.ff(normed))
+            place += 2
+        return hidden
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_modules_follow_the_formulas(hard, tmp_path):
+    """(a), (b): blended or switched outputs, and the gradients of the logits."""
+    pipe = tiny("dit").pipe
+    model, columns = pipe.transformer, _columns(pipe)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(STEPS, len(columns), generator=generator)
+    logits[0] = 5.0
+    size = model.config.sample_size
+    xs = torch.randn(STEPS, 2, model.config.in_channels, size, size, generator=generator)
+    labels, threshold = torch.tensor([1, 2]), 0.4
+    last = model.transformer_blocks[-1]
+
+    def walk(run):
+        rows = [row.clone().requires_grad_() for row in logits]
+        outputs = run([row.sigmoid() for row in rows])
+        if not hard:
+            sum(o.square().mean() for o in outputs).backward()
+        return outputs, rows
+
+    def ours(scores):
+        found = []
+        keep = last.register_forward_hook(lambda m, a, out: found.append(out))
+        pipe.scheduler.set_timesteps(STEPS)
+        method = _Walk(columns)
+        if hard:
+            schedule = routed(logits, columns, threshold)
+            grid = sampling_grid(pipe.scheduler)[1]
+            made = to_artifact(schedule, denoisers(pipe)[0], method="x", grid=grid)
+            method = RouterCache(made.save(tmp_path / "hard.safetensors"))
+        with _frozen(pipe), attached(method, pipe) as live:
+            if not hard:
+                assert isinstance(live, LiveWalk)
+                live.scores, live.threshold = scores, threshold
+            live.clock.begin(pipe.scheduler)
+            for i in range(STEPS):
+                with live.clock.at(i):
+                    model(xs[i], timestep=torch.tensor([9]), class_labels=labels)
+            live.clock.end()
+        keep.remove()
+        return found
+
+    def reference(scores):
+        walker = _Reference(model, scores, threshold)
+        walker.hard = hard
+        found = []
+        for walker.step in range(STEPS):
+            found.append(walker(xs[walker.step], torch.tensor([9]), labels))
+        return found
+
+    got, got_rows = walk(ours)
+    want, want_rows = walk(reference)
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    if not hard:
+        for a, b in zip(got_rows[1:], want_rows[1:], strict=True):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_three_iterations_of_training(tmp_path):
+    """(c): Adam on lambda_i MSE + beta sum of scores, step by step along the student's path."""
+    trainer = RouterTrainer(beta=1e-3, updates=1, lr=0.1, threshold=0.1)
+    pipe = tiny("dit").pipe
+    start = RouterTraining(trainer, pipe, INPUTS, str(tmp_path), _columns(pipe))
+    before = start.logits()
+    seen = []
+
+    class Watched(RouterTraining):
+        def _walk(self, live):
+            original = self.optimizer.step
+
+            def step(*a, **k):
+                seen.append([None if r.grad is None else r.grad.clone() for r in self.rows])
+                return original(*a, **k)
+
+            self.optimizer.step = step
+            super()._walk(live)
+
+        def _proxy(self, live):
+            return torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    training = Watched(trainer, pipe, INPUTS, str(tmp_path), _columns(pipe))
+    training.run()
+    after = training.logits()
+    assert len(seen) == STEPS - 1
+    for i, gradients in enumerate(seen, start=1):
+        assert [g is not None for g in gradients] == [j == i for j in range(STEPS)]
+        # Adam's first update is lr times the sign of the gradient
+        moved = (after[i] - before[i]).sign()
+        assert torch.equal(moved, -gradients[i].sign())
+        assert torch.allclose((after[i] - before[i]).abs(), torch.tensor(0.1), atol=1e-4)
+    assert torch.equal(after[0], torch.full_like(after[0], 5.0))
+
+
+@pytest.mark.parametrize("proxy", ["leave_one_out", "cumulative"])
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_proxies_are_changes_of_the_final_sample(proxy, reduce, tmp_path):
+    """(d): against full samplings with the rows set by hand."""
+    pipe = tiny("dit").pipe
+    trainer = RouterTrainer(proxy=proxy, reduce=reduce, updates=1)
+    training = RouterTraining(trainer, pipe, INPUTS, str(tmp_path), _columns(pipe))
+    soft = [row.detach().sigmoid() for row in training.rows]
+    one = torch.ones_like(soft[0])
+
+    def final(live, scores):
+        live.scores = scores
+        training._sample(live, 0)
+        return live.last.clone()
+
+    with attached(_Walk(_columns(pipe)), pipe) as live:
+        live.threshold, live.guidance = trainer.threshold, 3.0
+        found = training._proxy(live)
+        for t in range(1, STEPS):
+            if proxy == "cumulative":
+                before = final(live, [soft[i] if i < t else one for i in range(STEPS)])
+                after = final(live, [soft[i] if i <= t else one for i in range(STEPS)])
+            else:
+                before = final(live, soft)
+                after = final(live, [one if i == t else soft[i] for i in range(STEPS)])
+            change = (after - before).square()
+            want = change.sum() if reduce == "sum" else change.mean()
+            assert float(found[t]) == pytest.approx(float(want), rel=1e-4)
+            assert want > 0
+
+
+def test_thresholding_and_bounds():
+    """(e), (f): the first row computes; a logit of -5 never passes the threshold 0.1."""
+    logits = torch.tensor([[-5.0, -5.0], [5.0, -5.0], [-2.3, -2.1]])
+    assert routed(logits, ("t.a", "t.b"), 0.1) == Schedule(("t.a", "t.b"), ("CC", "CR", "RC"))
+    assert 1 / (1 + math.exp(2.3)) < 0.1 < 1 / (1 + math.exp(2.1))
+
+
+# -- the training ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", ["dit", "sd", "wan", "flux", "sd3"])
+def test_training_on_every_kind_of_guidance(pipeline, tmp_path, monkeypatch):
+    for module in ("caches.router", "caches._router_training"):  # tiny inputs are tensors
+        monkeypatch.setattr(f"{module}.inputs_digest", lambda inputs: "tensors")
+    host = tiny(pipeline)
+    inputs = [{k: v for k, v in host.inputs.items() if k not in ("generator", "output_type")}]
+    inputs[0]["num_inference_steps"] = STEPS
+    before, state = host.run(), host_state(host.pipe)
+    # so high a price that everything is repeated in the end
+    trainer = RouterTrainer(beta=1e3, updates=25, lr=0.5, refresh=30)
+    artifact = trainer.fit(host.pipe, inputs, str(tmp_path), Recipe(()))
+    assert_same_state(state, host_state(host.pipe))
+    assert torch.equal(before, host.run())
+    schedule = of_artifact(artifact)
+    assert schedule.rows[0] == "C" * len(schedule.columns)
+    assert set("".join(schedule.rows[1:])) == {"R"}
+    assert artifact.guidance == (host.name != "flux")
+    again = Artifact.load(artifact.save(tmp_path / "router.safetensors"))
+    assert torch.equal(again.tensors["logits"], artifact.tensors["logits"])
+
+
+def test_no_price_keeps_modules_that_matter(tmp_path):
+    # what no later step reads moves nothing: the last row may stay as it began
+    trainer = RouterTrainer(beta=0.0, updates=30, lr=0.5, threshold=0.5, refresh=15)
+    artifact = trainer.fit(tiny("dit").pipe, INPUTS, str(tmp_path))
+    assert of_artifact(artifact).share() > 0.85
+
+
+def test_a_training_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    whole = RouterTrainer(beta=1e-4, updates=6, lr=0.1, refresh=2)
+    straight = whole.fit(tiny("dit").pipe, INPUTS, str(tmp_path / "whole"))
+    monkeypatch.setattr("caches._router_training.CHECKPOINT_SECONDS", 0.0)
+    original, count = RouterTraining._walk, []
+
+    def cut(self, live):
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        count.append(1)
+        original(self, live)
+
+    monkeypatch.setattr(RouterTraining, "_walk", cut)
+    with pytest.raises(KeyboardInterrupt):
+        whole.fit(tiny("dit").pipe, INPUTS, str(tmp_path / "cut"))
+    monkeypatch.setattr(RouterTraining, "_walk", original)
+    resumed = whole.fit(tiny("dit").pipe, INPUTS, str(tmp_path / "cut"))
+    assert torch.allclose(straight.tensors["logits"], resumed.tensors["logits"], atol=1e-6)
+
+
+def test_another_training_in_the_same_folder_is_refused(tmp_path):
+    RouterTrainer(updates=1).fit(tiny("dit").pipe, INPUTS, str(tmp_path))
+    with pytest.raises(ValueError, match="other inputs or settings"):
+        RouterTrainer(updates=1, beta=1.0).fit(tiny("dit").pipe, INPUTS, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"beta": -1.0}, {"updates": 0}, {"refresh": 0}, {"threshold": 1.0}]
+)
+def test_bad_settings(settings):
+    with pytest.raises(ValueError, match="wants beta"):
+        RouterTrainer(**settings)
+
+
+def test_guidance_is_found_by_what_the_solver_gets():
+    plain, toward = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    guided = plain + 4.0 * (toward - plain)
+    assert Mix.of([torch.cat([plain, toward])], guided, 4.0) == Mix(2, 0, 1, 4.0)
+    assert Mix.of([toward, plain], guided, 4.0) == Mix(2, 1, 0, 4.0)
+    assert Mix.of([toward], toward, 4.0) == Mix(2, 0, 0, 4.0)
+    twice = torch.cat([guided, guided])
+    assert Mix.of([torch.cat([toward, plain])], twice, 4.0) == Mix(2, 1, 0, 4.0)
+    with pytest.raises(ValueError, match="another way"):
+        Mix.of([plain, toward], torch.randn(2, 3, 4, 4), 4.0)
