@@ -9,6 +9,8 @@ middle), another shape than the kept one (guidance switched off).
 
 from __future__ import annotations
 
+import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -135,6 +137,7 @@ class LiveSchedule(Attached):
         self.kept: dict[tuple[str, str, int], _Kept] = {}
         self.weights: dict[tuple[tuple[int, ...], int], tuple[float, ...]] = {}
         self.bytes = self.peak = 0
+        self.repeat_kept = 1  # times along the batch, for a call that stands for several steps
 
     # -- on the model ------------------------------------------------------------------------
 
@@ -173,6 +176,9 @@ class LiveSchedule(Attached):
                 return skip(args, kwargs)
             kept = self.kept.get((column, now.branch, now.stage))
             shape = _shape(args, kwargs)
+            if kept is not None and kept.outputs and self.repeat_kept > 1:
+                self.counts["reused"] += self.repeat_kept
+                return map_tensors(self._repeated, kept.outputs[0][2])
             if letter != COMPUTE and kept is not None and kept.outputs and kept.shape == shape:
                 if _versions(kept.outputs[0][2]) == kept.versions:
                     return self._known(kept, letter, now, place)
@@ -185,6 +191,9 @@ class LiveSchedule(Attached):
             return output
 
         return layer
+
+    def _repeated(self, tensor: Any) -> Any:
+        return tensor.repeat(self.repeat_kept, *[1] * (tensor.ndim - 1))
 
     # -- in a run ----------------------------------------------------------------------------
 
@@ -290,18 +299,25 @@ def first_leaf(output: Any) -> Any:
 
 def _combined(outputs: list[Any], weights: tuple[float, ...]) -> Any:
     """Sum of weighted outputs of one structure, in float32, in their own type."""
+
+    def total(*tensors: Any) -> Any:
+        weighted = [w * t.float() for w, t in zip(weights, tensors, strict=True)]
+        return functools.reduce(operator.add, weighted).to(tensors[0].dtype)
+
+    return map_tensors(total, *outputs)
+
+
+def map_tensors(change: Callable, *outputs: Any) -> Any:
+    """`change` of the tensors of outputs of one structure, which the result has, too."""
     import torch
 
     first = outputs[0]
     if isinstance(first, torch.Tensor):
-        total = sum(w * o.float() for w, o in zip(weights, outputs, strict=True))
-        assert isinstance(total, torch.Tensor)
-        return total.to(first.dtype)
+        return change(*outputs)
     if isinstance(first, dict):
-        return type(first)(**{k: _combined([o[k] for o in outputs], weights) for k in first})
+        return type(first)(**{k: map_tensors(change, *(o[k] for o in outputs)) for k in first})
     if isinstance(first, (tuple, list)):
-        parts = zip(*outputs, strict=True)
-        return type(first)(_combined(list(part), weights) for part in parts)
+        return type(first)(map_tensors(change, *parts) for parts in zip(*outputs, strict=True))
     return first
 
 

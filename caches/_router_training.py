@@ -21,7 +21,7 @@ from accel.clock import Run
 from accel.denoiser import denoisers
 from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached
-from caches._executor import first_leaf
+from caches._executor import first_leaf, map_tensors
 
 FIRST_LOGIT = 5.0  # of the first row, which always computes; and the bound of all
 CHECKPOINT, CURVE = "checkpoint.pt", "curve.json"
@@ -93,12 +93,14 @@ class LiveWalk(Attached):
             score, key = self.scores[now.step][place], (now.branch, place)
             kept = self.kept.get(key)
             blended = (
-                new if kept is None else _map2(lambda a, b: score * a + (1 - score) * b, new, kept)
+                new
+                if kept is None
+                else map_tensors(lambda a, b: score * a + (1 - score) * b, new, kept)
             )
-            held = _map2(lambda a, b: a.detach(), blended, blended)
+            held = map_tensors(torch.Tensor.detach, blended)
             if kept is not None:
                 keep = score.detach() > self.threshold
-                held = _map2(lambda a, b: torch.where(keep, a, b), held, kept)
+                held = map_tensors(lambda a, b: torch.where(keep, a, b), held, kept)
             self.kept[key] = held
             return blended
 
@@ -118,7 +120,7 @@ class LiveWalk(Attached):
         with torch.set_grad_enabled(now.step > 0):
             student = call_next(*args, **kwargs)
         self.calls.append((first_leaf(student), first_leaf(teacher)))
-        return _map2(lambda a, b: a.detach(), student, student)
+        return map_tensors(torch.Tensor.detach, student)
 
     def step(self, call_next: Callable, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the solver gets tells how the pipeline guides; then the step is learned from."""
@@ -341,14 +343,3 @@ def _frozen(pipe: Any) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-def _map2(change: Callable, first: Any, second: Any) -> Any:
-    """`change` of the tensors of two outputs of one structure."""
-    if isinstance(first, Tensor):
-        return change(first, second)
-    if isinstance(first, dict):
-        return type(first)(**{k: _map2(change, first[k], second[k]) for k in first})
-    if isinstance(first, (tuple, list)):
-        return type(first)(_map2(change, a, b) for a, b in zip(first, second, strict=True))
-    return first

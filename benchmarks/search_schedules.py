@@ -1,0 +1,110 @@
+"""Searches and learns the cache schedules of ``zoo:digits-dit`` that ``bench_caches`` measures.
+
+    python -m benchmarks.search_schedules [evolution router] [--steps 50] [--work out/schedules]
+
+Calibration is on noise that no benchmark uses: seeds from 0, theirs begin at 1,000. What is found
+goes to ``benchmarks/schedules``; a search or training that was cut off goes on. On one core of a
+server CPU the search takes some five minutes, a training of the router ten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import accel
+from accel.loading import zoo_path
+from accel.measure import environment
+from benchmarks.digits_study import GUIDANCE, MODEL, STRIDE, weights_sha256
+from caches._front import FRONT, Front
+from caches.evolution import EvolutionSearch
+from caches.router import RouterTrainer
+from caches.schedule import of_artifact
+
+SCHEDULES = Path(__file__).parent / "schedules"
+BATCH, CALLS = 20, 4
+SEARCH = EvolutionSearch(population=24, generations=24, screen=2)
+# the price of a module decides how many compute; the paper's 7e-8 is for its own pictures
+BETAS = {20: (3e-6, 1e-5, 3e-5), 50: (3e-7, 1e-6, 3e-6)}
+ROUTER_BATCH, UPDATES = 8, 250
+
+
+def calls(steps: int, batch: int = BATCH, count: int = CALLS) -> list[dict[str, Any]]:
+    """Calibration: classes in another order than the benchmarks'."""
+    labels = [(7 + i * STRIDE) % 100 for i in range(batch * count)]
+    return [
+        {
+            "class_labels": labels[i : i + batch],
+            "num_inference_steps": steps,
+            "guidance_scale": GUIDANCE,
+        }
+        for i in range(0, len(labels), batch)
+    ]
+
+
+def evolution(pipe: Any, steps: int, work: Path) -> dict[str, Any]:
+    """The front of a search, as JSON."""
+    folder = work / f"evolution-{steps}"
+    begin = time.monotonic()
+    SEARCH.run(pipe, calls(steps), folder)
+    record = json.loads((folder / FRONT).read_text())
+    return {**record, "seconds": round(time.monotonic() - begin)}
+
+
+def router(pipe: Any, steps: int, work: Path) -> dict[str, Any]:
+    """Schedules of trainings at rising prices, as JSON."""
+    rows = []
+    for beta in BETAS[steps]:
+        trainer = RouterTrainer(beta=beta, updates=UPDATES)
+        begin = time.monotonic()
+        artifact = trainer.fit(
+            pipe, calls(steps, ROUTER_BATCH, 12), str(work / f"router-{steps}-{beta:g}")
+        )
+        schedule = of_artifact(artifact)
+        rows.append(
+            {
+                "beta": beta,
+                "seconds": round(time.monotonic() - begin),
+                "columns": list(schedule.columns),
+                "rows": list(schedule.rows),
+            }
+        )
+    return {"updates": UPDATES, "batch": ROUTER_BATCH, "schedules": rows}
+
+
+def front(steps: int) -> Front:
+    """The searched front for a number of steps. Raises FileNotFoundError before the search."""
+    return Front.read(SCHEDULES / f"evolution-{steps}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("what", nargs="*", default=["evolution", "router"])
+    parser.add_argument("--steps", type=int, default=50, choices=sorted(BETAS))
+    parser.add_argument("--work", type=Path, default=Path("out/schedules"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe = accel.load(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    for what in given.what:
+        found = {"evolution": evolution, "router": router}[what](pipe, given.steps, given.work)
+        found |= {
+            "model": MODEL,
+            "weights_sha256": weights_sha256(zoo_path(MODEL)),
+            "steps": given.steps,
+            "environment": environment("cpu"),
+        }
+        folder = SCHEDULES / f"{what}-{given.steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / (FRONT if what == "evolution" else "router.json")).write_text(
+            json.dumps(found, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
