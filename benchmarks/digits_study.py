@@ -29,27 +29,27 @@ DPM = ("DPMSolverMultistepScheduler", Settings(timestep_spacing="trailing"))
 DDIM = ("DDIMScheduler", Settings(timestep_spacing="trailing"))
 
 
-def inputs(samples: int) -> list[dict[str, Any]]:
+def inputs(samples: int, steps: int = STEPS) -> list[dict[str, Any]]:
     """Batches of class labels that go round all classes, as pipeline-call arguments."""
     labels = [(i * STRIDE) % 100 for i in range(samples)]
     return [
         {
             "class_labels": labels[i : i + BATCH],
-            "num_inference_steps": STEPS,
+            "num_inference_steps": steps,
             "guidance_scale": GUIDANCE,
         }
         for i in range(0, samples, BATCH)
     ]
 
 
-def prompts(samples: int) -> list[dict[str, Any]]:
+def prompts(samples: int, steps: int = STEPS) -> list[dict[str, Any]]:
     """The same for digits-sd: captions that go round digits, colours and backgrounds."""
     rows = [(i * STRIDE) % 100 for i in range(samples)]
     said = [caption(c % 10, c // 10, (c + i) % 5) for i, c in enumerate(rows)]
     return [
         {
             "prompt": said[i : i + BATCH],
-            "num_inference_steps": STEPS,
+            "num_inference_steps": steps,
             "guidance_scale": SD_GUIDANCE,
         }
         for i in range(0, samples, BATCH)
@@ -57,13 +57,17 @@ def prompts(samples: int) -> list[dict[str, Any]]:
 
 
 def study(
-    samples: int = SAMPLES, device: str = "cpu", referee: str = NAME, model: str = MODEL
+    samples: int = SAMPLES,
+    device: str = "cpu",
+    referee: str = NAME,
+    model: str = MODEL,
+    steps: int = STEPS,
 ) -> Study:
     """The shipped pipeline, one thread, with its inputs and referee."""
     torch.set_num_threads(1)
     pipe = accel.load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
-    calls = inputs(samples) if model == MODEL else prompts(samples)
+    calls = (inputs if model == MODEL else prompts)(samples, steps)
     return Study(
         pipe,
         calls,
@@ -109,7 +113,7 @@ def head(study: Study, samples: int, environment: dict[str, Any]) -> dict[str, A
         "environment": environment,
         "protocol": protocol.as_json(),
         "model": protocol.model["name"],
-        "steps": STEPS,
+        "steps": protocol.steps,
         "guidance": protocol.guidance,
         "batch": BATCH,
         "samples": samples,

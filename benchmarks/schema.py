@@ -184,6 +184,11 @@ class Native(Study):
     """``native.json``: single methods, combinations, peers and controls."""
 
 
+class Caches(Study):
+    """``caches.json`` (50 steps), ``caches_20.json``, ``caches_sd.json``: settings of each cache,
+    from careful to bold; a row's name begins with its curve."""
+
+
 class Students(Study):
     """``tdm.json``, ``tdm_sd.json``: distilled students, and their teacher in as few steps."""
 
@@ -333,6 +338,9 @@ class OneMoreStepStudy(_Strict):
 
 KINDS: dict[str, type[BaseModel]] = {
     "native": Native,
+    "caches": Caches,
+    "caches_20": Caches,
+    "caches_sd": Caches,
     "tdm": Students,
     "tdm_sd": Students,
     "leap": Leaps,

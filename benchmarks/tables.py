@@ -23,14 +23,14 @@ from typing import Any
 
 from accel.method import Method, Recipe
 from accel.methods import INDEX_FILE, packages
-from benchmarks import sampler_tables
+from benchmarks import cache_tables, sampler_tables
 from benchmarks.results_file import DEVICES, path, read
 from benchmarks.sampler_tables import measured_by_distance
 from benchmarks.waterfall_picture import PICTURE, drawn_from
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
-RESULTS_WITH_METHODS = ("native", "leap")
+RESULTS_WITH_METHODS = ("native", "caches", "caches_20", "caches_sd", "leap")
 PEERS = "benchmarks.peers:"
 
 
@@ -224,6 +224,11 @@ def _leaps_on(result: dict[str, Any]) -> str:
     )
 
 
+def _caches_on(result: dict[str, Any]) -> str:
+    said = f"Every setting, {result['steps']} steps asked"
+    return f"{cache_tables.matched(result)}\n\n{_rows_on(result, said)}"
+
+
 def _waterfall_on(result: dict[str, Any]) -> str:
     bars = [f"{k} {r['speedup']['estimate']:.2f}x" for k, r in result["rows"].items()]
     device = "cpu" if result == read("waterfall") else "cuda"
@@ -271,6 +276,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "students_sd": lambda: _every_device("tdm_sd", _students_on),
     "time_shift": lambda: _every_device("time_shift", sampler_tables.time_shift),
     "one_more_step": lambda: _every_device("one_more_step", sampler_tables.one_more_step),
+    "caches": lambda: _every_device("caches", _caches_on),
+    "caches_20": lambda: _every_device("caches_20", _caches_on),
+    "caches_sd": lambda: _every_device("caches_sd", _caches_on),
     "leap": lambda: _every_device("leap", _leaps_on),
 }
 PAGES = ("README.md", "benchmarks/README.md")

@@ -218,8 +218,9 @@ class RouterTraining:
             assert isinstance(live, LiveWalk)
             live.threshold, live.guidance = trainer.threshold, self._guidance()
             while self.trajectory < trainer.updates:
-                if self.trajectory % trainer.refresh == 0:
-                    self.weights = self._proxy(live)
+                times, due = divmod(self.trajectory, trainer.refresh)
+                if due == 0:  # a mean over refreshes: one sample may weigh 20 times another
+                    self.weights = (times * self.weights + self._proxy(live)) / (times + 1)
                 self._walk(live)
                 self.trajectory += 1
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:

@@ -7,8 +7,8 @@ place, weighted by how much caching there changes the final sample. Above the th
 computes, below it repeats its last output.
 
 Not taken over from the official code: kept outputs that leak from one sample into the next, and
-the generator that is set back after every refresh of the weights. Guidance is what the pipeline
-does, in all channels.
+the generator that is set back after every refresh of the weights, which forgets the weights before.
+Guidance is what the pipeline does, in all channels.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RouterTrainer(Trainer):
     weight is the change of the final sample when its row alone computes all ("leave_one_out", the
     paper) or when it begins to cache after all earlier ones ("cumulative", the official code),
     as a "sum" or "mean" of squares. refresh: trajectories between two measurements of the weights,
-    each of which takes a sampling a step.
+    each of which takes a sampling a step; their mean is used.
     """
 
     beta: float = 7e-8

@@ -1,0 +1,166 @@
+"""Feature caches against each other: curves of speed against fidelity, ours beside the peers'.
+
+    python -m benchmarks.bench_caches [--model zoo:digits-sd] [--steps 20] [--samples 500]
+
+Every row is timed in turn with the unmodified pipeline and paired with it sample by sample. A row's
+name is its curve, then the setting. Peers: diffusers' own caches, and cache-dit (the ``peers``
+extra) with its caches alone and with its forecasts. The searched and learned schedules come from
+``benchmarks.search_schedules``, made on other noise. Controls compute as much at random steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accel.artifact import Artifact
+from accel.clock import sampling_grid
+from accel.denoiser import denoisers
+from accel.measure import load_average
+from accel.method import Method, Recipe
+from accel.settings import Settings
+from apps.digits_referee import NAME
+from benchmarks.bench_native import here
+from benchmarks.digits_study import BATCH, MODEL, SD, head, inputs, row, study
+from benchmarks.peers import CacheDit
+from benchmarks.results_file import DEVICES, write
+from benchmarks.search_schedules import SCHEDULES, front
+from caches.encoder_propagation import EncoderPropagation
+from caches.evolution import EvolutionCache
+from caches.interval import IntervalCache
+from caches.native import FirstBlockCache, MagCache, TaylorSeer
+from caches.router import RouterCache
+from caches.schedule import Schedule, causal, to_artifact
+
+SAMPLES = 500
+QUALITIES = (40, 35, 30, 25)  # dB that the searched front is asked for
+MARGIN = 1.0  # dB more on the calibration inputs
+STEPS = {"caches": 50, "caches_20": 20, "caches_sd": 50}
+
+
+def transformer_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
+    """Curves on a transformer."""
+    yield from searched(pipe, steps, folder)
+    yield from learned(pipe, steps, folder)
+    for interval in (3, 5, 6, 7, 8):
+        yield f"interval, output: {interval}", IntervalCache(interval, 2, 0, "output", 1)
+    for interval in (2, 3):
+        yield f"interval, blocks: {interval}", IntervalCache(interval, 3, 0, "blocks", 1)
+        yield f"FORA: {interval}", IntervalCache(interval, 1, 0, "modules", 0)
+    for interval in (4, 5, 6, 7, 8, 9):
+        yield f"TaylorSeer, lite: {interval}", TaylorSeer(interval, 3, modules="lite")
+    for interval in (3, 5, 7):
+        yield f"TaylorSeer: {interval}", TaylorSeer(interval, 3)
+    for threshold in (0.05, 0.1, 0.2, 0.3):
+        yield f"FirstBlockCache: {threshold}", FirstBlockCache(threshold)
+    ratios = _magnitudes(pipe, steps, folder)
+    for threshold in (0.03, 0.06, 0.12):
+        yield f"MagCache: {threshold}", MagCache(threshold, artifact=ratios)
+    for threshold in (0.08, 0.16, 0.24):
+        cache = {
+            "Fn_compute_blocks": 1,
+            "max_warmup_steps": 4,
+            "residual_diff_threshold": threshold,
+        }
+        yield f"cache-dit DBCache: {threshold}", CacheDit(Settings(cache))
+    for most in (3, 5, 7, 9):
+        cache = {
+            "Fn_compute_blocks": 1,
+            "max_warmup_steps": 4,
+            "residual_diff_threshold": 1.0,
+            "max_continuous_cached_steps": most,
+        }
+        yield f"cache-dit DBCache + TaylorSeer: {most}", CacheDit(Settings(cache), taylor_order=1)
+
+
+def unet_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
+    """Curves on a UNet."""
+    encoder = EncoderPropagation()
+    yield "encoder propagation: keys", encoder
+    yield "encoder propagation, batched: keys", replace(encoder, parallel=True)
+    yield "encoder propagation: keys, no noise", replace(encoder, noise=0.0)
+    yield "encoder propagation, batched: every 2", replace(encoder, every=2, parallel=True)
+    for interval in (2, 3, 5, 8):
+        yield f"interval, deep: {interval}", IntervalCache(interval, 1, 0, "deep", 0)
+    for interval in (3, 5, 8):
+        yield f"interval, deep, order 1: {interval}", IntervalCache(interval, 2, 0, "deep", 1)
+    for interval in (3, 5, 7, 9, 11):
+        yield f"interval, output: {interval}", IntervalCache(interval, 2, 0, "output", 1)
+
+
+def searched(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
+    """Schedules of the searched front for rising boldness, and random ones of equal work."""
+    found = front(steps)
+    (denoiser,) = denoisers(pipe)
+    pipe.scheduler.set_timesteps(steps)
+    grid = sampling_grid(pipe.scheduler)[1]
+
+    def method(schedule: Schedule, name: str) -> EvolutionCache:
+        made = to_artifact(schedule, denoiser, method=EvolutionCache.name(), grid=grid)
+        return EvolutionCache(made.save(folder / f"{name}.safetensors"))
+
+    rng = random.Random(0)
+    for quality in QUALITIES:
+        good = [c for c in found.candidates if c.quality >= quality + MARGIN]
+        schedule = max(good, key=lambda c: c.speedup).schedule
+        yield f"evolution: {quality} dB asked", method(schedule, f"evolution-{quality}")
+        rows = list(schedule.rows[1:])
+        rng.shuffle(rows)
+        shuffled = causal(replace(schedule, rows=(schedule.rows[0], *rows)))
+        name = f"control: random steps, as many as evolution at {quality} dB"
+        yield name, method(shuffled, f"random-{quality}")
+
+
+def learned(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
+    """The router's schedules, from careful to bold."""
+    (denoiser,) = denoisers(pipe)
+    pipe.scheduler.set_timesteps(steps)
+    grid = sampling_grid(pipe.scheduler)[1]
+    text = (SCHEDULES / f"router-{steps}" / "router.json").read_text()
+    for found in json.loads(text)["schedules"]:
+        schedule = Schedule(tuple(found["columns"]), tuple(found["rows"]))
+        made: Artifact = to_artifact(schedule, denoiser, method=RouterCache.name(), grid=grid)
+        name = f"router-{found['beta']:g}"
+        reused = 1 - schedule.share()
+        yield (
+            f"router: {reused:.0%} reused",
+            RouterCache(made.save(folder / f"{name}.safetensors")),
+        )
+
+
+def _magnitudes(pipe: Any, steps: int, folder: Path) -> Any:
+    calibration = [{**x, "output_type": "np"} for x in inputs(BATCH, steps)]
+    return MagCache.calibrate(pipe, calibration).save(folder / "mag.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", default=MODEL, choices=(MODEL, SD))
+    parser.add_argument("--steps", type=int, default=50, choices=(20, 50))
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
+    parser.add_argument("--referee", default=NAME, help="a shipped judge")
+    given = parser.parse_args()
+    load = load_average()
+    bench = study(given.samples, given.device, given.referee, given.model, given.steps)
+    rows = transformer_rows if given.model == MODEL else unet_rows
+    name = "caches_sd" if given.model == SD else "caches" if given.steps == 50 else "caches_20"
+    measured: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for label, method in rows(bench.pipe, given.steps, Path(folder)):
+            result = bench.compare(Recipe((method,)), rounds=given.rounds)
+            measured[label] = row(Recipe((method,)), result, folder)
+            print(label, *(measured[label][k] for k in ("speedup", "psnr", "judged")), flush=True)
+    block = here(given.device, load)
+    write(name, given.device, {**head(bench, given.samples, block), "rows": measured})
+
+
+if __name__ == "__main__":
+    main()

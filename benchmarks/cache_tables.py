@@ -1,0 +1,60 @@
+"""The tables of ``bench_caches``: every row, and how fast each curve is at a fidelity."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+TARGETS = (25.0, 30.0, 35.0, 40.0)  # dB
+PEERS = ("TaylorSeer", "FirstBlockCache", "MagCache", "cache-dit")
+
+
+def curves(rows: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """(speed-up, dB) of each curve's settings; controls are no curves."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for label, row in rows.items():
+        name = label.rpartition(":")[0]
+        if not label.startswith("control"):
+            found[name].append((row["speedup"]["estimate"], row["psnr"]["estimate"]))
+    return dict(found)
+
+
+def speed_at(points: Sequence[tuple[float, float]], target: float) -> float | None:
+    """The speed-up at a PSNR, on straight lines between neighbouring settings.
+
+    The largest, where lines cross the target more than once; None where they do not reach it.
+    """
+    line = sorted(points, key=lambda p: p[1])
+    crossings = [speed for speed, quality in line if quality == target]
+    for (s0, q0), (s1, q1) in itertools.pairwise(line):
+        if q0 < target < q1:
+            crossings.append(s0 + (s1 - s0) * (target - q0) / (q1 - q0))
+    return max(crossings, default=None)
+
+
+def matched(result: dict[str, Any]) -> str:
+    """Speed-ups of all curves at equal fidelity, and ours over the best peer's."""
+    found = curves(result["rows"])
+    lines = [
+        "| curve | " + " | ".join(f"at {t:g} dB" for t in TARGETS) + " |",
+        "|---|" + "---|" * len(TARGETS),
+    ]
+    best: dict[bool, dict[float, float]] = {True: {}, False: {}}
+    for name, points in found.items():
+        cells = []
+        for target in TARGETS:
+            speed = speed_at(points, target)
+            cells.append("-" if speed is None else f"{speed:.2f}x")
+            side = best[name.startswith(PEERS)]
+            if speed is not None:
+                side[target] = max(side.get(target, 0.0), speed)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if best[True]:
+        cells = [
+            f"{best[False][t] / best[True][t]:.2f}" if t in best[True] and t in best[False] else "-"
+            for t in TARGETS
+        ]
+        lines.append(f"| **best of ours over best peer** | {' | '.join(cells)} |")
+    return "\n".join(lines)
