@@ -58,3 +58,14 @@ def matched(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| **best of ours over best peer** | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def robustness(result: dict[str, Any]) -> str:
+    """What happens in daily use, a column a cache."""
+    names = list(result["rows"])
+    scenarios = list(next(iter(result["rows"].values())))
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for what in scenarios:
+        cells = (result["rows"][name][what] for name in names)
+        lines.append(f"| {what} | {' | '.join(c if c == 'right' else f'**{c}**' for c in cells)} |")
+    return "\n".join(lines)

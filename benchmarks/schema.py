@@ -255,6 +255,14 @@ class Kill(_Strict):
         return self
 
 
+class Robustness(_Strict):
+    """``robustness.json``: "right", "wrong" or the name of an error, by cache and scenario."""
+
+    environment: Environment
+    protocol: ProtocolRecord | None
+    rows: dict[str, dict[str, str]]
+
+
 class DrawsRow(_Strict):
     """Frechet distances of one sampler's draws. calls: of the network for one sample."""
 
@@ -341,6 +349,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "caches": Caches,
     "caches_20": Caches,
     "caches_sd": Caches,
+    "robustness": Robustness,
     "tdm": Students,
     "tdm_sd": Students,
     "leap": Leaps,

@@ -279,6 +279,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "caches": lambda: _every_device("caches", _caches_on),
     "caches_20": lambda: _every_device("caches_20", _caches_on),
     "caches_sd": lambda: _every_device("caches_sd", _caches_on),
+    "robustness": lambda: _every_device("robustness", cache_tables.robustness),
     "leap": lambda: _every_device("leap", _leaps_on),
 }
 PAGES = ("README.md", "benchmarks/README.md")
