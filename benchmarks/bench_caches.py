@@ -95,7 +95,12 @@ def unet_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method
 
 
 def searched(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
-    """Schedules of the searched front for rising boldness, and random ones of equal work."""
+    """Schedules of the searched front for rising boldness, and random ones of equal work.
+
+    None where there was no search for so many steps.
+    """
+    if not (SCHEDULES / f"evolution-{steps}").is_dir():
+        return
     found = front(steps)
     (denoiser,) = denoisers(pipe)
     pipe.scheduler.set_timesteps(steps)
@@ -118,12 +123,14 @@ def searched(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]
 
 
 def learned(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
-    """The router's schedules, from careful to bold."""
+    """The router's schedules, from careful to bold; none where none was trained."""
+    file = SCHEDULES / f"router-{steps}" / "router.json"
+    if not file.is_file():
+        return
     (denoiser,) = denoisers(pipe)
     pipe.scheduler.set_timesteps(steps)
     grid = sampling_grid(pipe.scheduler)[1]
-    text = (SCHEDULES / f"router-{steps}" / "router.json").read_text()
-    for found in json.loads(text)["schedules"]:
+    for found in json.loads(file.read_text())["schedules"]:
         schedule = Schedule(tuple(found["columns"]), tuple(found["rows"]))
         made: Artifact = to_artifact(schedule, denoiser, method=RouterCache.name(), grid=grid)
         name = f"router-{found['beta']:g}"

@@ -49,7 +49,8 @@ def test_digits_wan_is_trained_shipped_and_loaded_from_nothing(folder):
             was = trained[f"{part}.{name}"]
             assert torch.allclose(weight, was, rtol=2**-11, atol=2**-25), name
     record = json.loads((folder / "shipped" / "training.json").read_text())
-    assert list(record["stages"]) == ["autoencoder", "clips", "pictures", "windows", "videos"]
+    stages = ["autoencoder", "clips", "pictures", "pairs", "windows", "videos"]
+    assert list(record["stages"]) == stages
     assert {s["step"] for s in record["stages"].values()} == {2}
 
 
@@ -79,6 +80,7 @@ def test_a_warm_restart_goes_on_with_the_stage_that_is_named(folder, tmp_path):
         "autoencoder": 2,
         "clips": 4,
         "pictures": 4,
+        "pairs": 4,
         "windows": 4,
         "videos": 4,
     }
