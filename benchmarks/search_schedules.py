@@ -30,7 +30,7 @@ SCHEDULES = Path(__file__).parent / "schedules"
 BATCH, CALLS = 20, 4
 SEARCH = EvolutionSearch(population=24, generations=24, screen=2)
 # the price of a module decides how many compute; the paper's 7e-8 is for its own pictures
-BETAS = {20: (3e-6, 1e-5, 3e-5), 50: (3e-7, 1e-6, 3e-6)}
+BETAS = {20: (3e-6, 1e-5), 50: (3e-7, 1e-6)}
 ROUTER_BATCH, UPDATES = 8, 150
 
 
