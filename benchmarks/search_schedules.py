@@ -31,7 +31,7 @@ BATCH, CALLS = 20, 4
 SEARCH = EvolutionSearch(population=24, generations=24, screen=2)
 # the price of a module decides how many compute; the paper's 7e-8 is for its own pictures
 BETAS = {20: (3e-6, 1e-5), 50: (3e-7, 1e-6)}
-ROUTER_BATCH, UPDATES = 8, 150
+ROUTER_BATCH, UPDATES = 8, 250
 
 
 def calls(steps: int, batch: int = BATCH, count: int = CALLS) -> list[dict[str, Any]]:

@@ -13,15 +13,30 @@ Guidance is what the pipeline does, in all channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from accel.artifact import Artifact, ArtifactRef, inputs_digest
 from accel.denoiser import denoisers
+from accel.measure import pipeline_samples
 from accel.method import Method, Recipe, Trainer, attached
+from accel.metrics.fidelity import psnr
+from caches._drift import measure_drift
 from caches._executor import FromArtifact, OnGrid
 from caches._router_training import RouterTraining
-from caches.schedule import COMPUTE, REUSE, Schedule, module_columns, to_artifact
+from caches.schedule import (
+    COMPUTE,
+    REUSE,
+    Schedule,
+    constant,
+    module_columns,
+    of_artifact,
+    predicted_cost,
+    to_artifact,
+)
+
+BETAS = (1e-9, 1e-2)  # prices that a calibration looks between
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,60 @@ class RouterTrainer(Trainer):
         )
         artifact.tensors["logits"] = training.logits()
         return artifact
+
+    def calibrate(
+        self,
+        pipe: Any,
+        inputs: list[dict[str, Any]],
+        out: str,
+        *,
+        speed: float | None = None,
+        quality: float | None = None,
+        tries: int = 5,
+    ) -> Artifact:
+        """The schedule for a wanted speed-up or fidelity (dB of PSNR): the training finds `beta`.
+
+        Trains `tries` times below `out`, at prices that halve the range `BETAS` in its logarithm;
+        returns the schedule nearest to what was asked for that reaches it. The speed-up is
+        predicted from seconds a module; the fidelity is measured on `inputs`.
+
+        Raises:
+            ValueError: both or none asked for, or no training reached it; what they did is said.
+        """
+        if (speed is None) == (quality is None):
+            raise ValueError("RouterTrainer.calibrate: ask for a speed or for a quality")
+        (low, high), best = BETAS, None
+        said = []
+        drift = measure_drift(pipe, inputs[0], module_columns(denoisers(pipe)[0]))
+        for _ in range(tries):
+            beta = (low * high) ** 0.5
+            artifact = replace(self, beta=beta).fit(pipe, inputs, f"{out}/beta-{beta:.3g}")
+            schedule = of_artifact(artifact)
+            full = constant(schedule.columns, schedule.steps)
+            costs = (drift.seconds, drift.rest)
+            faster = predicted_cost(full, *costs) / predicted_cost(schedule, *costs)
+            nearer = _fidelity(pipe, inputs, artifact, Path(out))
+            said.append(f"{faster:.2f}x at {nearer:.1f} dB")
+            reached = faster >= speed if speed is not None else nearer >= (quality or 0.0)
+            if reached:
+                best = artifact
+            if reached == (speed is not None):  # a lower price computes more
+                high = beta
+            else:
+                low = beta
+        if best is None:
+            raise ValueError(f"RouterTrainer.calibrate: none is so fast or so good: {said}")
+        return best
+
+
+def _fidelity(pipe: Any, inputs: list[dict[str, Any]], artifact: Artifact, folder: Path) -> float:
+    """Mean PSNR in dB against uncached outputs."""
+    plain = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
+    with attached(RouterCache(artifact.save(folder / "trial.safetensors")), pipe):
+        cached = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
+    (folder / "trial.safetensors").unlink()
+    values = [psnr(a, b).clamp(max=100.0) for a, b in zip(cached, plain, strict=True)]
+    return float(sum(float(v.mean()) for v in values) / len(values))
 
 
 def routed(logits: Any, columns: tuple[str, ...], threshold: float) -> Schedule:

@@ -286,3 +286,16 @@ def test_guidance_is_found_by_what_the_solver_gets():
     assert Mix.of([torch.cat([toward, plain])], twice, 4.0) == Mix(2, 1, 0, 4.0)
     with pytest.raises(ValueError, match="another way"):
         Mix.of([plain, toward], torch.randn(2, 3, 4, 4), 4.0)
+
+
+def test_calibration_finds_a_price_for_a_speed_or_a_quality(tmp_path):
+    pipe = tiny("dit").pipe
+    trainer = RouterTrainer(updates=12, lr=0.8, refresh=20)
+    bold = trainer.calibrate(pipe, INPUTS, str(tmp_path / "speed"), speed=1.02, tries=3)
+    assert of_artifact(bold).share() < 1.0
+    careful = trainer.calibrate(pipe, INPUTS, str(tmp_path / "quality"), quality=5.0, tries=3)
+    assert of_artifact(careful).columns == _columns(pipe)
+    with pytest.raises(ValueError, match=r"none is so fast .*x at .* dB"):
+        trainer.calibrate(pipe, INPUTS, str(tmp_path / "speed"), speed=50.0, tries=1)
+    with pytest.raises(ValueError, match="for a speed or for a quality"):
+        trainer.calibrate(pipe, INPUTS, str(tmp_path))
