@@ -44,7 +44,7 @@ class Drift:
 
     def save(self, path: Path, digest: str) -> None:
         """Write it, with the digest of what it was measured for."""
-        arrays = {f"products/{c}": p for c, p in self.products.items()}
+        arrays: dict[str, Any] = {f"products/{c}": p for c, p in self.products.items()}
         head = {**vars(self), "digest": digest}
         head.pop("products")
         buffer = io.BytesIO()
@@ -106,6 +106,7 @@ class _LiveProbe(Attached):
         super().__init__(method, pipe)
         self.samples: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
         self.times: dict[str, list[float]] = defaultdict(list)
+        self.sigmas: tuple[float, ...] = ()
 
     def watch(self, column: str) -> Callable:
         """The layer of one column."""

@@ -83,13 +83,25 @@ class FromArtifact(Scheduled):
         artifact = Artifact.load(self.artifact)
         for denoiser in denoisers(pipe):
             artifact.check_model(denoiser.module)
-        return of_artifact(artifact).columns
+        columns = of_artifact(artifact).columns
+        known = {d.slot: dict(d.module.named_modules()) for d in denoisers(pipe)}
+        for column in columns:
+            slot, _, path = column.partition(".")
+            if path not in known.get(slot, ()):
+                raise ValueError(f"{self.artifact.path}: this pipeline has no {column!r}")
+        return columns
 
     def build(self, pipe: Any, live: Attached) -> None:
         assert isinstance(live, LiveSchedule)
         artifact = Artifact.load(self.artifact)
         live.found, live.grid = of_artifact(artifact), artifact.grid
         super().build(pipe, live)
+        for j, column in enumerate(live.found.columns):
+            skips = any(row[j] == SKIP for rows in live.found.tables() for row in rows)
+            if skips and column not in live.skippable:
+                raise ValueError(
+                    f"{self.artifact.path}: S (skip) at {column!r}, which is no transformer block"
+                )
 
     def plan(self, live: LiveSchedule, sigmas: tuple[float, ...]) -> Schedule:
         assert live.found is not None
@@ -127,6 +139,7 @@ class LiveSchedule(Attached):
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
         self.columns: tuple[str, ...] = ()
+        self.skippable: set[str] = set()
         self.found: Schedule | None = None  # as it is on disk, for the noise levels `grid`
         self.grid: tuple[float, ...] = ()
         self.schedule: Schedule | None = None
@@ -160,9 +173,11 @@ class LiveSchedule(Attached):
                     "switch chunking off to cache"
                 )
             block = blocks.get(column)
-            layout = block.output_layout if block else ()
-            skip = _skips(layout) if layout and "skips" not in layout else _no_skip
-            self.around_call(module, self._layer(column, skip))
+            if block is None or not block.ff:
+                self.around_call(module, self._layer(column, _no_skip))
+            else:
+                self.skippable.add(column)
+                self.around_call(module, self._layer(column, _skips(block.output_layout)))
 
     def _layer(self, column: str, skip: Callable) -> Callable:
         def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -120,7 +120,8 @@ class EvolutionSearch:
 
         first = trial.first_population(self.population)
         problem = Problem(n_var=first.shape[1], n_obj=2, xl=0, xu=1, vtype=bool)
-        algorithm = NSGA2(
+        make: Any = NSGA2  # annotated with its defaults' types
+        algorithm = make(
             pop_size=self.population,
             sampling=first,
             crossover=PointCrossover(n_points=4, prob=self.crossover),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -56,7 +57,7 @@ def _cells(schedule: Schedule, rows: tuple[str, ...]) -> Iterator[tuple[int, int
             yield i, j, RESTS if rests else COLOURS[letter]
 
 
-def _legend(pen: ImageDraw.ImageDraw, schedule: Schedule, font: ImageFont.ImageFont) -> None:
+def _legend(pen: ImageDraw.ImageDraw, schedule: Schedule, font: Any) -> None:
     used = "".join("".join(rows) for rows in schedule.tables())
     x = MARGIN
     for letter in (c for c in WORDS if c in used):

@@ -8,10 +8,18 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from accel.denoiser import denoisers
 from accel.method import Recipe, attached
-from accel.testing import assert_equal, checks, conform, tiny
+from accel.testing import (
+    assert_equal,
+    assert_same_state,
+    checks,
+    conform,
+    host_state,
+    tiny,
+)
 from caches._drift import best_steps, forecast_errors, measure_drift
 from caches._front import Candidate, Front, is_dominated
 from caches._step_mutation import step_mutation
@@ -73,7 +81,65 @@ def test_another_grid_is_resampled_refused_or_bypassed(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             assert_equal(plain, host.run(num_inference_steps=9), "bypassed")
-        assert "another grid" in next(iter(live.report()["runs"][0]["fallbacks"]))
+        assert "other noise levels" in next(iter(live.report()["runs"][0]["fallbacks"]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "words"),
+    [
+        (("transformer.nothing",), ("C", "R"), "has no 'transformer.nothing'"),
+        (("unet",), ("C", "R"), "has no 'unet'"),
+        (("transformer.transformer_blocks.0.ff",), ("C", "S"), "no transformer block"),
+        (("transformer",), ("C", "S"), "no transformer block"),
+    ],
+)
+def test_schedules_of_other_parts_are_refused_before_a_run(columns, rows, words, tmp_path):
+    host = tiny("dit")
+    (denoiser,) = denoisers(host.pipe)
+    made = to_artifact(Schedule(columns, rows), denoiser, method="x", grid=(2.0, 1.0))
+    method = EvolutionCache(made.save(tmp_path / "schedule.safetensors"))
+    state = host_state(host.pipe)
+    with pytest.raises(ValueError, match=words):
+        method.attach(host.pipe)
+    assert_same_state(state, host_state(host.pipe))
+
+
+def _grid(host, steps):
+    """The noise levels that the pipeline itself lays."""
+    found = []
+    with attached(Recipe(()), host.pipe) as live:
+        live.clock.subscribe(lambda event: found.append(live.clock.run))
+        host.run(num_inference_steps=steps)
+    return found[0].sigmas
+
+
+@pytest.mark.parametrize("pipeline", ["dit", "flux", "cogvideox", "sd3"])
+def test_a_skipped_block_passes_its_input_on(pipeline, tmp_path):
+    host = tiny(pipeline)
+    (denoiser,) = denoisers(host.pipe)
+    block = next(b for b in denoiser.blocks if b.ff)
+    column = f"{denoiser.slot}.{block.path}"
+    schedule = Schedule((column,), ("C", "S", "C", "C"))
+    made = to_artifact(schedule, denoiser, method="x", grid=_grid(host, 4))
+    method = EvolutionCache(made.save(tmp_path / "schedule.safetensors"))
+    seen = []
+
+    def look(call_next, *args, **kwargs):
+        output = call_next(*args, **kwargs)
+        seen.append((args, kwargs, output))
+        return output
+
+    with attached(method, host.pipe, strict=True) as live:
+        live.patch.around_call(denoiser.module.get_submodule(block.path), look)
+        host.run(num_inference_steps=4)
+        (run,) = live.report()["runs"]
+    assert run["skipped"] == len(seen) // 4
+    args, kwargs, output = seen[len(seen) // 4]  # step 1
+    given = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+    parts = output if isinstance(output, tuple) else (output,)
+    assert len(parts) == len(block.output_layout)
+    assert all(any(part is x for x in given) for part in parts)
+    assert run["fallbacks"] == {}
 
 
 # -- drift -----------------------------------------------------------------------------------
