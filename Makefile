@@ -27,6 +27,11 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_tdm
 	$(PY) -m benchmarks.bench_tdm --model zoo:digits-sd --samples 300
 	$(PY) -m benchmarks.bench_one_more_step
+	$(PY) -m benchmarks.bench_time_shift
+	$(PY) -m benchmarks.bench_caches
+	$(PY) -m benchmarks.bench_caches --steps 20
+	$(PY) -m benchmarks.bench_caches --model zoo:digits-sd
+	$(PY) -m benchmarks.bench_robustness
 	$(PY) -m benchmarks.tables
 
 # Speeds and qualities of the methods, of peers and of the core: about a quarter of an hour.
@@ -46,6 +51,8 @@ gpu: $(READY)
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
 	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers
 	$(PY) -m benchmarks.bench_native --device cuda
+	$(PY) -m benchmarks.bench_caches --device cuda
+	$(PY) -m benchmarks.bench_caches --device cuda --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_tdm --device cuda
 	$(PY) -m benchmarks.waterfall --device cuda
 	$(PY) -m benchmarks.bench_overhead --device cuda

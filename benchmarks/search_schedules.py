@@ -3,8 +3,9 @@
     python -m benchmarks.search_schedules [evolution router] [--steps 50] [--work out/schedules]
 
 Calibration is on noise that no benchmark uses: seeds from 0, theirs begin at 1,000. What is found
-goes to ``benchmarks/schedules``; a search or training that was cut off goes on. On one core of a
-server CPU the search takes some five minutes, a training of the router ten.
+goes to ``benchmarks/schedules``, and one schedule of the search to a recipe; a search or training
+that was cut off goes on. On one core of a server CPU the search takes some ten minutes, and so does
+a training of the router.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import accel
 from accel.loading import zoo_path
 from accel.measure import environment
 from benchmarks.digits_study import GUIDANCE, MODEL, STRIDE, weights_sha256
+from benchmarks.distil import RECIPES
 from caches._front import FRONT, Front
-from caches.evolution import EvolutionSearch
+from caches.evolution import EvolutionCache, EvolutionSearch
 from caches.router import RouterTrainer
 from caches.schedule import of_artifact
 
 SCHEDULES = Path(__file__).parent / "schedules"
+RECIPE_STEPS, RECIPE_QUALITY = 50, 38.0  # dB
 BATCH, CALLS = 20, 4
 SEARCH = EvolutionSearch(population=24, generations=24, screen=2)
 # the price of a module decides how many compute; the paper's 7e-8 is for its own pictures
@@ -53,7 +56,19 @@ def evolution(pipe: Any, steps: int, work: Path) -> dict[str, Any]:
     begin = time.monotonic()
     SEARCH.run(pipe, calls(steps), folder)
     record = json.loads((folder / FRONT).read_text())
+    if steps == RECIPE_STEPS:
+        write_recipe(Front.read(folder))
     return {**record, "seconds": round(time.monotonic() - begin)}
+
+
+def write_recipe(found: Front) -> None:
+    """The fastest schedule of a fidelity as a recipe."""
+    accel.write_recipe(
+        RECIPES / "digits-dit-evolution.yaml",
+        accel.Recipe((EvolutionCache(found.pick(quality=RECIPE_QUALITY)),)),
+        name="digits-dit-evolution",
+        description=f"A searched schedule for {MODEL}: the network is called at few steps.",
+    )
 
 
 def router(pipe: Any, steps: int, work: Path) -> dict[str, Any]:
