@@ -22,23 +22,23 @@ def curves(rows: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
 
 
 def speed_at(points: Sequence[tuple[float, float]], target: float) -> float | None:
-    """The speed-up at a PSNR, on straight lines between neighbouring settings.
+    """The largest speed-up at no less than a PSNR, on straight lines between settings.
 
-    The largest, where lines cross the target more than once; None where they do not reach it.
+    None where no setting is so good: nothing is read off beyond the settings.
     """
     line = sorted(points, key=lambda p: p[1])
-    crossings = [speed for speed, quality in line if quality == target]
+    speeds = [speed for speed, quality in line if quality >= target]
     for (s0, q0), (s1, q1) in itertools.pairwise(line):
         if q0 < target < q1:
-            crossings.append(s0 + (s1 - s0) * (target - q0) / (q1 - q0))
-    return max(crossings, default=None)
+            speeds.append(s0 + (s1 - s0) * (target - q0) / (q1 - q0))
+    return max(speeds, default=None)
 
 
 def matched(result: dict[str, Any]) -> str:
     """Speed-ups of all curves at equal fidelity, and ours over the best peer's."""
     found = curves(result["rows"])
     lines = [
-        "| curve | " + " | ".join(f"at {t:g} dB" for t in TARGETS) + " |",
+        "| curve | " + " | ".join(f"{t:g} dB or more" for t in TARGETS) + " |",
         "|---|" + "---|" * len(TARGETS),
     ]
     best: dict[bool, dict[float, float]] = {True: {}, False: {}}
