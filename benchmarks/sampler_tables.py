@@ -35,7 +35,7 @@ def _of_time_shift(setting: str) -> dict[str, Any] | None:
     if "base" in rows and setting in rows:
         pair = (mean(rows[k]["frechet"]) for k in ("base", setting))
         shown["frechet"] = dict(zip(("before", "after"), pair, strict=True))
-    return _conditions(result) | shown
+    return _conditions("time_shift", result) | shown
 
 
 def _of_one_more_step() -> dict[str, Any] | None:
@@ -48,13 +48,14 @@ def _of_one_more_step() -> dict[str, Any] | None:
         "after": rows[SHIPPED]["frechet"],
     }
     setting = f"{SHIPPED}, {SHOWN_STEPS} steps"
-    return _conditions(result) | {"setting": setting, "frechet": distances}
+    return _conditions("one_more_step", result) | {"setting": setting, "frechet": distances}
 
 
-def _conditions(result: dict[str, Any]) -> dict[str, Any]:
+def _conditions(study: str, result: dict[str, Any]) -> dict[str, Any]:
     cost = result["overhead"]  # seconds with over seconds without
     speedup = {"estimate": cost["estimate"], "low": cost["high"], "high": cost["low"]}
     return {
+        "study": study,
         "model": result["model"],
         "hardware": result["environment"]["hardware"],
         "threads": result["environment"]["threads"],

@@ -25,10 +25,12 @@ from benchmarks.digits_study import GUIDANCE, MODEL, STRIDE, weights_sha256
 from benchmarks.distil import RECIPES
 from caches._front import FRONT, Front
 from caches.evolution import EvolutionCache, EvolutionSearch
+from caches.heat_map import draw
 from caches.router import RouterTrainer
 from caches.schedule import of_artifact
 
 SCHEDULES = Path(__file__).parent / "schedules"
+PICTURES = Path(__file__).parent / "pictures"
 RECIPE_STEPS, RECIPE_QUALITY = 50, 38.0  # dB
 BATCH, CALLS = 20, 4
 SEARCH = EvolutionSearch(population=24, generations=24, screen=2)
@@ -76,15 +78,15 @@ def router(pipe: Any, steps: int, work: Path) -> dict[str, Any]:
     rows = []
     for beta in BETAS[steps]:
         trainer = RouterTrainer(beta=beta, updates=UPDATES)
-        begin = time.monotonic()
         artifact = trainer.fit(
             pipe, calls(steps, ROUTER_BATCH, 12), str(work / f"router-{steps}-{beta:g}")
         )
         schedule = of_artifact(artifact)
+        said = f"HarmoniCa's router, {steps} steps, price {beta:g}: {schedule.share():.0%} computed"
+        draw(schedule, PICTURES / f"router_{steps}_{beta:g}.png", said)
         rows.append(
             {
                 "beta": beta,
-                "seconds": round(time.monotonic() - begin),
                 "columns": list(schedule.columns),
                 "rows": list(schedule.rows),
             }

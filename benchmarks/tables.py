@@ -59,6 +59,7 @@ def measured_row(cls: type[Method]) -> dict[str, Any] | None:
             alone = [m["method"] for m in row["methods"]] == [cls.name()]
             if alone and not label.startswith("control"):
                 return {
+                    "study": name,
                     "setting": label,
                     "model": result["model"],
                     "hardware": row["environment"]["hardware"],
@@ -127,18 +128,19 @@ def _methods() -> str:
     rows = [row for package in OWN for row in index_rows(package)]
     for row in rows:
         m = row["measured"]
-        what = f"`{row['name']}` | {', '.join(row['slots'])} | {row['paper']} | {m['setting']}"
+        setting = f"{m['setting']} ({m['study']})"
+        what = f"`{row['name']}` | {', '.join(row['slots'])} | {row['paper']} | {setting}"
         lines.append(f"| {what} | {_quality(m)}")
-    measured = [row["measured"] for row in rows]
-    where = "; ".join(f"{m}, {h}, {t} thread(s)" for m, h, t in conditions(measured))
-    baseline = next((_baseline(m["judged"]) for m in measured if m.get("judged")), "")
-    return "\n".join([*lines, "", f"Measured on: {where}. {_CAPTION}{baseline}"])
+    where = "; ".join(conditions([row["measured"] for row in rows]))
+    return "\n".join([*lines, "", f"{_CAPTION} Studies: {where}."])
 
 
 _CAPTION = (
     "Speed-up: median of paired runs with a 95 % bootstrap interval. Work: floating-point "
     "operations relative to the unmodified pipeline. PSNR, SSIM: against the unmodified pipeline's "
-    "output for the same seeds, mean with interval; a toy model, no claim about others."
+    "output for the same seeds, mean with interval; toy models, no claim about others. Judged "
+    "right: share with what was asked, by the referee (paired interval of the change in points). "
+    "Frechet: to real samples at equal counts. Rows compare within one study (in brackets)."
 )
 
 
@@ -157,21 +159,32 @@ def _baseline(judged: dict[str, Any]) -> str:
     return text
 
 
-def conditions(rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
-    """(model, hardware, threads) of measured rows, one for each model.
+def conditions(rows: list[dict[str, Any]]) -> list[str]:
+    """What each study was measured on, and what is right there without any method.
 
     Raises:
-        ValueError: rows of one model that do not compare.
+        ValueError: rows of one study that do not compare.
     """
-    found: dict[str, tuple[str, int, str | None]] = {}
+    found: dict[str, tuple[Any, ...]] = {}
+    said: dict[str, str] = {}
     for row in rows:
-        own = (row["hardware"], row["threads"], row["protocol"])
-        if found.setdefault(row["model"], own) != own:
+        study = row["study"]
+        own = tuple(row[k] for k in ("model", "hardware", "threads", "protocol"))
+        if found.setdefault(study, own) != own:
             raise ValueError(
-                f"rows of {row['model']} were measured as {own} and as {found[row['model']]}; "
-                "one table wants one machine, one number of threads and one protocol"
+                f"rows of {study} were measured as {own} and as {found[study]}; "
+                "one study wants one machine, one number of threads and one protocol"
             )
-    return [(model, hardware, threads) for model, (hardware, threads, _) in sorted(found.items())]
+        model, hardware, threads, _ = own
+        text = f"{study} on {model}, {hardware}, {threads} thread(s)"
+        judged = row.get("judged")
+        if judged:
+            before = 100 * judged["accuracy"]["before"]["estimate"]
+            text += f", unmodified {before:.1f} % right"
+            if (distances := judged["frechet"]) is not None:
+                text += f", Frechet {distances['before']:.2f} (real: {distances['floor']:.2f})"
+        said.setdefault(study, text)
+    return list(said.values())
 
 
 def _every_device(name: str, table: Callable[[dict[str, Any]], str]) -> str:

@@ -88,15 +88,16 @@ def test_the_shipped_picture_is_of_the_shipped_results():
     assert tables.stale_pictures() == []
 
 
-def test_rows_that_do_not_compare_are_not_put_into_one_table():
-    row = {"model": "m", "hardware": "h", "threads": 1, "protocol": "p"}
-    assert tables.conditions([row, row, {**row, "model": "n", "threads": 2}]) == [
-        ("m", "h", 1),
-        ("n", "h", 2),
+def test_rows_that_do_not_compare_are_not_put_into_one_study():
+    row = {"study": "s", "model": "m", "hardware": "h", "threads": 1, "protocol": "p"}
+    other = {**row, "study": "t", "threads": 2}
+    assert tables.conditions([row, row, other]) == [
+        "s on m, h, 1 thread(s)",
+        "t on m, h, 2 thread(s)",
     ]
-    for key, other in (("hardware", "g"), ("threads", 2), ("protocol", None)):
+    for key, value in (("hardware", "g"), ("threads", 2), ("protocol", None), ("model", "n")):
         with pytest.raises(ValueError, match="one protocol"):
-            tables.conditions([row, {**row, key: other}])
+            tables.conditions([row, {**row, key: value}])
 
 
 def test_a_method_without_a_measured_row_is_not_listed(tmp_path, monkeypatch):
