@@ -300,10 +300,9 @@ def _leaves(output: Any) -> list[Any]:
 
     if isinstance(output, torch.Tensor):
         return [output]
-    if isinstance(output, dict):
-        output = output.values()
-    if isinstance(output, Iterable):
-        return [leaf for part in output for leaf in _leaves(part)]
+    parts = output.values() if isinstance(output, dict) else output
+    if isinstance(output, (dict, tuple, list)):
+        return [leaf for part in parts for leaf in _leaves(part)]
     return []
 
 

@@ -249,15 +249,16 @@ def noise_share(sigmas: Sequence[float]) -> tuple[float, ...]:
 
 
 def extrapolation(known: Sequence[float], at: float) -> tuple[float, ...]:
-    """Weights of values known at distinct places whose polynomial is evaluated at `at`.
+    """Weights of values known at some places whose polynomial is evaluated at `at`.
 
     One known value has weight 1. For order n this is Taylor's expansion with divided differences.
+    Of values known at one place (PNDM visits a level twice) the first counts.
     """
-    weights = []
-    for j, x in enumerate(known):
-        others = [y for k, y in enumerate(known) if k != j]
-        weights.append(math.prod((at - y) / (x - y) for y in others))
-    return tuple(weights)
+    places = list(dict.fromkeys(known))
+    weights = dict.fromkeys(places, 1.0)
+    for x in places:
+        weights[x] = math.prod((at - y) / (x - y) for y in places if y != x)
+    return tuple(weights.pop(x, 0.0) for x in known)
 
 
 def _outer_columns(columns: Sequence[str]) -> list[list[int]]:

@@ -106,6 +106,18 @@ def test_one_stage_solvers_and_heun_alike():
     assert report["detail"] == {}
 
 
+def test_a_solver_that_visits_a_noise_level_twice():
+    from diffusers import PNDMScheduler
+
+    host = tiny("sd")
+    host.pipe.scheduler = PNDMScheduler.from_config(host.pipe.scheduler.config, skip_prk_steps=True)
+    host.pipe.scheduler.set_timesteps(6)
+    assert len(set(host.pipe.scheduler.timesteps.tolist())) < len(host.pipe.scheduler.timesteps)
+    _, report = _computed(IntervalCache(2, 3, parts="output", order=2), host, "unet")
+    assert report["reused"] > 0
+    assert report["fallbacks"] == {}
+
+
 def test_an_extrapolated_line_is_exact():
     """A network whose output is a line in the noise share is forecast without error."""
     from caches.schedule import noise_share

@@ -121,6 +121,7 @@ def test_extrapolation_is_exact_on_polynomials():
         got = sum(w * x**power for w, x in zip(weights, places, strict=True))
         assert got == pytest.approx(0.1**power, abs=1e-12)
     assert extrapolation((0.3,), 0.1) == (1.0,)
+    assert extrapolation((0.3, 0.3, 0.5), 0.1) == pytest.approx((2.0, 0.0, -1.0))
 
 
 def test_noise_shares_of_both_kinds_of_levels():
