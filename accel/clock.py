@@ -317,6 +317,11 @@ class Clock:
         finally:
             self._deaf = before
 
+    def answered(self, rows: int) -> None:
+        """Rows of the present denoiser call were answered without the network: no evaluations."""
+        if self.run is not None:
+            self.run.nfe -= rows
+
     def end(self) -> None:
         """Close the run opened by hand."""
         self._close_run()

@@ -26,10 +26,10 @@ from accel.measure import load_average
 from accel.method import Method, Recipe
 from accel.settings import Settings
 from apps.digits_referee import NAME
-from benchmarks.bench_native import here
+from benchmarks.bench_native import here, kept_rows
 from benchmarks.digits_study import BATCH, MODEL, SD, head, inputs, row, study
 from benchmarks.peers import CacheDit
-from benchmarks.results_file import DEVICES, write
+from benchmarks.results_file import DEVICES, read, write
 from benchmarks.search_schedules import SCHEDULES, front
 from caches.encoder_propagation import EncoderPropagation
 from caches.evolution import EvolutionCache
@@ -154,16 +154,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--referee", default=NAME, help="a shipped judge")
-    parser.add_argument("--curves", nargs="*", default=[""], help="beginnings of rows to measure")
+    parser.add_argument(
+        "--curves", nargs="*", default=[], help="beginnings of rows to measure; the others stay"
+    )
     given = parser.parse_args()
     load = load_average()
     bench = study(given.samples, given.device, given.referee, given.model, given.steps)
     rows = transformer_rows if given.model == MODEL else unet_rows
     name = "caches_sd" if given.model == SD else "caches" if given.steps == 50 else "caches_20"
-    measured: dict[str, Any] = {}
+    block = here(given.device, load)
+    old = read(name, given.device) if given.curves else None
+    kept, measured = kept_rows(old, bench.protocol(), block), {}
     with tempfile.TemporaryDirectory() as folder:
         for label, method in rows(bench.pipe, given.steps, Path(folder)):
-            if not label.startswith(tuple(given.curves)):
+            if given.curves and not label.startswith(tuple(given.curves)):
+                measured |= {label: kept[label]} if label in kept else {}
                 continue
             result = bench.compare(Recipe((method,)), rounds=given.rounds)
             measured[label] = row(Recipe((method,)), result, folder)

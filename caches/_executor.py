@@ -196,6 +196,8 @@ class LiveSchedule(Attached):
                 return map_tensors(self._repeated, kept.outputs[0][2])
             if letter != COMPUTE and kept is not None and kept.outputs and kept.shape == shape:
                 if _versions(kept.outputs[0][2]) == kept.versions:
+                    if column == now.denoiser:
+                        self.clock.answered(len(first_leaf(kept.outputs[0][2])))
                     return self._known(kept, letter, now, place)
                 self.fallback(f"{column}: a kept output was changed in place")
             elif letter != COMPUTE:

@@ -102,6 +102,7 @@ def test_one_stage_solvers_and_heun_alike():
     assert report["calls"] == calls
     # steps 0, 2, 4 compute both stages
     assert report["computed"] == 6 == computed
+    assert report["nfe"] == 2 * 6  # rows that the network really saw: two branches
     assert report["reused"] == calls - 6
     assert report["detail"] == {}
 
