@@ -63,6 +63,11 @@ class Run:
         return -(-len(self.timesteps) // self.order)
 
     @property
+    def step_sigmas(self) -> tuple[float, ...]:
+        """The noise level at which each step begins."""
+        return self.sigmas[:: self.order][: self.steps]
+
+    @property
     def steps_done(self) -> int:
         return -(-self.position // self.order) - self.begin // self.order
 

@@ -31,8 +31,8 @@ from accel.referee import Inputs, Judged, Referee, Verdict
 
 __all__ = [
     "PLAIN", "Comparison", "Judged", "PairedTime", "Pass", "Referee", "Study", "Verdict", "compare",
-    "counted_flops", "environment", "hardware", "load_average", "paired_time", "peak_memory",
-    "pipeline_samples",
+    "counted_flops", "environment", "hardware", "load_average", "mean_psnr", "paired_time",
+    "peak_memory", "pipeline_samples",
 ]  # fmt: skip
 
 PSNR_CAP = 100.0  # dB; equal samples have infinite PSNR, which has no mean
@@ -311,6 +311,11 @@ def pipeline_samples(pipe: Any, arguments: dict[str, Any], seed: int) -> torch.T
     output = pipe(**{**arguments, "generator": generator, "output_type": "np"}, return_dict=False)
     array = torch.as_tensor(np.asarray(output[0]))
     return array.movedim(-1, -3)  # channels last in numpy
+
+
+def mean_psnr(samples: torch.Tensor, reference: torch.Tensor) -> float:
+    """Mean over samples in dB; equal samples count with the cap."""
+    return float(psnr(samples, reference).clamp(max=PSNR_CAP).mean())
 
 
 def _as_bytes(samples: torch.Tensor) -> np.ndarray:

@@ -126,7 +126,7 @@ class _LiveProbe(Attached):
                 flat = leaf.detach().float().flatten()
                 stride = -(-flat.numel() // SAMPLED)
                 self.samples[column][now.step] = flat[::stride].cpu().numpy()
-            self.sigmas = run.sigmas[:: run.order][: run.steps]
+            self.sigmas = run.step_sigmas
             return output
 
         return layer

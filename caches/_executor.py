@@ -219,7 +219,7 @@ class LiveSchedule(Attached):
         self.peak = 0
         method = self.method
         assert isinstance(method, Scheduled)
-        sigmas = run.sigmas[:: run.order][: run.steps]
+        sigmas = run.step_sigmas
         schedule = method.plan(self, sigmas)
         if schedule != self.schedule or self.shares != noise_share(sigmas):
             self.schedule, self.shares = schedule, noise_share(sigmas)

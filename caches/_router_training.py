@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.artifact import inputs_digest
+from accel.artifact import inputs_digest, write_atomically
 from accel.clock import Run
 from accel.denoiser import denoisers
 from accel.measure import pipeline_samples
@@ -77,7 +77,7 @@ class LiveWalk(Attached):
     def on_run(self, run: Run) -> None:
         self.kept.clear()
         self.calls.clear()
-        self.sigmas = run.sigmas[:: run.order][: run.steps]
+        self.sigmas = run.step_sigmas
 
     def blending(self, place: int) -> Callable:
         """The layer of one module."""
@@ -310,9 +310,9 @@ class RouterTraining:
             "curve": self.curve,
             "guided": self.guided,
         }
-        partial = self.folder / f".{CHECKPOINT}.{os.getpid()}.tmp"
-        torch.save(state, partial)
-        partial.replace(self.folder / CHECKPOINT)  # whole or not at all
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
         (self.folder / CURVE).write_text(json.dumps(self.curve) + "\n")
 
     def _resume(self) -> None:

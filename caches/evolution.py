@@ -21,9 +21,8 @@ import numpy as np
 
 from accel.artifact import Artifact, ArtifactRef, inputs_digest
 from accel.denoiser import denoisers
-from accel.measure import pipeline_samples
+from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Method, Recipe, attached
-from accel.metrics.fidelity import psnr
 from caches._drift import Drift, best_steps, forecast_errors, measure_drift
 from caches._executor import FromArtifact, OnGrid
 from caches._front import Candidate, Front, is_dominated
@@ -105,7 +104,7 @@ class EvolutionSearch:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         with attached(recipe or Recipe(()), pipe):
-            trial = _Trial(self, pipe, list(inputs), folder, quality or _mean_psnr)
+            trial = _Trial(self, pipe, list(inputs), folder, quality or mean_psnr)
             for genomes in self._generations(trial):
                 print(f"{len(trial.known)} evaluated, generation of {len(genomes)}", flush=True)
             return trial.finish()
@@ -201,7 +200,8 @@ class _Trial:
 
     def _seed(self, price: float, weight: np.ndarray) -> np.ndarray:
         bits = np.ones((self.steps, len(self.columns)), dtype=bool)
-        total = sum(self.drift.seconds[c] for c in self.columns if not self._is_inner(c))
+        outer = [c for c in self.columns if not self._is_inner(c)]
+        total = sum(self.drift.seconds[c] for c in outer)
         for j, column in enumerate(self.columns):
             if self._is_inner(column):
                 continue  # computed wherever the outer one is; the search thins it out
@@ -210,7 +210,7 @@ class _Trial:
             )
             share = self.drift.seconds[column] / total
             bits[:, j] = False
-            bits[list(best_steps(errors, weight, price * share * len(self.columns))), j] = True
+            bits[list(best_steps(errors, weight, price * share * len(outer))), j] = True
         return bits
 
     def _is_inner(self, column: str) -> bool:
@@ -304,7 +304,3 @@ def searched_columns(denoiser: Any, parts: Parts) -> tuple[str, ...]:
             columns = block_columns(denoiser)
             found += tuple(c for c in columns if not (is_unet(denoiser) and c.endswith("conv_in")))
     return found
-
-
-def _mean_psnr(samples: Any, reference: Any) -> float:
-    return float(psnr(samples, reference).clamp(max=100.0).mean())

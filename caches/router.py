@@ -19,9 +19,8 @@ from typing import Any, Literal
 
 from accel.artifact import Artifact, ArtifactRef, inputs_digest
 from accel.denoiser import denoisers
-from accel.measure import pipeline_samples
+from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Method, Recipe, Trainer, attached
-from accel.metrics.fidelity import psnr
 from caches._drift import measure_drift
 from caches._executor import FromArtifact, OnGrid
 from caches._router_training import RouterTraining
@@ -149,6 +148,7 @@ class RouterTrainer(Trainer):
             raise ValueError("RouterTrainer.calibrate: ask for a speed or for a quality")
         (low, high), best = BETAS, None
         said = []
+        plain = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
         drift = measure_drift(pipe, inputs[0], module_columns(denoisers(pipe)[0]))
         for _ in range(tries):
             beta = (low * high) ** 0.5
@@ -157,7 +157,7 @@ class RouterTrainer(Trainer):
             full = constant(schedule.columns, schedule.steps)
             costs = (drift.seconds, drift.rest)
             faster = predicted_cost(full, *costs) / predicted_cost(schedule, *costs)
-            nearer = _fidelity(pipe, inputs, artifact, Path(out))
+            nearer = _fidelity(pipe, inputs, plain, artifact, Path(out))
             said.append(f"{faster:.2f}x at {nearer:.1f} dB")
             reached = faster >= speed if speed is not None else nearer >= (quality or 0.0)
             if reached:
@@ -171,14 +171,14 @@ class RouterTrainer(Trainer):
         return best
 
 
-def _fidelity(pipe: Any, inputs: list[dict[str, Any]], artifact: Artifact, folder: Path) -> float:
-    """Mean PSNR in dB against uncached outputs."""
-    plain = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
+def _fidelity(
+    pipe: Any, inputs: list[dict[str, Any]], plain: list[Any], artifact: Artifact, folder: Path
+) -> float:
+    """Mean PSNR in dB against the uncached outputs `plain`."""
     with attached(RouterCache(artifact.save(folder / "trial.safetensors")), pipe):
         cached = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
     (folder / "trial.safetensors").unlink()
-    values = [psnr(a, b).clamp(max=100.0) for a, b in zip(cached, plain, strict=True)]
-    return float(sum(float(v.mean()) for v in values) / len(values))
+    return sum(map(mean_psnr, cached, plain)) / len(plain)
 
 
 def routed(logits: Any, columns: tuple[str, ...], threshold: float) -> Schedule:

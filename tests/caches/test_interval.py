@@ -91,6 +91,14 @@ def test_modules_run_only_at_their_steps(pipeline):
     assert report["detail"] == {}
 
 
+def test_the_first_and_last_steps_compute():
+    host = tiny("dit")
+    _, plain = _computed(IntervalCache(3, parts="output"), host, "transformer")
+    _, report = _computed(IntervalCache(3, 2, 2, parts="output"), tiny("dit"), "transformer")
+    assert plain["computed"] == 2  # steps 0 and 3 of 6
+    assert report["computed"] == 4  # 0 and 1; 4, which is due; 5
+
+
 def test_one_stage_solvers_and_heun_alike():
     """Heun's second stage repeats its own last output, not the first stage's."""
     from diffusers import HeunDiscreteScheduler

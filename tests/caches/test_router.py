@@ -34,7 +34,7 @@ def _method(folder, pipeline="dit"):
     schedule = routed(logits, columns, 0.5)
     grid = sampling_grid(pipe.scheduler)[1]
     made = to_artifact(schedule, denoisers(pipe)[0], method=RouterCache.name(), grid=grid)
-    return RouterCache(made.save(folder / "router.safetensors"))
+    return RouterCache.load(made.save(folder / "router.safetensors").path)
 
 
 @pytest.mark.parametrize("check", checks())
