@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(PY) -m apps.demo
 
+# One process a core, each with one thread.
 test: $(READY)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
 
 check: $(READY)
 	$(PY) -m ruff check .

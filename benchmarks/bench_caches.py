@@ -35,6 +35,7 @@ from caches.encoder_propagation import EncoderPropagation
 from caches.evolution import EvolutionCache
 from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
+from caches.residual_gate import ResidualGate
 from caches.router import RouterCache
 from caches.schedule import Schedule, causal, to_artifact
 
@@ -48,6 +49,7 @@ def transformer_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str,
     """Curves on a transformer."""
     yield from searched(pipe, steps, folder)
     yield from learned(pipe, steps, folder)
+    yield from gates(pipe, steps, folder)
     for interval in (3, 5, 6, 7, 8):
         yield f"interval, output: {interval}", IntervalCache(interval, 2, 0, "output", 1)
     for interval in (2, 3):
@@ -120,6 +122,15 @@ def searched(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]
         shuffled = causal(replace(schedule, rows=(schedule.rows[0], *rows)))
         name = f"control: random steps, as many as evolution at {quality} dB"
         yield name, method(shuffled, f"random-{quality}")
+
+
+def gates(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
+    """Gates calibrated on other noise for rising boldness."""
+    calls = [{**x, "output_type": "np"} for x in inputs(2 * BATCH, steps)]
+    for quality in QUALITIES:
+        found = ResidualGate.calibrate(pipe, calls, quality=quality)
+        saved = found.save(folder / f"gate-{quality}.safetensors")
+        yield f"residual gate: {quality} dB asked", ResidualGate(saved)
 
 
 def learned(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:

@@ -177,7 +177,9 @@ class LiveSchedule(Attached):
                 self.around_call(module, self._layer(column, _no_skip))
             else:
                 self.skippable.add(column)
-                self.around_call(module, self._layer(column, _skips(block.output_layout)))
+                self.around_call(
+                    module, self._layer(column, functools.partial(passed, block.output_layout))
+                )
 
     def _layer(self, column: str, skip: Callable) -> Callable:
         def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -354,18 +356,14 @@ def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return None
 
 
-def _skips(layout: tuple[str, ...]) -> Callable:
+def passed(layout: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a block returns that does nothing: its inputs, in the order it returns them."""
     names = {"hidden": ("hidden_states", 0), "text": ("encoder_hidden_states", 1)}
-
-    def skip(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found = []
-        for part in layout:
-            name, place = names[part]
-            found.append(args[place] if place < len(args) else kwargs[name])
-        return found[0] if len(found) == 1 else tuple(found)
-
-    return skip
+    found = []
+    for part in layout:
+        name, place = names[part]
+        found.append(args[place] if place < len(args) else kwargs[name])
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def _no_skip(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
