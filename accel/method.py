@@ -411,13 +411,38 @@ def live_on(pipe: Any) -> tuple[Attached, ...]:
 
 @dataclass(frozen=True)
 class Search(ABC):
-    """A frozen strategy that spends compute on better noise."""
+    """A frozen strategy that spends compute on better noise; a JSON value, as methods are."""
+
+    PAPER: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @abstractmethod
     def run(
-        self, pipe: Any, inputs: list[dict[str, Any]], verifier: Any, budget: Any, recipe: Recipe
+        self,
+        pipe: Any,
+        inputs: list[dict[str, Any]],
+        verifier: Any,
+        budget: Any,
+        recipe: Recipe,
+        **more: Any,
     ) -> Any:
         """Search, under ``budget``, with ``recipe`` attached; returns a ``SearchResult``."""
+
+    @classmethod
+    def name(cls) -> str:
+        """``"samplers.search.random:Random"``."""
+        return f"{cls.__module__}:{cls.__qualname__}"
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"search": name, "settings": {...}}``."""
+        return {"search": self.name(), "settings": settings_json(self)}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_json()["settings"]``. Raises ``ValueError`` naming what is wrong."""
+        return from_settings(cls, settings)
 
 
 @dataclass(frozen=True)

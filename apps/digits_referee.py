@@ -80,23 +80,15 @@ def asked(inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 def _samples_asked(call: dict[str, Any]) -> list[dict[str, int]]:
+    from accel.zoo.world import named
+
     if "class_labels" in call:
         labels = call["class_labels"]
         return [{"digit": c % 10, "colour": c // 10} if c < CLASSES else {} for c in labels]
     prompts = call.get("prompt", [])
     prompts = [prompts] if isinstance(prompts, str) else prompts
     copies = call.get("num_images_per_prompt", call.get("num_videos_per_prompt", 1))
-    return [_named(prompt) for prompt in prompts for _ in range(copies)]
-
-
-def _named(prompt: str) -> dict[str, int]:
-    """Attributes that a caption names, such as "a red three moving left on a dark background"."""
-    from accel.zoo.world import BACKGROUNDS, COLOURS, DIGITS, MOTIONS
-
-    words = prompt.lower().replace(".", " ").replace(",", " ").split()
-    known = {"digit": DIGITS, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS}
-    found = {k: [names.index(w) for w in words if w in names] for k, names in known.items()}
-    return {k: v[0] for k, v in found.items() if len(v) == 1}
+    return [named(prompt) for prompt in prompts for _ in range(copies)]
 
 
 def real_samples(inputs: Inputs, draw: int) -> np.ndarray:

@@ -84,6 +84,14 @@ def caption(digit: int, colour: int, background: int, motion: int | None = None)
     return f"{article} {COLOURS[colour]} {DIGITS[digit]}{moving} on a {ground} background"
 
 
+def named(prompt: str) -> dict[str, int]:
+    """Attributes that a caption names, as indices; one that it names twice or not is left out."""
+    words = prompt.lower().replace(".", " ").replace(",", " ").split()
+    known = {"digit": DIGITS, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS}
+    found = {k: [names.index(w) for w in words if w in names] for k, names in known.items()}
+    return {k: v[0] for k, v in found.items() if len(v) == 1}
+
+
 def class_label(class_id: int) -> str:
     """Name of a class of digits-dit, such as "red three"."""
     return f"{COLOURS[class_id // 10]} {DIGITS[class_id % 10]}"

@@ -1,0 +1,171 @@
+"""``run`` of every algorithm: sets a session up for each input, explores, delivers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from accel.artifact import Fingerprint, inputs_digest, versions
+from accel.clock import denoiser_modules
+from accel.method import Recipe
+from samplers.search.budget import Budget
+from samplers.search.journal import Journal
+from samplers.search.player import Player
+from samplers.search.result import SearchResult, Winner
+from samplers.search.session import PLAIN, Judging, Observer, Place, Session, Spent
+from samplers.search.verifiers.digits import DigitsJudge
+from samplers.search.verifiers.pixels import Contrast, Sharpness
+from samplers.search.verifiers.protocol import Verifier, fingerprint, members
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a search is conducted, whatever its algorithm.
+
+    seed: of everything drawn. batch: candidates in one call. held_out: verifiers that are reported
+    and never searched; ``None`` chooses one. journal: a folder; a search that was killed goes on
+    from it, a finished one is only read, one with a larger budget goes on. baseline: search at
+    random at equal cost, too, for comparison. patience: stop after so many gains in a row that the
+    first held-out verifier sees as losses.
+    """
+
+    seed: int = 0
+    batch: int = 8
+    held_out: tuple[Verifier, ...] | None = None
+    journal: str | None = None
+    baseline: bool = False
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("batch", 1), ("patience", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"SearchSettings.{name} = {value}: at least {least}")
+
+
+class Explorer:
+    """Mixin before ``Search``: ``run`` by way of ``explore``."""
+
+    DRAFTS: ClassVar[bool] = False  # the recipe is for drafts; winners are rendered without
+
+    def explore(self, session: Session) -> None:
+        """Ask the session for candidates until satisfied, or until it raises ``Spent``."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        pipe: Any,
+        inputs: Sequence[dict[str, Any]],
+        verifier: Any,
+        budget: Budget,
+        recipe: Recipe = PLAIN,
+        *,
+        settings: SearchSettings = SearchSettings(),
+        observe: Observer | None = None,
+    ) -> SearchResult:
+        """Search each input (a pipeline call that makes one sample) under a budget of its own.
+
+        Args:
+            observe: called after every batch with a ``Progress``; what it raises ends the search,
+                which a journal lets go on later.
+
+        Raises:
+            ValueError: a pipeline, call or verifier that the algorithm cannot work with.
+        """
+        return conduct(self, pipe, inputs, Judging(verifier, held_out(verifier, settings)),
+                       budget, recipe, settings, observe)  # fmt: skip
+
+
+def conduct(
+    search: Any,
+    pipe: Any,
+    inputs: Sequence[dict[str, Any]],
+    judging: Judging,
+    budget: Budget,
+    recipe: Recipe,
+    settings: SearchSettings,
+    observe: Observer | None,
+) -> SearchResult:
+    """See ``Explorer.run``."""
+    journal = None
+    if settings.journal is not None:
+        journal = Journal(settings.journal, _head(search, pipe, inputs, judging, recipe, settings))
+    winners: list[Winner] = []
+    try:
+        for number, call in enumerate(inputs):
+            place = Place(number, len(inputs), asked_for(pipe, call))
+            with Player(pipe, call) as player:
+                session = Session(
+                    player,
+                    judging,
+                    budget,
+                    PLAIN if search.DRAFTS else recipe,
+                    recipe if search.DRAFTS else None,
+                    place=place,
+                    seed=settings.seed,
+                    batch=settings.batch,
+                    journal=journal,
+                    observe=observe,
+                    patience=settings.patience,
+                )
+                winners.append(_searched(search, session, settings.baseline))
+            if journal is not None:
+                journal.forget_states()
+    finally:
+        if journal is not None:
+            journal.close()
+    names = tuple(v.name for v in judging.held_out)
+    return SearchResult(winners, search.to_json(), judging.verifier.name, names)
+
+
+def _searched(search: Any, session: Session, baseline: bool) -> Winner:
+    stopped = "finished"
+    try:
+        search.explore(session)
+    except Spent as reason:
+        stopped = str(reason)
+    if baseline:
+        session.baseline()
+    return session.deliver(stopped)
+
+
+def held_out(verifier: Any, settings: SearchSettings) -> tuple[Any, ...]:
+    """Those asked for; else the zoo's other judge, or what a search might pay with: sharpness."""
+    if settings.held_out is not None:
+        return settings.held_out
+    searched = {v.name for v in members(verifier)}
+    if "digits-judge" in searched:
+        return (DigitsJudge("digits-judge-b"),)
+    return (Contrast(),) if "sharpness" in searched else (Sharpness(),)
+
+
+def asked_for(pipe: Any, call: dict[str, Any]) -> str:
+    """The words a call asks with: its prompt, or the name of its class."""
+    prompt = call.get("prompt") or ""
+    if isinstance(prompt, list):
+        return prompt[0]
+    labels, wanted = getattr(pipe, "labels", None) or {}, call.get("class_labels")
+    if not prompt and wanted:
+        return next((name for name, number in labels.items() if number == wanted[0]), "")
+    return prompt
+
+
+def _head(
+    search: Any, pipe: Any, inputs: Any, judging: Judging, recipe: Recipe, settings: SearchSettings
+) -> dict[str, Any]:
+    """What a journal is of. The budget is not in it: more of it goes on."""
+    prints = [Fingerprint.of(module) for _, module in denoiser_modules(pipe)]
+    judges = (*members(judging.verifier), *judging.held_out)
+    installed = versions()
+    return {
+        "search": search.to_json(),
+        "inputs": inputs_digest(list(inputs)),
+        "model": [[p.model_class, p.config_sha256, p.weights] for p in prints],
+        "scheduler": type(pipe.scheduler).__name__,
+        "verifiers": [fingerprint(v) for v in judges],
+        "recipe": recipe.digest(),
+        "seed": settings.seed,
+        "batch": settings.batch,
+        "versions": {k: installed[k] for k in ("torch", "diffusers") if k in installed},
+    }

@@ -1,0 +1,154 @@
+"""Draft and commit: search with an accelerated pipeline, render only the winners without.
+
+The recipe given to ``run`` makes the drafts: a cache, fewer steps, a few-step student, fewer bits,
+sparse attention. A draft shares seed and shape with its render, so their scores rank alike as far
+as the recipe is faithful; ``calibrate`` says how far, on your model. What is delivered was rendered
+by the unaccelerated pipeline, bit for bit. CachedSearch (arXiv 2607.23159) drafts with caches only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from accel.method import Recipe, Search
+from accel.metrics.statistics import Interval
+from samplers.search.budget import Budget
+from samplers.search.conduct import Explorer, SearchSettings
+from samplers.search.session import Session, Spent
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class DraftCommit(Explorer, Search):
+    """Drafts of ``candidates`` draws (``None``: what the budget pays for); renders of the best
+    ``commits``, of which the best is delivered."""
+
+    DRAFTS = True
+    PAPER = "CachedSearch, arXiv 2607.23159"
+
+    candidates: int | None = 8
+    commits: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.commits < 1 or (self.candidates is not None and self.candidates < self.commits):
+            raise ValueError(f"{self}: commits at least 1, candidates at least as many")
+
+    def explore(self, session: Session) -> None:
+        drafts, left = [], self.candidates
+        with session.reserved(self.commits):
+            while left is None or left > 0:
+                count = session.batch if left is None else min(left, session.batch)
+                try:
+                    drafts += session.drafts(session.draws(count))
+                except Spent:
+                    if not drafts:
+                        raise
+                    break
+                left = None if left is None else left - count
+        chosen = session.ranked(drafts)[: self.commits]
+        session.report["chosen"] = [c.index for c in chosen]
+        for draft in chosen:  # one by one: each is then as a plain call makes it
+            session.render([draft.path])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How well drafts stand for renders, over inputs (intervals: 95 %, resampled by input).
+
+    rank: Spearman correlation of draft and full scores over the seeds of an input. top: share of
+    inputs whose best draft is the best render. captured: gain of rendering the best draft, as a
+    share of best-of-N's gain. price: evaluations of a draft, of a render's. cost: of draft and
+    commit, of best-of-N's.
+    """
+
+    rank: Interval
+    top: Interval
+    captured: Interval
+    price: float
+    cost: float
+    inputs: int
+    candidates: int
+
+    def as_json(self) -> dict[str, Any]:
+        parts = {k: getattr(self, k).as_json() for k in ("rank", "top", "captured")}
+        more = {k: getattr(self, k) for k in ("price", "cost", "inputs", "candidates")}
+        return {**parts, **{k: round(v, 5) for k, v in more.items()}}
+
+
+def calibrate(
+    pipe: Any,
+    inputs: Sequence[dict[str, Any]],
+    verifier: Any,
+    recipe: Recipe,
+    *,
+    candidates: int = 8,
+    settings: SearchSettings | None = None,
+) -> Calibration:
+    """Draft and render the same ``candidates`` seeds of every input, and compare their scores.
+
+    Costs ``candidates`` renders and drafts for each input.
+    """
+    budget = Budget(renders=candidates * 2 + 1)
+    settings = settings or SearchSettings(held_out=())
+    found = _Both(candidates).run(pipe, inputs, verifier, budget, recipe, settings=settings)
+    scores = [
+        [[c.score for c in w.candidates if c.purpose == p] for p in ("draft", "render")]
+        for w in found.winners
+    ]
+    table = np.array(scores, dtype=np.float64)  # (inputs, 2, candidates)
+    costs = [
+        [w.ledger.by_purpose[p].evaluations for p in ("draft", "render")] for w in found.winners
+    ]
+    draft, full = np.array(costs, dtype=np.float64).sum(0) / (len(inputs) * candidates)
+    return compared(table[:, 0], table[:, 1], price=draft / full)
+
+
+def compared(drafts: np.ndarray, renders: np.ndarray, *, price: float) -> Calibration:
+    """Scores (inputs, candidates) of drafts and renders of the same seeds."""
+    inputs, n = drafts.shape
+    rows = np.arange(inputs)
+    first = drafts.argmax(1)
+    got, best, mean = renders[rows, first], renders.max(1), renders.mean(1)
+    ranks = np.array([_spearman(a, b) for a, b in zip(drafts, renders, strict=True)])
+    cells = np.stack([ranks, (got == best).astype(float), got - mean, best - mean], 1)
+
+    def figures(c: np.ndarray) -> np.ndarray:
+        mean_of = np.nanmean(c, axis=0)
+        return np.array([mean_of[0], mean_of[1], mean_of[2] / mean_of[3] if mean_of[3] else 1.0])
+
+    rng = np.random.default_rng(0)
+    draws = np.array([figures(cells[rng.integers(0, inputs, inputs)]) for _ in range(RESAMPLES)])
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
+    at = figures(cells)
+    rank, top, captured = (Interval(float(at[i]), float(low[i]), float(high[i])) for i in range(3))
+    return Calibration(rank, top, captured, float(price), float(price) + 1 / n, inputs, n)
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation, ties at their mean rank; NaN where one side does not vary."""
+    first, second = (
+        np.array([(v < x).sum() + ((v == x).sum() - 1) / 2 for x in v]) for v in (a, b)
+    )
+    if min(first.std(), second.std()) == 0:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+@dataclass(frozen=True)
+class _Both(Explorer, Search):
+    """Drafts and renders of the same draws."""
+
+    DRAFTS = True
+
+    candidates: int = 8
+
+    def explore(self, session: Session) -> None:
+        paths = session.draws(self.candidates)
+        session.drafts(paths)
+        session.render(paths)

@@ -1,0 +1,158 @@
+"""A search that can be killed at any moment and goes on where it was.
+
+Algorithms are pure functions of the scores they see, so nothing of them is stored: a resumed search
+runs its algorithm again from the start, and every unit of work (one batch) that is in the journal
+is read instead of computed. One line a unit, flushed to the disk, after the states it ends in; a
+unit cut off by a kill is done again whole, so that batches, and with them the last bits, stay the
+same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accel.artifact import write_atomically
+from samplers.search.leg import State
+
+FORMAT = 1
+LINES = "journal.jsonl"
+
+
+class Journal:
+    """Units by name. ``head`` says what is searched; a journal of something else is refused.
+
+    Raises:
+        ValueError: the folder holds the journal of another search, or a damaged one.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], head: dict[str, Any]) -> None:
+        self.folder = File(folder)
+        self.units: dict[str, dict[str, Any]] = {}
+        self.resumed = False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LINES
+        head = json.loads(json.dumps({"format": FORMAT, **head}))
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        whole = lines[:-1]  # what follows the last line end was being written
+        if whole:
+            self._read(whole, head)
+            if lines[-1]:
+                with path.open("r+b") as file:
+                    file.truncate(sum(len(x) + 1 for x in whole))
+        self._file = path.open("ab" if whole else "wb")
+        if not whole:
+            self._append(head)
+
+    def _read(self, lines: list[bytes], head: dict[str, Any]) -> None:
+        try:
+            found = [json.loads(x) for x in lines]
+        except ValueError:
+            raise ValueError(f"{self.folder / LINES} is damaged; remove the folder") from None
+        different = sorted(k for k in {*head, *found[0]} if head.get(k) != found[0].get(k))
+        if different:
+            raise ValueError(
+                f"{self.folder} holds the journal of another search (other {different[0]}); "
+                "give another folder, or remove it"
+            )
+        self.units = {row["unit"]: row for row in found[1:]}
+        self.resumed = bool(self.units)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, sort_keys=True).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def get(self, unit: str) -> dict[str, Any] | None:
+        """What was found in a unit; ``None`` if it was not finished."""
+        return self.units.get(unit)
+
+    def put(self, unit: str, row: dict[str, Any]) -> None:
+        """A unit is finished."""
+        self.units[unit] = {"unit": unit, **row}
+        self._append(self.units[unit])
+
+    def close(self) -> None:
+        self._file.close()
+
+    # -- beside the lines --------------------------------------------------------------------
+
+    def keep_pictures(self, unit: str, pictures: np.ndarray) -> None:
+        """uint8 (n, h, w, c)."""
+        target = self.folder / "pictures" / f"{unit}.npy"
+        target.parent.mkdir(exist_ok=True)
+        with (temporary := target.with_suffix(".tmp")).open("wb") as file:
+            np.save(file, pictures)
+        temporary.replace(target)
+
+    def pictures(self, unit: str) -> np.ndarray | None:
+        """``None`` where none were kept."""
+        path = self.folder / "pictures" / f"{unit}.npy"
+        return np.load(path) if path.is_file() else None
+
+    def keep_state(self, name: str, state: State, seen: Tensor | None) -> None:
+        """A state, and what is predicted at it if that is known."""
+        from safetensors.torch import save
+
+        tensors: dict[str, Tensor] = {"sample": state.sample}
+        if state.clean is not None:
+            tensors["clean"] = state.clean
+        if seen is not None:
+            tensors["seen"] = seen
+        tree = _flatten(state.solver, "solver", tensors)
+        head = {"step": state.step, "solver": tree}
+        data = save(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            metadata={"state": json.dumps(head)},
+        )
+        write_atomically(self.folder / "states" / f"{name}.safetensors", data)
+
+    def state(self, name: str, device: Any) -> tuple[State, Tensor | None] | None:
+        """What ``keep_state`` kept; ``None`` if it did not."""
+        from safetensors import safe_open
+
+        path = self.folder / "states" / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt", device=str(device)) as file:
+            head = json.loads(file.metadata()["state"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        solver = _build(head["solver"], tensors)
+        state = State(head["step"], tensors["sample"], tensors.get("clean"), solver)
+        return state, tensors.get("seen")
+
+    def forget_states(self) -> None:
+        """An input is done: its states are not wanted again."""
+        shutil.rmtree(self.folder / "states", ignore_errors=True)
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON of a solver's state, with tensors moved into ``tensors`` under their places."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": {k: _flatten(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+    if isinstance(value, list):
+        return {"list": [_flatten(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, np.generic):
+        value = value.item()
+    return {"value": value}
+
+
+def _build(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    kind, value = next(iter(tree.items()))
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {k: _build(v, tensors) for k, v in value.items()}
+    if kind == "list":
+        return [_build(v, tensors) for v in value]
+    return value

@@ -1,0 +1,394 @@
+"""Plays paths on a pipeline: batches of them, from whatever part of a path is known already.
+
+It knows nothing of scores or algorithms. What it computes is counted in the `Cost` it is handed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accel.method import Recipe, attached
+from accel.patch import Patch
+from samplers.predictions import renoise
+from samplers.search.budget import Cost
+from samplers.search.leg import Leg, State, call_parameters, capture, packed
+from samplers.search.levels import Levels
+from samplers.search.noise import gaussian, key, neighbour, rotate
+from samplers.search.path import Draw, Path, Renoise, Rotate, Run, Turn, digest, finished, is_plain
+
+PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+_LISTED = ("prompt", "negative_prompt", "class_labels")
+
+
+class Player:
+    """One pipeline call, played from many noises. Use as a context manager; one recipe at a time.
+
+    Raises:
+        ValueError: the call makes more than one sample.
+    """
+
+    def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
+        check_single(call)
+        self.pipe, self.call = pipe, dict(call)
+        self.states: dict[str, State] = {}
+        self.seen: dict[str, Tensor] = {}  # clean predictions at the end of a path
+        self.recall: Callable[[str], bool] = lambda name: False  # puts a kept state into `states`
+        self._grids: dict[Recipe, Leg] = {}
+        self._recipe: Recipe | None = None
+        self._live: Any = None
+        self._attached, self._memo = ExitStack(), Patch()
+
+    def __enter__(self) -> Player:
+        if hasattr(self.pipe, "encode_prompt"):
+            self._memo.around(self.pipe, "encode_prompt", _remembering())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._attached.close()
+        self._recipe = None
+        self._memo.undo()
+
+    @property
+    def device(self) -> Any:
+        return getattr(self.pipe, "_execution_device", "cpu")
+
+    # -- what may be asked -------------------------------------------------------------------
+
+    def grid(self, recipe: Recipe) -> Leg:
+        """The steps and levels of calls under a recipe. Computes nothing."""
+        if recipe not in self._grids:
+            self._use(recipe)
+            with _forked(0):
+                self._grids[recipe] = capture(self.pipe, self._arguments(recipe, [0]))
+        return self._grids[recipe]
+
+    def levels(self, recipe: Recipe) -> Levels:
+        """Raises ``ValueError`` where there are none."""
+        found = self.grid(recipe).levels
+        if found is None:
+            Levels.of(self.pipe.scheduler)  # says why
+            raise ValueError(f"search: {type(self.pipe).__name__} shows no first noise or grid")
+        return found
+
+    def frames(self, paths: Sequence[Path], recipe: Recipe, cost: Cost) -> np.ndarray:
+        """Finished samples (n, ..., h, w, c) uint8 of paths, in one call if they are alike."""
+        paths = [finished(p) for p in paths]
+        found: dict[int, np.ndarray] = {}
+        for rows in _alike([p[-1] for p in paths], [is_plain(p) for p in paths]):
+            some = [paths[i] for i in rows]
+            found |= zip(rows, self._finish(some, recipe, cost), strict=True)
+        return np.stack([found[i] for i in range(len(paths))])
+
+    def reach(self, paths: Sequence[Path], recipe: Recipe, cost: Cost) -> list[State]:
+        """The states at the ends of paths that end in the middle; what is known is not recomputed.
+
+        Equal beginnings are computed once.
+        """
+        for depth in range(1, max(map(len, paths)) + 1):
+            unknown: dict[str, Path] = {}
+            for path in paths:
+                if len(path) >= depth and not self._known_later(path, depth):
+                    unknown.setdefault(digest(path[:depth]), path[:depth])
+            todo = [p for name, p in unknown.items() if not self._known(name)]
+            for rows in _alike([p[-1] for p in todo], [self._is_free(p) for p in todo]):
+                self._extend([todo[i] for i in rows], recipe, cost)
+        return [self.states[digest(p)] for p in paths]
+
+    def look(self, paths: Sequence[Path], recipe: Recipe, cost: Cost) -> list[Tensor]:
+        """Clean predictions (1, ...) at the ends of paths: one evaluation each, kept for later."""
+        states = self.reach(paths, recipe, cost)
+        todo = [i for i, p in enumerate(paths) if digest(p) not in self.seen]
+        if todo:
+            start = packed([states[i] for i in todo])
+            keys = [0] * len(todo)
+            leg = Leg(start, start.step + 1, 0.0, keys, look=True)
+            if start.step + 1 > self.grid(recipe).steps:
+                raise ValueError("search: nothing is predicted behind the last step")
+            self._run(leg, recipe, [_seed(paths[i]) for i in todo], cost)
+            assert leg.end is not None
+            assert leg.end.clean is not None
+            for row, i in enumerate(todo):
+                self.seen[digest(paths[i])] = leg.end.clean[row : row + 1].clone()
+        return [self.seen[digest(p)] for p in paths]
+
+    def decoded(self, latents: Sequence[Tensor], recipe: Recipe, cost: Cost) -> np.ndarray:
+        """Latents (1, ...) as the pipeline itself decodes them, uint8: a call without a step."""
+        sample = torch.cat(list(latents))
+        leg = Leg(State(self.grid(recipe).steps, sample))
+        output = self._run(leg, recipe, [0] * len(sample), cost)
+        return as_bytes(output)
+
+    def forget(self) -> None:
+        """Let all states go."""
+        self.states.clear()
+        self.seen.clear()
+
+    # -- how ---------------------------------------------------------------------------------
+
+    def price(self, recipe: Recipe, cost: Cost) -> int:
+        """Evaluations that one step of one sample takes, by making the first."""
+        before = cost.evaluations
+        self._run(Leg(stop=1), recipe, [0], cost)
+        return cost.evaluations - before
+
+    def steps_needed(self, paths: Sequence[Path], recipe: Recipe) -> int:
+        """Steps of single samples that `frames` or `reach` would compute."""
+        counted: set[str] = set()
+        needed = 0
+        for path in paths:
+            step = 0
+            for depth, move in enumerate(path, start=1):
+                name = digest(path[:depth])
+                if isinstance(move, Run):
+                    end = self.grid(recipe).steps if move.to is None else move.to
+                    known = move.to is not None and self._known_later(path, depth - 1)
+                    before = digest(path[: depth - 1])
+                    free = move.eta is not None and end == step + 1 and before in self.seen
+                    if not known and not free and name not in counted:
+                        needed += end - step
+                    step = end
+                elif isinstance(move, Renoise):
+                    step = move.to
+                counted.add(name)
+        return needed
+
+    def _known_later(self, path: Path, depth: int) -> bool:
+        """Whether the state after more than ``depth`` moves of a path is known."""
+        return any(self._known(digest(path[:d])) for d in range(depth + 1, len(path) + 1))
+
+    def _known(self, name: str) -> bool:
+        return name in self.states or self.recall(name)
+
+    def _finish(self, paths: list[Path], recipe: Recipe, cost: Cost) -> np.ndarray:
+        seeds = [_seed(p) for p in paths]
+        if is_plain(paths[0]):
+            return as_bytes(self._run(Leg(), recipe, seeds, cost))
+        last = [p[-1] for p in paths]
+        start = packed(self.reach([p[:-1] for p in paths], recipe, cost))
+        keys = [m.key for m in last]  # type: ignore[union-attr]
+        leg = Leg(start, None, last[0].eta, keys)  # type: ignore[union-attr]
+        return as_bytes(self._run(leg, recipe, seeds, cost))
+
+    def _extend(self, paths: list[Path], recipe: Recipe, cost: Cost) -> None:
+        """The states of paths whose last moves are alike; those before are known."""
+        move = paths[0][-1]
+        if isinstance(move, Draw):
+            ends = self._draws([_seed(p) for p in paths], recipe)
+        elif self._is_free(paths[0]):
+            ends = [self._step_once(p, recipe) for p in paths]
+        elif isinstance(move, Run):
+            ends = self._runs(paths, move, recipe, cost)
+        else:
+            ends = [self._moved(p, recipe) for p in paths]
+        self.states |= {digest(p): end for p, end in zip(paths, ends, strict=True)}
+
+    def _draws(self, keys: list[int], recipe: Recipe) -> list[State]:
+        self._use(recipe)
+        with _forked(keys[0]):
+            first = capture(self.pipe, self._arguments(recipe, keys)).first
+        if first is None or len(first) != len(keys):
+            raise ValueError(
+                f"{type(self.pipe).__name__} shows no first noise of each sample; search it with "
+                "algorithms that only draw seeds: Random, DraftCommit"
+            )
+        return State(0, first).rows()
+
+    def _runs(self, paths: list[Path], move: Run, recipe: Recipe, cost: Cost) -> list[State]:
+        assert move.to is not None
+        before = [self.states[digest(p[:-1])] for p in paths]
+        keys = [p[-1].key for p in paths]  # type: ignore[union-attr]
+        if move.to <= before[0].step:
+            raise ValueError(f"search: a run from step {before[0].step} to {move.to}")
+        # what a later part of the path needs to know of its prediction; nothing where no level is
+        look = self.grid(recipe).levels is not None
+        leg = Leg(packed(before), move.to, move.eta, keys, look=look)
+        self._run(leg, recipe, [_seed(p) for p in paths], cost)
+        assert leg.end is not None
+        if move.eta is not None and move.to == before[0].step + 1:
+            for path, row in zip(paths, leg.end.rows(), strict=True):
+                assert row.clean is not None
+                self.seen.setdefault(digest(path[:-1]), row.clean)
+        return leg.end.rows()
+
+    def _is_free(self, path: Path) -> bool:
+        """A stochastic step from where the prediction is known needs no evaluation."""
+        move = path[-1]
+        if not isinstance(move, Run) or move.eta is None or len(path) < 2:
+            return False
+        before = self.states.get(digest(path[:-1]))
+        one = before is not None and move.to == before.step + 1
+        return one and digest(path[:-1]) in self.seen
+
+    def _step_once(self, path: Path, recipe: Recipe) -> State:
+        before, move, clean = self.states[digest(path[:-1])], path[-1], self.seen[digest(path[:-1])]
+        assert isinstance(move, Run)
+        assert move.eta is not None
+        fresh = gaussian(key(move.key, before.step), tuple(before.sample.shape[1:]))[None]
+        levels = self.levels(recipe)
+        x = levels.follow(before.sample, clean, before.step, eta=move.eta, fresh=fresh)
+        return State(before.step + 1, x, clean)
+
+    def _moved(self, path: Path, recipe: Recipe) -> State:
+        before, move = self.states[digest(path[:-1])], path[-1]
+        fresh = gaussian(move.key, tuple(before.sample.shape[1:]))[None]
+        if isinstance(move, Turn):
+            return State(0, neighbour(before.sample, fresh, move.cosine))
+        table = self.levels(recipe).table
+        if isinstance(move, Renoise):
+            if move.to >= before.step:
+                raise ValueError(f"search: renoised from step {before.step} to {move.to}, cleaner")
+            fresh = fresh.to(before.sample)
+            x = renoise(before.sample, table[before.step], table[move.to], fresh)
+            return State(move.to, x)
+        assert isinstance(move, Rotate)
+        assert before.clean is not None
+        x = rotate(before.sample, before.clean, table[before.step], fresh, move.beta)
+        return State(before.step, x.to(before.sample.dtype), before.clean)
+
+    def _run(self, leg: Leg, recipe: Recipe, seeds: list[int], cost: Cost) -> Any:
+        """One call under a leg; returns what the pipeline does, if it was not cut off."""
+        self._use(recipe)
+        output: list[Any] = []
+        with _counted(self.pipe, self._live.clock, cost), _forked(seeds[0]), leg.on(self.pipe):
+            output.append(self.pipe(**self._arguments(recipe, seeds)))
+        return output[0][0] if output else None
+
+    def _arguments(self, recipe: Recipe, seeds: list[int]) -> dict[str, Any]:
+        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+        call = expanded(self.pipe, self.call | recipe.call_changes(), len(seeds))
+        if "output_type" in call_parameters(self.pipe):
+            call["output_type"] = "np"
+        return {**call, "generator": generators if len(seeds) > 1 else generators[0]}
+
+    def _use(self, recipe: Recipe) -> None:
+        """Attach a recipe instead of the one that is."""
+        if self._recipe == recipe:
+            return
+        self._attached.close()
+        self._recipe = None
+        self._live = self._attached.enter_context(attached(recipe, self.pipe))
+        self._recipe = recipe
+
+
+# -- pipeline calls --------------------------------------------------------------------------
+
+
+def check_single(call: dict[str, Any]) -> None:
+    """Raises ``ValueError`` for a call that makes several samples."""
+    counts = [call.get(k) or 1 for k in (*PER_PROMPT, "batch_size")]
+    counts += [len(call[k]) for k in _LISTED if isinstance(call.get(k), list)]
+    if any(n != 1 for n in counts):
+        raise ValueError("search wants calls that make one sample each; split this one")
+
+
+def expanded(pipe: Any, call: dict[str, Any], count: int) -> dict[str, Any]:
+    """The call for ``count`` samples of the same. Raises ``ValueError`` where that is unknown."""
+    takes = call_parameters(pipe)
+    if count == 1:
+        return dict(call)
+    if "class_labels" in call:
+        return {**call, "class_labels": list(call["class_labels"]) * count}
+    for name in PER_PROMPT:
+        if name in takes:
+            return {**call, name: count}
+    if "batch_size" in takes:
+        return {**call, "batch_size": count}
+    if isinstance(call.get("prompt"), str | list):
+        several = {k: call[k] for k in ("prompt", "negative_prompt") if call.get(k) is not None}
+        listed = {k: v if isinstance(v, list) else [v] for k, v in several.items()}
+        return {**call, **{k: v * count for k, v in listed.items()}}
+    raise ValueError(f"search cannot batch {type(pipe).__name__}; use batch=1")
+
+
+def as_bytes(output: Any) -> np.ndarray:
+    """What a pipeline returns, as (n, h, w, c) or (n, frames, h, w, c) uint8."""
+    if torch.is_tensor(output):
+        output = output.movedim(1 if output.ndim == 4 else 2, -1).float().cpu().numpy()
+    if isinstance(output, list):
+        output = [np.asarray(x) for x in output]
+    array = np.asarray(output)
+    return array if array.dtype == np.uint8 else (array * 255).round().clip(0, 255).astype("uint8")
+
+
+def _seed(path: Path) -> int:
+    """Of the generator that a path's calls are given: a stochastic host solver draws from it."""
+    first = path[0]
+    assert isinstance(first, Draw)
+    return first.key if len(path) <= 2 else key(first.key, digest(path))
+
+
+def _alike(moves: Sequence[Any], more: Sequence[Any]) -> list[list[int]]:
+    """Indices in groups that one call can do: same kind of move, same window, same eta."""
+    groups: dict[Any, list[int]] = {}
+    for i, (move, extra) in enumerate(zip(moves, more, strict=True)):
+        window = (move.to, move.eta) if isinstance(move, Run) else ()
+        groups.setdefault((type(move), window, extra), []).append(i)
+    return list(groups.values())
+
+
+def _remembering() -> Callable:
+    """A layer that encodes a prompt once, not once a candidate."""
+    known: dict[str, Any] = {}
+
+    def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        values = [*args, *kwargs.values()]
+        plain = str | int | float | bool | torch.device | torch.dtype | None
+        if not all(isinstance(v, plain) or _is_texts(v) for v in values):
+            return call_next(*args, **kwargs)
+        name = repr((args, sorted(kwargs.items())))
+        if name not in known:
+            known[name] = call_next(*args, **kwargs)
+        return known[name]
+
+    return layer
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+@contextmanager
+def _forked(seed: int) -> Iterator[None]:
+    """Schedulers that get no generator draw from the global one; it is given back as it was."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _counted(pipe: Any, clock: Any, cost: Cost) -> Iterator[None]:
+    """Adds what happens inside to ``cost``: the clock's evaluations, the autoencoder's samples."""
+    runs: dict[int, Any] = {}
+    patch, began = Patch(), time.perf_counter()
+
+    def decode(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        latents = args[0] if args else next(iter(kwargs.values()))
+        start = time.perf_counter()
+        result = call_next(*args, **kwargs)
+        cost.seconds_decoding += time.perf_counter() - start
+        cost.decodes += len(latents)
+        return result
+
+    def heard(event: Any) -> None:
+        if event.kind == "run":
+            runs[event.run] = clock.run
+
+    end = clock.subscribe(heard)
+    if hasattr(getattr(pipe, "vae", None), "decode"):
+        patch.around(pipe.vae, "decode", decode)
+    try:
+        yield
+    finally:
+        patch.undo()
+        end()
+        cost.seconds += time.perf_counter() - began
+        cost.evaluations += sum(run.nfe for run in runs.values())
+        cost.calls += sum(run.calls for run in runs.values())

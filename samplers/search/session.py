@@ -1,0 +1,430 @@
+"""What an algorithm sees of a search: draws, renders, previews, and the end of its budget.
+
+An algorithm's ``explore(session)`` is a pure function of the scores it gets. It may ask for ever:
+``Spent`` ends it. Everything asked for is cut into batches; a batch is the unit that is counted,
+written to the journal, and told to the observer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+from torch import Tensor
+
+from accel.method import Recipe
+from samplers.search.budget import Budget, Cost, Ledger
+from samplers.search.journal import Journal
+from samplers.search.levels import Levels
+from samplers.search.noise import key
+from samplers.search.path import Draw, Path, digest, finished
+from samplers.search.player import Player
+from samplers.search.result import Candidate, Progress, Purpose, Winner
+from samplers.search.verifiers.protocol import members
+
+PLAIN = Recipe(())
+Observer = Callable[[Progress], None]
+
+
+class Spent(Exception):
+    """The search of one input is over; the message says why."""
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Who scores: the searched verifier, and those only reported."""
+
+    verifier: Any
+    held_out: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [v.name for v in (*members(self.verifier), *self.held_out)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"search: verifiers {names}; a held-out one is not searched, too")
+
+    def scores(self, frames: np.ndarray, prompt: str, *, all_of_them: bool, cost: Cost) -> Any:
+        """By name, a list of floats or None for each sample; ``held_out`` apart."""
+        began = time.perf_counter()
+        found: list[dict[str, list[float | None]]] = []
+        for judges in (members(self.verifier), self.held_out if all_of_them else ()):
+            found.append(
+                {v.name: _numbers(v.score(frames, [prompt] * len(frames))) for v in judges}
+            )
+            cost.verified += len(frames) * len(judges)
+        spent = time.perf_counter() - began
+        cost.seconds += spent
+        cost.seconds_verifying += spent
+        return found
+
+    def values(self, rows: Sequence[dict[str, float | None]]) -> np.ndarray:
+        """What decides between samples with these scores; NaN: not to be chosen."""
+        table = [[np.nan if r[v.name] is None else r[v.name] for v in members(self.verifier)]
+                 for r in rows]  # fmt: skip
+        scores = np.array(table, dtype=np.float64).reshape(len(rows), -1)
+        combine = getattr(self.verifier, "combine", None)
+        return scores[:, 0] if combine is None else combine(scores)
+
+
+def _numbers(scores: Any) -> list[float | None]:
+    values = np.asarray(scores, dtype=np.float64).reshape(-1)
+    return [float(x) if np.isfinite(x) else None for x in values]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which input of how many is searched, and what it is asked for."""
+
+    number: int
+    count: int
+    prompt: str
+
+
+class Session:
+    """The search of one input.
+
+    recipe: candidates are rendered, and the winner delivered with it. draft: another, for drafts.
+    """
+
+    def __init__(
+        self,
+        player: Player,
+        judging: Judging,
+        budget: Budget,
+        recipe: Recipe,
+        draft: Recipe | None,
+        *,
+        place: Place,
+        seed: int = 0,
+        batch: int = 8,
+        journal: Journal | None = None,
+        observe: Observer | None = None,
+        patience: int | None = None,
+    ) -> None:
+        self.player, self.judging, self.budget = player, judging, budget
+        self.recipe, self.draft_recipe, self.place = recipe, draft, place
+        self.seed, self.batch, self.patience = seed, batch, patience
+        self.journal, self._observe = journal, observe or (lambda progress: None)
+        self.candidates: list[Candidate] = []
+        self.ledger = Ledger()
+        self.report: dict[str, Any] = {}
+        self._draws = 0
+        self._strikes = 0
+        self._held_back = 0.0  # evaluations
+        self._prices: dict[Recipe, float] = {}
+        self._limit: float | None = None
+        player.recall = self._recall
+
+    # -- for algorithms ----------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Of a render."""
+        return self.player.grid(self.recipe).steps
+
+    @property
+    def levels(self) -> Levels:
+        """Noise levels of a render's steps. Raises ``ValueError`` where search knows none."""
+        return self.player.levels(self.recipe)
+
+    def key(self, *parts: Any) -> int:
+        """A key of this search, input and ``parts``."""
+        return key(self.seed, self.place.number, *parts)
+
+    def draws(self, count: int) -> list[Path]:
+        """New first noises. The very first is what a plain call with the search's seed has."""
+        found = []
+        for _ in range(count):
+            number = self.seed if self._draws == 0 else self.key("draw", self._draws)
+            found.append((Draw(number),))
+            self._draws += 1
+        return found
+
+    def render(self, paths: Sequence[Path]) -> list[Candidate]:
+        """Finish, decode and score. As many as the budget allows; raises ``Spent`` if none."""
+        return self._scored("render", [finished(p) for p in paths], self.recipe)
+
+    def drafts(self, paths: Sequence[Path]) -> list[Candidate]:
+        """``render`` with the draft's recipe."""
+        assert self.draft_recipe is not None
+        return self._scored("draft", [finished(p) for p in paths], self.draft_recipe)
+
+    def preview(self, paths: Sequence[Path], *, look: bool = False) -> list[Candidate]:
+        """Score clean predictions of paths that end in the middle: those of the last step made,
+        or (``look``, one evaluation each) those at the end itself. As many as can be afforded."""
+        return self._scored("preview", list(paths), self.recipe, look=look)
+
+    def advance(self, paths: Sequence[Path]) -> None:
+        """Compute the states at the ends of paths, scoring nothing. All or ``Spent``."""
+        for start in range(0, len(paths), self.batch):
+            some = list(paths[start : start + self.batch])
+            if self._unit("advance", some, self.recipe)["count"] < len(some):
+                raise Spent("the budget is spent")
+
+    def noises(self, paths: Sequence[Path]) -> list[Tensor]:
+        """First noises (1, ...) of paths that only draw and turn; nothing is evaluated."""
+        return [s.sample for s in self.player.reach(paths, self.recipe, Cost())]
+
+    def values(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """What decides between candidates (n,); NaN where one could not be scored."""
+        return self.judging.values([c.scores for c in candidates])
+
+    def ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Best first; the earlier first of equal ones; those without a score last."""
+        values = np.nan_to_num(self.values(candidates), nan=-np.inf)
+        return [candidates[i] for i in np.argsort(-values, kind="stable")]
+
+    def absolute(self) -> None:
+        """Raises ``ValueError`` if scores mean nothing outside their pool."""
+        if hasattr(self.judging.verifier, "combine"):
+            raise ValueError(
+                "particle methods weigh samples by their scores and need an absolute scale; "
+                f"{self.judging.verifier.name} only ranks. Search one verifier"
+            )
+
+    @contextmanager
+    def reserved(self, renders: int) -> Iterator[None]:
+        """Keep back what so many renders take, inside a ``with`` block."""
+        amount = renders * self.steps * self._price(self.recipe)
+        self._held_back += amount
+        try:
+            yield
+        finally:
+            self._held_back -= amount
+
+    def share(self) -> float:
+        """Of the budget that is spent, 0 to 1."""
+        spent = self.ledger.spent()
+        if self.budget.seconds is not None:
+            return spent.seconds / self.budget.seconds
+        return min(1.0, spent.evaluations / self.limit)
+
+    @property
+    def limit(self) -> float:
+        """The budget in evaluations; infinite for one in seconds."""
+        if self._limit is None:
+            budget = self.budget
+            self._limit = float("inf")
+            if budget.evaluations is not None:
+                self._limit = float(budget.evaluations)
+            elif budget.renders is not None:
+                steps = self.player.grid(PLAIN).steps
+                self._limit = budget.renders * steps * self._price(PLAIN)
+        return self._limit
+
+    # -- for whoever conducts it -------------------------------------------------------------
+
+    def best(self) -> Candidate | None:
+        """Of the candidates of the kind nearest to what is delivered."""
+        for purpose in get_args(Purpose)[:3]:
+            kind = [c for c in self.candidates if c.purpose == purpose]
+            if kind and np.isfinite(self.values(kind)).any():
+                return self.ranked(kind)[0]
+        return None
+
+    def baseline(self) -> None:
+        """Random search for as many evaluations as were spent, of other draws."""
+        limit = self.ledger.spent().evaluations
+        each = self.steps * self._price(self.recipe)
+        count = int(limit // each)
+        paths = [(Draw(self.key("baseline", i)),) for i in range(count)]
+        self._scored("baseline", [finished(p) for p in paths], self.recipe)
+
+    def deliver(self, stopped: str) -> Winner:
+        """The best candidate, rendered alone. Raises ``ValueError`` if nothing was scored."""
+        best = self.best()
+        if best is None:
+            raise ValueError(
+                f"search: {self.judging.verifier.name} scored nothing of {self.place.prompt!r}"
+                + ("" if self.candidates else " within the budget")
+            )
+        path = finished(best.path)
+        unit = digest(path, "delivery", self.place.number)
+        row = self.journal.get(unit) if self.journal else None
+        frames = self.journal.pictures(unit) if self.journal and row else best.frames
+        if row is None or frames is None:
+            cost = Cost()
+            if frames is None:
+                frames = self.player.frames([path], self.recipe, cost)
+            scores, held = self.judging.scores(
+                frames, self.place.prompt, all_of_them=True, cost=cost
+            )
+            row = {"delivered": {k: v[0] for k, v in {**scores, **held}.items()},
+                   "cost": cost.as_json()}  # fmt: skip
+            if self.journal:
+                self.journal.keep_pictures(unit, frames)
+                self.journal.put(unit, row)
+        self.ledger.add("delivery", Cost(**row["cost"]))
+        winner = Winner(
+            frames[0], path, best, row["delivered"], self.candidates, self.ledger, self.report,
+            stopped,
+        )  # fmt: skip
+        self._tell("winner", ())
+        return winner
+
+    # -- units -------------------------------------------------------------------------------
+
+    def _scored(
+        self, purpose: Purpose, paths: list[Path], recipe: Recipe, *, look: bool = False
+    ) -> list[Candidate]:
+        found: list[Candidate] = []
+        for start in range(0, len(paths), self.batch):
+            some = paths[start : start + self.batch]
+            try:
+                new = self._batch(purpose, some, recipe, look)
+            except Spent:
+                if found:
+                    break
+                raise
+            found += new
+            self._tell("candidates", tuple(new))
+            if purpose == "render":
+                self._watch(new)
+            if len(new) < len(some):
+                break
+        return found
+
+    def _batch(
+        self, purpose: Purpose, paths: list[Path], recipe: Recipe, look: bool
+    ) -> list[Candidate]:
+        row = self._unit(purpose, paths, recipe, look=look)
+        count = row["count"]
+        pictures = row.get("pictures")
+        values = self.judging.values([_row(row["scores"], i) for i in range(count)])
+        new = [
+            Candidate(
+                index=len(self.candidates) + i,
+                path=paths[i],
+                purpose=purpose,
+                score=None if np.isnan(values[i]) else float(values[i]),
+                scores=_row(row["scores"], i),
+                held_out=_row(row["held_out"], i),
+                evaluations=self.ledger.spent().evaluations,
+                picture=None if pictures is None else pictures[i],
+                frames=row.get("frames") if count == 1 and purpose == "render" else None,
+            )
+            for i in range(count)
+        ]
+        self.candidates += new
+        return new
+
+    def _unit(
+        self, purpose: str, paths: list[Path], recipe: Recipe, *, look: bool = False
+    ) -> dict[str, Any]:
+        """One batch, read or computed; fewer paths than asked where the budget ends."""
+        name = digest(paths, purpose, look, self.place.number, recipe.digest())
+        row = self.journal.get(name) if self.journal else None
+        if row is not None:
+            self._account(purpose, Cost(**row["cost"]))
+            assert self.journal is not None
+            return {**row, "pictures": self.journal.pictures(name)}
+        afforded = paths[: self._affordable(purpose, paths, recipe, look)]
+        if not afforded:
+            raise Spent("the budget is spent")
+        if len(afforded) < len(paths):
+            return self._unit(purpose, afforded, recipe, look=look)
+        cost = Cost()
+        row = self._computed(purpose, paths, recipe, look, cost)
+        row = {"count": len(paths), "cost": cost.as_json(), **row}
+        self._account(purpose, Cost(**row["cost"]))
+        if self.journal:
+            kept = {k: v for k, v in row.items() if k not in ("pictures", "frames")}
+            if "pictures" in row:
+                self.journal.keep_pictures(name, row["pictures"])
+            for path in paths if purpose in ("preview", "advance") else ():
+                known = digest(path)
+                self.journal.keep_state(
+                    known, self.player.states[known], self.player.seen.get(known)
+                )
+            self.journal.put(name, {**kept, "purpose": purpose})
+        return row
+
+    def _computed(
+        self, purpose: str, paths: list[Path], recipe: Recipe, look: bool, cost: Cost
+    ) -> dict[str, Any]:
+        if purpose == "advance":
+            self.player.reach(paths, recipe, cost)
+            return {}
+        if purpose == "preview":
+            states = self.player.reach(paths, recipe, cost)
+            clean = self.player.look(paths, recipe, cost) if look else [s.clean for s in states]
+            frames = self.player.decoded(clean, recipe, cost)  # type: ignore[arg-type]
+        else:
+            frames = self.player.frames(paths, recipe, cost)
+        finished_ones = purpose != "preview"
+        scores, held = self.judging.scores(
+            frames, self.place.prompt, all_of_them=finished_ones, cost=cost
+        )
+        middle = frames[:, frames.shape[1] // 2] if frames.ndim == 5 else frames
+        return {"scores": scores, "held_out": held, "pictures": middle, "frames": frames}
+
+    def _recall(self, name: str) -> bool:
+        """Put a state of the journal where the player looks."""
+        kept = self.journal.state(name, self.player.device) if self.journal else None
+        if kept is None:
+            return False
+        self.player.states[name] = kept[0]
+        if kept[1] is not None:
+            self.player.seen[name] = kept[1]
+        return True
+
+    def _account(self, purpose: str, cost: Cost) -> None:
+        self.ledger.add(purpose, cost)
+
+    def _affordable(self, purpose: str, paths: list[Path], recipe: Recipe, look: bool) -> int:
+        """How many of the paths, from the first, the rest of the budget pays for."""
+        if purpose in Ledger.FREE:
+            return len(paths)
+        spent = self.ledger.spent()
+        if self.budget.seconds is not None:
+            return len(paths) if spent.seconds < self.budget.seconds else 0
+        left = self.limit - self._held_back - spent.evaluations
+        price, count = self._price(recipe), 0
+        for count in range(len(paths), 0, -1):
+            steps = self.player.steps_needed(paths[:count], recipe) + (count if look else 0)
+            if steps * price <= left + 1e-6:
+                return count
+        return 0
+
+    def _price(self, recipe: Recipe) -> float:
+        """Evaluations of one step of one sample under a recipe."""
+        if recipe not in self._prices:
+            name = digest((), "probe", self.place.number, recipe.digest())
+            row = self.journal.get(name) if self.journal else None
+            if row is None:
+                cost = Cost()
+                price = self.player.price(recipe, cost)
+                row = {"price": price, "cost": cost.as_json()}
+                if self.journal:
+                    self.journal.put(name, row)
+            self._account("probe", Cost(**row["cost"]))
+            self._prices[recipe] = row["price"]
+        return self._prices[recipe]
+
+    def _watch(self, new: Sequence[Candidate]) -> None:
+        """Ends a search whose gains are not seen by the first held-out verifier."""
+        if self.patience is None or not self.judging.held_out:
+            return
+        name = self.judging.held_out[0].name
+        for candidate in new:
+            before = [c for c in self.candidates[: candidate.index] if c.purpose == "render"]
+            if not before or self.ranked([*before, candidate])[0] is not candidate:
+                continue
+            was, now = self.ranked(before)[0].held_out[name], candidate.held_out[name]
+            self._strikes = self._strikes + 1 if (now or 0) < (was or 0) else 0
+            if self._strikes >= self.patience:
+                raise Spent(f"{self.patience} gains in a row were losses to {name}")
+
+    def _tell(self, kind: Any, new: tuple[Candidate, ...]) -> None:
+        spent = self.ledger.spent().evaluations
+        place = self.place
+        self._observe(
+            Progress(kind, place.number, place.count, new, self.best(), spent, self.share())
+        )
+
+
+def _row(columns: dict[str, list[Any]], i: int) -> dict[str, Any]:
+    return {name: values[i] for name, values in columns.items()}

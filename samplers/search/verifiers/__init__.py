@@ -1,0 +1,1 @@
+"""Verifiers: what tells a good sample from a bad one. See ``protocol.py``."""

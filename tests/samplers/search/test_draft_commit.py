@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from accel.method import Recipe, live_on
+from accel.settings import Settings
+from accel.testing import assert_same_state, host_state
+from samplers.search.budget import Budget
+from samplers.search.draft_commit import DraftCommit, calibrate, compared
+from samplers.search.verifiers.pixels import Brightness
+from samplers.swap import SwapScheduler
+
+FEWER = Recipe((SwapScheduler("DDIMScheduler", Settings(), steps=2),))
+
+
+def plain(host, seed):
+    frames = host.run(generator=torch.Generator().manual_seed(seed), output_type="np")
+    return (frames.numpy() * 255).round().astype(np.uint8)
+
+
+def test_the_winner_is_an_unaccelerated_render_bit_for_bit(host, call):
+    host.run()  # pipelines leave caches of their own behind at the first run
+    before = host_state(host.pipe)
+    winner = DraftCommit(6, commits=2).run(
+        host.pipe, [call], Brightness(), Budget(renders=6), FEWER
+    ).winners[0]  # fmt: skip
+    assert np.array_equal(winner.frames, plain(host, winner.path[0].key)[0])
+    assert live_on(host.pipe) == ()
+    assert_same_state(before, host_state(host.pipe))
+    drafts = [c for c in winner.candidates if c.purpose == "draft"]
+    renders = [c for c in winner.candidates if c.purpose == "render"]
+    assert (len(drafts), len(renders)) == (6, 2)
+    best = sorted(drafts, key=lambda c: -c.score)[:2]
+    assert [c.path for c in renders] == [c.path for c in best]
+    assert winner.best.score == max(c.score for c in renders)
+    costs = winner.ledger.by_purpose
+    assert costs["draft"].evaluations == 6 * 2 * 2
+    assert costs["render"].evaluations == 2 * 4 * 2
+    assert costs["delivery"].evaluations == 0  # what was committed was rendered alone already
+
+
+def test_the_budget_keeps_the_commit_back(host, call):
+    winner = DraftCommit(None).run(
+        host.pipe, [call], Brightness(), Budget(renders=3), FEWER
+    ).winners[0]  # fmt: skip
+    assert winner.ledger.spent().evaluations == 3 * 4 * 2
+    assert [c.purpose for c in winner.candidates] == ["draft"] * 4 + ["render"]
+
+
+def test_calibration_sees_a_faithful_and_a_useless_draft(host, call):
+    faithful = calibrate(host.pipe, [call], Brightness(), FEWER, candidates=6)
+    assert faithful.rank.estimate > 0.5
+    assert faithful.price == 0.5
+    assert faithful.cost == pytest.approx(0.5 + 1 / 6)
+
+
+def test_captured_gain_by_hand():
+    renders = np.array([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+    drafts = np.array([[0.0, 2.0, 1.0], [5.0, 1.0, 2.0]])
+    found = compared(drafts, renders, price=0.25)
+    # input 1: draft picks 1.0 of best 2.0 and mean 1.0; input 2: 3.0 of 3.0 and mean 1.0
+    assert found.captured.estimate == pytest.approx((0 + 2) / (1 + 2))
+    assert found.top.estimate == 0.5
+    assert found.cost == pytest.approx(0.25 + 1 / 3)
+    assert compared(renders, renders, price=1.0).captured.estimate == 1
+    assert compared(-renders, renders, price=1.0).captured.estimate < 0
+
+
+@pytest.mark.parametrize("bad", [(0, 1), (2, 3), (8, 0)])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match="DraftCommit"):
+        DraftCommit(*bad)
