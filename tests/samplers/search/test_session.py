@@ -63,7 +63,7 @@ def shown(result):
 def test_killed_anywhere_it_ends_the_same_and_pays_nothing_twice(pipe, tmp_path, counting):
     whole = shown(run(pipe, tmp_path / "whole", verifier=counting))
     samples = counting.samples
-    for after in (1, 2, 5, 6, 7, 9):
+    for after in (2, 6, 8):
         folder = tmp_path / str(after)
         counting.samples = 0
         with pytest.raises(Killed):
