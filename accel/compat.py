@@ -53,6 +53,34 @@ def lookup(purpose: str) -> Any:
     return found
 
 
+def weak_identity_dictionary() -> Any:
+    """A dictionary that holds its keys weakly and tells them apart by identity."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
+
+
+def copy_into(tensor: torch.Tensor, values: Any) -> None:
+    """Write into a tensor, so that whoever looks at its version sees it (``.data`` hides it)."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(values)
+
+
+def is_offloaded(module: Any) -> bool:
+    """Whether accelerate or diffusers moves weights of ``module`` on its own account."""
+    for part in module.modules():
+        hooks = getattr(vars(part).get("_diffusers_hook"), "hooks", {})
+        if "_hf_hook" in vars(part) or any("offload" in name for name in hooks):
+            return True
+    return False
+
+
+def adapter_state(module: Any) -> tuple[Any, ...]:
+    """What an adapter's layer (peft) makes of its weights: scales, which are on, which merged."""
+    names = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+    return tuple(repr(vars(module)[name]) for name in names if name in vars(module))
+
+
 def compiled_entry(module: Any) -> Any:
     """The module inside ``torch.compile``'s ``OptimizedModule``, or the module itself."""
     return getattr(module, "_orig_mod", module)

@@ -141,6 +141,10 @@ class Denoiser:
         """One argument of a call; None where the call does not give it."""
         return self._bind(args, kwargs).get(name)
 
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by name."""
+        return dict(self._bind(args, kwargs))
+
     def batch_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Rows of the batch; batched guidance doubles them."""
         return self.sample(args, kwargs).shape[0]
@@ -155,7 +159,8 @@ class Denoiser:
         return by_place, {**kwargs, **by_name}
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        return _signature(type(self.module)).bind(self.module, *args, **kwargs).arguments
+        bound = _signature(type(self.module)).bind(self.module, *args, **kwargs).arguments
+        return {name: value for name, value in bound.items() if value is not self.module}
 
 
 @functools.lru_cache(maxsize=64)

@@ -28,7 +28,9 @@ from accel.settings import check_fields, from_settings, settings_json, without_p
 Claim = tuple[str, frozenset[str]]  # (slot, module or component paths)
 
 # Slots that one method holds alone, where the paths meet. Others stack in recipe order.
-EXCLUSIVE_SLOTS = frozenset({"scheduler", "block.skip", "attention", "linear", "tokens", "weights"})
+EXCLUSIVE_SLOTS = frozenset(
+    {"scheduler", "block.skip", "attention", "linear", "tokens", "weights", "temporal"}
+)
 STACKING_SLOTS = frozenset({"denoiser.call", "initial_latents", "scheduler.modifier"})
 MAX_FIELDS = 8
 RUNS_KEPT = 64  # reports of the newest runs; older ones stay in the totals only

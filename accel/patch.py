@@ -1,10 +1,12 @@
 """The only file that changes a host object. Everything is undone, in any order.
 
-Two kinds of change, both on instances, never on classes:
+Three kinds of change, all on instances, never on classes:
 
 * ``Patch.around(owner, "forward", layer)`` puts ``layer(call_next, *args, **kwargs)`` around a
   callable attribute. All layers on one attribute share one ``Trampoline``.
 * ``Patch.swap(owner, "scheduler", value)`` replaces an attribute.
+* ``Patch.write(tensor, values)`` changes what a tensor holds, ``Patch.lend(tensor, home)`` puts a
+  stand-in of one element in its place; the tensor stays the same object.
 
 Other libraries also replace ``forward`` (offloading, diffusers' caches) and restore what they found
 whenever they like. So a trampoline that somebody captured stays as an empty pass-through until it
@@ -17,9 +19,10 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from accel import compat
 
@@ -135,6 +138,20 @@ class _SwapStack:
     entries: list[tuple[object, Any]] = field(default_factory=list)  # (token, value)
 
 
+class Home(Protocol):
+    """Where the values of a lent tensor are meanwhile."""
+
+    def load(self, like: Any) -> Any:
+        """The values, on the device and in the type of ``like``."""
+
+    def store(self, values: Any) -> None:
+        """Other values from now on."""
+
+
+# tensor -> its home, for every tensor that is lent now; by identity, tensors compare elementwise
+_LENT: Any = compat.weak_identity_dictionary()
+
+
 class Patch:
     """A set of reversible changes, undone together.
 
@@ -146,6 +163,7 @@ class Patch:
         self._placed: list[_Placed] = []
         self._swaps: list[tuple[weakref.ref[Any], str, object]] = []
         self._written: list[tuple[Any, Any]] = []  # (tensor, what it held, on the host)
+        self._lent: list[Any] = []
 
     def around(self, owner: Any, name: str, layer: Layer, *, outer: bool = False) -> None:
         """Run ``layer(call_next, *args, **kwargs)`` instead of ``owner.name(*args, **kwargs)``.
@@ -180,8 +198,18 @@ class Patch:
         The tensor stays the same object, so offloading and compiled graphs go on. What it held is
         kept in host memory. One patch at a time may write a tensor: claim the slot ``weights``.
         """
-        self._written.append((tensor, tensor.detach().to("cpu", copy=True)))
-        tensor.data.copy_(values)
+        self._written.append((tensor, values_of(tensor).detach().to("cpu", copy=True)))
+        _put(tensor, values)
+
+    def lend(self, tensor: Any, home: Home) -> None:
+        """Leave one NaN, spread over its shape, in a tensor's place until undone.
+
+        Device, type and shape stay; its memory is free once nobody else holds it. What it held must
+        be at ``home``: ``values_of`` and ``Patch.write`` look there, and it comes back from there.
+        """
+        _LENT[tensor] = home
+        self._lent.append(tensor)
+        stand_in(tensor)
 
     def ensure(self) -> None:
         """Put back what the host threw away, and follow modules that were compiled since."""
@@ -207,7 +235,46 @@ class Patch:
                 _unswap(owner, name, token)
         while self._written:
             tensor, before = self._written.pop()
-            tensor.data.copy_(before)
+            _put(tensor, before)
+        self.take_back()
+
+    def take_back(self) -> None:
+        """Everything that is lent gets its values again, where it is now."""
+        while self._lent:
+            tensor = self._lent.pop()
+            tensor.data = _LENT.pop(tensor).load(tensor)
+
+
+def values_of(tensor: Any) -> Any:
+    """What a tensor holds; of a lent one, what it holds at home, on its device."""
+    home = _LENT.get(tensor)
+    return tensor if home is None else home.load(tensor)
+
+
+def stand_in(tensor: Any) -> None:
+    """(Again) one NaN in a lent tensor's place; moving it to another device had spread it."""
+    tensor.data = tensor.data.new_full((), float("nan")).expand(tensor.shape)
+
+
+@contextmanager
+def at_home(tensors: list[Any]) -> Iterator[None]:
+    """Lent tensors with their values in place, for the length of a ``with`` block."""
+    away = [t for t in tensors if t in _LENT and t.untyped_storage().nbytes() < t.nbytes]
+    for tensor in away:
+        tensor.data = values_of(tensor)
+    try:
+        yield
+    finally:
+        for tensor in away:
+            stand_in(tensor)
+
+
+def _put(tensor: Any, values: Any) -> None:
+    home = _LENT.get(tensor)
+    if home is None:
+        compat.copy_into(tensor, values)
+    else:
+        home.store(values)
 
 
 def _place(owner: Any, name: str, entry: _Entry) -> _Placed:

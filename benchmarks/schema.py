@@ -344,6 +344,40 @@ class OneMoreStepStudy(_Strict):
     overhead: Interval
 
 
+class RemovedWeights(_Strict):
+    """What goes out and what comes instead, with one thing held fixed."""
+
+    modules: Count
+    parameters: Count
+    weights_bytes: Count
+    table_bytes: Count
+
+
+class TemporalCounts(_Strict):
+    """Of one architecture, by what is held fixed beside the sample's own dependence."""
+
+    parameters: Positive
+    timestep: RemovedWeights
+    pooled: RemovedWeights
+    text: RemovedWeights
+
+
+class TemporalTimes(_Strict):
+    model: str
+    steps: Positive
+    speedup: dict[str, Interval]
+    environment: Environment
+
+
+class TemporalCacheStudy(Study):
+    """``temporal_cache.json``. counts: in bfloat16 over ``grid`` steps; bit_equal: by pipeline."""
+
+    grid: Positive
+    counts: dict[str, TemporalCounts]
+    bit_equal: dict[str, bool]
+    times: TemporalTimes
+
+
 KINDS: dict[str, type[BaseModel]] = {
     "native": Native,
     "caches": Caches,
@@ -355,6 +389,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "leap": Leaps,
     "waterfall": Waterfall,
     "overhead": Overhead,
+    "temporal_cache": TemporalCacheStudy,
     "kill": Kill,
     "time_shift": TimeShiftStudy,
     "one_more_step": OneMoreStepStudy,

@@ -23,14 +23,14 @@ from typing import Any
 
 from accel.method import Method, Recipe
 from accel.methods import INDEX_FILE, packages
-from benchmarks import cache_tables, sampler_tables
+from benchmarks import cache_tables, quant_tables, sampler_tables
 from benchmarks.results_file import DEVICES, path, read
 from benchmarks.sampler_tables import measured_by_distance
 from benchmarks.waterfall_picture import PICTURE, drawn_from
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
-RESULTS_WITH_METHODS = ("native", "caches", "caches_20", "caches_sd", "leap")
+RESULTS_WITH_METHODS = ("native", "caches", "caches_20", "caches_sd", "leap", "temporal_cache")
 PEERS = "benchmarks.peers:"
 
 
@@ -293,6 +293,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "caches_20": lambda: _every_device("caches_20", _caches_on),
     "caches_sd": lambda: _every_device("caches_sd", _caches_on),
     "robustness": lambda: _every_device("robustness", cache_tables.robustness),
+    "temporal_cache": lambda: _every_device("temporal_cache", quant_tables.temporal_cache),
     "leap": lambda: _every_device("leap", _leaps_on),
 }
 PAGES = ("README.md", "benchmarks/README.md")

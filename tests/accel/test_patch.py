@@ -15,7 +15,7 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel.patch import Patch, Trampoline
+from accel.patch import Patch, Trampoline, at_home, values_of
 
 
 class Doubler(torch.nn.Module):
@@ -247,3 +247,58 @@ def test_values_of_another_shape_are_not_written():
         patch.write(weight, torch.zeros(4, 5))
     patch.undo()
     assert (weight == 1).all()
+
+
+class _Kept:
+    """A home that keeps a copy."""
+
+    def __init__(self, tensor):
+        self.held = tensor.detach().clone()
+
+    def load(self, like):
+        return self.held.to(like.device, like.dtype)
+
+    def store(self, values):
+        self.held = values.to(self.held.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lent_tensor_takes_no_room_and_comes_back(dtype):
+    weight, patch = torch.nn.Parameter(torch.randn(3, 2).to(dtype)), Patch()
+    before = weight.detach().clone()
+    patch.lend(weight, _Kept(weight))
+    assert weight.isnan().all()
+    assert (weight.shape, weight.dtype) == ((3, 2), dtype)
+    assert weight.untyped_storage().nbytes() == weight.element_size()
+    assert torch.equal(values_of(weight), before)
+    with at_home([weight]):
+        with at_home([weight]):
+            assert torch.equal(weight, before)
+        assert torch.equal(weight, before), "the inner block sent it away"
+    assert weight.isnan().all()
+    patch.undo()
+    assert torch.equal(weight, before)
+    assert weight.is_contiguous()
+
+
+@pytest.mark.parametrize("first", ["lend", "write"])
+def test_a_tensor_that_is_lent_and_written(first):
+    weight, lends, writes = torch.nn.Parameter(torch.randn(3, 2)), Patch(), Patch()
+    before, values = weight.detach().clone(), torch.full((3, 2), 0.5)
+    lends.lend(weight, _Kept(weight))
+    writes.write(weight, values)
+    assert torch.equal(values_of(weight), values)
+    (lends if first == "lend" else writes).undo()
+    if first == "lend":
+        assert torch.equal(weight, values)
+    (writes if first == "lend" else lends).undo()
+    assert torch.equal(weight, before)
+
+
+def test_a_lent_tensor_comes_back_in_the_type_that_it_has_then():
+    module, patch = torch.nn.Linear(4, 4), Patch()
+    expected = module.weight.detach().to(torch.bfloat16)
+    patch.lend(module.weight, _Kept(module.weight))
+    module.to(torch.bfloat16)
+    patch.undo()
+    assert torch.equal(module.weight, expected)

@@ -1,0 +1,103 @@
+"""The table of what is known before the sample is: entries, conditions they hold for, a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from quant._dataflow import PLAIN, ModuleCall, Program
+from quant._grid import TIMESTEP, Time
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module's output: its tensors, with the batch they are spread over (0: as they are)."""
+
+    leaves: tuple[tuple[Tensor, int], ...]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Entry:
+        """Rows that are all alike are kept once."""
+        return cls(tuple(_one_row(t) for t in tensors))
+
+    def tensors(self) -> list[Tensor]:
+        return [t.expand(n, *t.shape[1:]).contiguous() if n else t.clone() for t, n in self.leaves]
+
+
+def _one_row(tensor: Tensor) -> tuple[Tensor, int]:
+    rows = tensor.shape[0] if tensor.ndim else 0
+    if rows > 1 and tensor.is_contiguous() and torch.equal(tensor, tensor[:1].expand_as(tensor)):
+        return tensor[:1].clone(), rows
+    return tensor.clone(), 0
+
+
+@dataclass
+class Condition:
+    """What a call holds fixed: objects for a quick look, values to be sure."""
+
+    objects: dict[str, tuple[Tensor, int]]
+    values: dict[str, Tensor]
+    used: bool = True
+
+    @classmethod
+    def of(cls, sources: Mapping[str, Tensor]) -> Condition:
+        objects = {k: (v, version(v)) for k, v in sources.items()}
+        return cls(objects, {k: v.clone() for k, v in sources.items()})
+
+    def fits(self, sources: Mapping[str, Tensor]) -> bool:
+        return all(self._same(k, v) for k, v in sources.items())
+
+    def _same(self, name: str, tensor: Tensor) -> bool:
+        known, seen = self.objects[name]
+        if known is tensor and seen == version(tensor) >= 0:
+            return True
+        value = self.values[name]
+        return value.shape == tensor.shape and torch.equal(value, tensor)
+
+
+def version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass
+class Plan:
+    """A program for calls of one form, and the table that it filled."""
+
+    program: Program
+    table: dict[tuple[Any, ...], Entry] = field(default_factory=dict)
+    conditions: list[Condition] = field(default_factory=list)
+    placeholders: dict[str, Any] = field(default_factory=dict)
+
+    def key(self, path: str, time: Time, condition: int) -> tuple[Any, ...]:
+        labels = self.program.served[path].labels
+        timed = time if TIMESTEP in labels else None
+        return path, timed, id(self.conditions[condition]) if labels - {TIMESTEP} else None
+
+    def has(self, time: Time, condition: int) -> bool:
+        return all(self.key(p, time, condition) in self.table for p in self.program.needed)
+
+
+def rebuilt(call: ModuleCall, tensors: list[Tensor]) -> Any:
+    """The output of a module call, with these for its tensors."""
+    assert call.spec is not None
+    left = iter(tensors)
+    known = [next(left) if not isinstance(x, PLAIN) else x for x in call.leaves]
+    return tree_unflatten(known, call.spec)
+
+
+def equal(output: Any, tensors: list[Tensor]) -> bool:
+    made = [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
+    return all(torch.equal(a, b) for a, b in zip(made, tensors, strict=True))
+
+
+def placeholder(call: ModuleCall) -> Any:
+    """What a module returns that nothing but other served modules sees: one NaN of its shape."""
+    blank = [t.new_full((), float("nan") if t.is_floating_point() else 0) for t in call.tensors]
+    made = [b.expand(t.shape) for b, t in zip(blank, call.tensors, strict=True)]
+    call.tensors = []
+    return rebuilt(call, made)

@@ -1,0 +1,368 @@
+"""Compute once per run, exactly, what does not depend on the sample; its weights may leave.
+
+The cache-based maintenance of TFMQ-DM's journal version (arXiv 2407.19547), kept in the model's own
+precision, so its error is zero: modules that depend on the timestep alone, or on it and on what a
+call holds fixed (class, guidance, pooled or whole text), give the same outputs in every run over a
+grid. They are found by following the tensors of one forward (``quant/_dataflow.py``), never listed.
+Their outputs for the steps to come are made by their own operations, at the run's own shapes, the
+first time that a grid and its conditions are seen; then they are read from a table, and their
+weights lie in host memory or on disk until ``detach``.
+
+Costs: the table (bounded by the weights it replaces) on the device. One synchronisation a denoiser
+call on an accelerator, to read the timestep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from accel import compat
+from accel.clock import Run, denoiser_modules
+from accel.denoiser import Denoiser, denoisers
+from accel.method import Attached, Claim, Method
+from accel.patch import at_home, stand_in, values_of
+from quant._dataflow import PLAIN, ModuleCall, Program, program, small_enough, watch
+from quant._grid import TIMESTEP, Time, steps_to_come, time_key
+from quant._shelf import Shelved
+from quant._table import Condition, Entry, Plan, equal, placeholder, rebuilt, version
+
+Hold = Literal["timestep", "pooled", "text"]
+MOST_DIMENSIONS = {"timestep": -1, "pooled": 2, "text": 3}  # of arguments that are held fixed
+CONDITIONS_KEPT = 8
+FILLS = 4  # of the table in one run; conditions that go on changing are computed step by step
+LEAST_ELEMENTS = 64  # of a tensor that is worth moving
+
+
+@dataclass(frozen=True)
+class TemporalCache(Method):
+    """Read what depends on timestep and conditions from an exact table; move its weights away.
+
+    hold: what is taken to be fixed in a run beside the timestep: nothing more ("timestep"), one
+    vector a sample ("pooled": class, guidance, pooled text), or texts too ("text"). If it changes
+    after all it is noticed, and computed. weights: where they lie meanwhile, in host memory (on a
+    CPU they stay where they are), mapped from disk, or kept in place. uncalibrated: what to do at a
+    timestep that the sampler's grid does not have. largest: a module is left alone if its part of
+    the table would be larger than this times its weights.
+    """
+
+    SLOTS = ("temporal", "denoiser.call")
+    PAPER = "TFMQ-DM's cache-based maintenance, arXiv 2407.19547"
+
+    hold: Hold = "text"
+    weights: Literal["host", "disk", "keep"] = "host"
+    uncalibrated: Literal["compute", "refuse"] = "compute"
+    largest: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.largest <= 0:
+            raise ValueError(f"TemporalCache.largest = {self.largest}: above 0")
+
+    def claims(self, pipe: Any) -> frozenset[Claim]:
+        slots = frozenset(d.slot for d in denoisers(pipe))
+        return frozenset({("temporal", slots), ("denoiser.call", slots)})
+
+    def new_live(self, pipe: Any) -> Attached:
+        return _Live(self, pipe)
+
+    def build(self, pipe: Any, live: Attached) -> None:
+        assert isinstance(live, _Live)
+        for denoiser in denoisers(pipe):
+            served = _Served(self, live, denoiser)
+            live.served[denoiser.slot] = served
+            live.around_call(denoiser.module, served.call)
+            live.patch.around(denoiser.module, "state_dict", served.state_dict)
+
+
+class _Live(Attached):
+    method: TemporalCache
+
+    def __init__(self, method: Method, pipe: Any) -> None:
+        super().__init__(method, pipe)
+        self.served: dict[str, _Served] = {}
+
+    def on_run(self, run: Run) -> None:
+        for slot, module in denoiser_modules(self._pipe()):
+            self.served[slot].begin(compiled=compat.is_compiled(module))
+
+    def on_run_end(self, run: Run) -> None:
+        self.detail["denoisers"] = {slot: s.end() for slot, s in self.served.items()}
+
+    def memory(self) -> dict[str, int]:
+        tables = sum(s.table_bytes() for s in self.served.values())
+        on_host = all(s.device.type == "cpu" for s in self.served.values())
+        shelves = sum(home.nbytes for s in self.served.values() for home in s.homes.values())
+        host = tables if on_host else 0
+        return {"bytes_device": tables - host, "bytes_host": host + shelves}
+
+    def detach(self) -> None:
+        super().detach()
+        for served in self.served.values():
+            served.clear()
+
+
+class _Served:
+    """One denoiser: what is known in it, the table, and where its weights are."""
+
+    def __init__(self, method: TemporalCache, live: _Live, denoiser: Denoiser) -> None:
+        self.method, self.live, self.denoiser = method, live, denoiser
+        self.module: Any = denoiser.module
+        self.plans: dict[Any, Plan | None] = {}
+        self.homes: dict[str, Shelved] = {}
+        self.layers: dict[str, nn.Module] = {}  # which module at a path has a layer
+        self.now: dict[str, Callable[[], Any]] = {}
+        self.stamp: Any = None
+        self.hidden = False
+        self.moved = self.fills = self.outside_grid = self.watched = 0
+
+    # -- a run ---------------------------------------------------------------------------------
+
+    def begin(self, compiled: bool) -> None:
+        """A run begins: start afresh if weights or modules are others than before."""
+        self.fills = self.outside_grid = self.watched = 0
+        stamp = self._stamp()
+        if compiled and not self.hidden:
+            self.live.fallback("the denoiser is compiled as one graph, which hides its modules")
+        if compiled or stamp != self.stamp:
+            self.clear()
+            stamp = self._stamp()
+        self.hidden, self.stamp = compiled, stamp
+        for name, parameter in self.module.named_parameters():
+            if name in self.homes:
+                stand_in(parameter)
+
+    def end(self) -> dict[str, Any]:
+        """Forget conditions that this run had no use for; what was served, in numbers."""
+        for plan in filter(None, self.plans.values()):
+            gone = {id(c) for c in plan.conditions if not c.used}
+            plan.conditions = [c for c in plan.conditions if c.used]
+            plan.table = {k: v for k, v in plan.table.items() if k[2] not in gone}
+            for condition in plan.conditions:
+                condition.used = False
+        served = {p for plan in filter(None, self.plans.values()) for p in plan.program.served}
+        return {
+            "modules": len(served),
+            "weights_bytes": sum(p.nbytes for p in self._weights_of(served).values()),
+            "moved_bytes": sum(p.nbytes for n, p in self._named().items() if n in self.homes),
+            "table_bytes": self.table_bytes(),
+            "watched_calls": self.watched,
+            "outside_grid": self.outside_grid,
+        }
+
+    def clear(self) -> None:
+        """Weights back in place, nothing known."""
+        if self.homes:
+            self.live.patch.take_back()
+        self.plans, self.homes = {}, {}
+
+    # -- a call --------------------------------------------------------------------------------
+
+    def call(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Around the denoiser, inside all other methods' layers."""
+        if self.hidden:
+            return call_next(*args, **kwargs)
+        time = self.denoiser.argument(TIMESTEP, args, kwargs)
+        if not isinstance(time, Tensor):
+            dtype = torch.float64 if isinstance(time, float) else torch.int64  # as UNets do
+            time = torch.tensor(time, dtype=dtype, device=self.device)
+            args, kwargs = self.denoiser.replace(args, kwargs, timestep=time)
+        sources, form = self._sources(args, kwargs)
+        if form not in self.plans:
+            return self._watch(form, lambda: call_next(*args, **kwargs), sources)
+        if self.plans[form] is None:
+            return call_next(*args, **kwargs)
+        self.now = self._ready(form, sources)
+        try:
+            return call_next(*args, **kwargs)
+        finally:
+            self.now = {}
+
+    def _sources(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Arguments that are held fixed, and the form of the call: everything but values."""
+        sources, form = {}, []
+        most = MOST_DIMENSIONS[self.method.hold]
+        for name, value in self.denoiser.arguments(args, kwargs).items():
+            for where, leaf in tree_flatten_with_path(value)[0]:
+                label = name + keystr(where)
+                if isinstance(leaf, Tensor):
+                    form.append((label, leaf.shape, leaf.dtype, leaf.device))
+                    fixed = name != self.denoiser.sample_name and leaf.ndim <= most
+                    if name == TIMESTEP or fixed:
+                        sources[label] = leaf
+                else:
+                    form.append((label, leaf if isinstance(leaf, PLAIN) else id(leaf)))
+        return sources, tuple(form)
+
+    def _watch(self, form: Any, run: Callable[[], Any], sources: Mapping[str, Tensor]) -> Any:
+        """Run a call of a new form with all weights in place, and make a plan of what it showed."""
+        self.watched += 1
+        self.live.count("syncs", int(self.device.type == "cuda"))
+        skip = self._inside_graphs()
+        with at_home(list(self._named().values())):
+            watched = watch(self.module, run, sources, skip)
+        self.plans[form] = None
+        if watched.read_by_python:
+            self.live.fallback(f"the model reads {sorted(watched.read_by_python)} in Python")
+            return watched.output
+        found = program(watched, self.module, self._worth(), refused=skip)
+        if found.needed:
+            seen = {p: found.served[p].tensors for p in found.needed}
+            self.plans[form] = plan = Plan(found)
+            plan.placeholders = {p: placeholder(c) for p, c in found.served.items()}
+            ready = self._ready(form, sources)
+            if not all(equal(ready[p](), t) for p, t in seen.items()):
+                self.plans[form] = None
+                self.live.fallback("the model did not do the same again")
+            else:
+                self._shelve(found)
+        return watched.output
+
+    def _worth(self) -> Callable[[ModuleCall], bool]:
+        run = self.live.clock.run
+        steps = len(set(run.timesteps)) if run is not None else 1
+        return small_enough(self.module, steps, self.method.largest)
+
+    def _ready(self, form: Any, sources: Mapping[str, Tensor]) -> dict[str, Callable[[], Any]]:
+        """See to it that the table has what this call needs; what each module is to return."""
+        plan = self.plans[form]
+        assert plan is not None
+        labels = plan.program.labels() - {TIMESTEP}
+        condition = self._condition(plan, {k: sources[k] for k in sorted(labels)})
+        time = time_key(sources[TIMESTEP])
+        self.live.count("syncs", int(self.device.type == "cuda"))
+        if not plan.has(time, condition):
+            self._fill(plan, time, condition, sources)
+        served = plan.program.served
+        ready: dict[str, Callable[[], Any]] = {}
+        for path in served:
+            if path in plan.program.needed:
+                entry = plan.table[plan.key(path, time, condition)]
+                ready[path] = lambda e=entry, c=served[path]: rebuilt(c, e.tensors())
+            else:
+                ready[path] = lambda made=plan.placeholders[path]: made
+        return ready
+
+    def _condition(self, plan: Plan, sources: Mapping[str, Tensor]) -> int:
+        for i, known in enumerate(plan.conditions):
+            if known.fits(sources):
+                known.used = True
+                return i
+        plan.conditions.append(Condition.of(sources))
+        if len(plan.conditions) > CONDITIONS_KEPT:
+            gone = id(plan.conditions.pop(0))
+            plan.table = {k: v for k, v in plan.table.items() if k[2] != gone}
+        return len(plan.conditions) - 1
+
+    def _fill(self, plan: Plan, time: Time, condition: int, sources: Mapping[str, Tensor]) -> None:
+        """Compute entries for this step and, where the grid tells them, for those to come."""
+        now = sources[TIMESTEP]
+        to_come = steps_to_come(self.live.clock.run, self.scheduler, now)
+        if not any(time_key(t) == time for t in to_come):
+            if self.method.uncalibrated == "refuse":
+                raise ValueError(
+                    f"TemporalCache(uncalibrated='refuse'): timestep {time[-1]} is not on the grid "
+                    "of this run; sample on the scheduler's own grid, or use 'compute'"
+                )
+            self.outside_grid += 1
+            to_come = []
+        self.fills += 1
+        if self.fills > FILLS or not to_come:
+            to_come = [now]
+        times = {time_key(t): t for t in to_come}
+        missing = {k: t for k, t in times.items() if not plan.has(k, condition)}
+        weights = {**self._named(), **dict(self.module.named_buffers())}
+        made = plan.program.play(
+            lambda name: values_of(weights[name]), sources, list(missing.values())
+        )
+        for key, outputs in zip(missing, made, strict=True):
+            for path, tensors in outputs.items():
+                place = plan.key(path, key, condition)
+                if place not in plan.table:
+                    plan.table[place] = Entry.of(tensors)
+                    self.live.count("computed")
+
+    # -- its modules ---------------------------------------------------------------------------
+
+    def _layer(self, path: str, part: nn.Module) -> Callable[..., Any]:
+        def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+            if path in self.now and self.layers[path] is part:
+                self.live.count("reused")
+                return self.now[path]()
+            with self._in_place(part):
+                return call_next(*args, **kwargs)
+
+        return layer
+
+    def _in_place(self, part: nn.Module) -> AbstractContextManager[None]:
+        if not self.homes or compat.is_compiling():
+            return nullcontext()
+        return at_home(list(part.parameters()))
+
+    def _shelve(self, found: Program) -> None:
+        """Layers on what is served; its weights off the device, where that frees anything."""
+        for path in found.served:
+            part = self.module.get_submodule(path)
+            if self.layers.get(path) is not part:  # else an adapter was put in its place
+                self.layers[path] = part
+                self.live.patch.around_call(part, self._layer(path, part))
+        stays = self.method.weights == "keep" or (
+            self.method.weights == "host" and self.device.type == "cpu"
+        )
+        if stays or compat.is_offloaded(self.module):
+            return
+        for name, parameter in self._weights_of(found.served).items():
+            if name not in self.homes and parameter.numel() >= LEAST_ELEMENTS:
+                self.homes[name] = Shelved(parameter, self.method.weights)
+                self.live.patch.lend(parameter, self.homes[name])
+
+    def state_dict(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Around ``state_dict``: weights that are elsewhere are in it as ever."""
+        with at_home(list(self._named().values())):
+            return call_next(*args, **kwargs)
+
+    def _weights_of(self, paths: Any) -> dict[str, nn.Parameter]:
+        """Parameters that only these modules own."""
+        inside = {id(p) for path in paths for p in self.module.get_submodule(path).parameters()}
+        named = self.module.named_parameters(remove_duplicate=False)
+        prefixes = tuple(f"{path}." for path in paths)
+        outside = {id(p) for name, p in named if not name.startswith(prefixes)}
+        return {n: p for n, p in self._named().items() if id(p) in inside - outside}
+
+    def _inside_graphs(self) -> set[str]:
+        """Modules that are compiled, and what lies in them: no layer is seen there."""
+        parts = [(path, part) for path, part in self.module.named_modules() if path]
+        graphs = tuple(path for path, part in parts if compat.is_compiled(part))
+        return {p for p, _ in parts if any(p == g or p.startswith(g + ".") for g in graphs)}
+
+    def _stamp(self) -> Any:
+        """Changes when modules or weights are replaced, written into, or compiled."""
+        modules = tuple(
+            (id(m), compat.is_compiled(m), *compat.adapter_state(m)) for m in self.module.modules()
+        )
+        weights = tuple((id(p), version(p)) for p in self.module.parameters())
+        return modules, weights, sum(home.writes for home in self.homes.values())
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
+
+    def table_bytes(self) -> int:
+        plans = filter(None, self.plans.values())
+        return sum(t.nbytes for p in plans for e in p.table.values() for t, _ in e.leaves)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def scheduler(self) -> Any:
+        pipe: Any = self.live._pipe()
+        return pipe.scheduler

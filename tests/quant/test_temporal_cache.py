@@ -1,0 +1,327 @@
+"""TemporalCache: bit-equal everywhere, weights gone and back, what changes is noticed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import HeunDiscreteScheduler
+
+from accel.clock import clock_of
+from accel.denoiser import denoisers
+from accel.method import FallbackWarning, NoEffectWarning, Recipe, attached
+from accel.patch import Patch
+from accel.settings import Settings
+from accel.testing import TINY_NAMES, assert_equal, checks, conform, tiny
+from caches.interval import IntervalCache
+from caches.native import TaylorSeer
+from quant.temporal_cache import TemporalCache
+from samplers.swap import SwapScheduler
+from samplers.time_shift import TimeShift
+
+DISK = TemporalCache(weights="disk")
+# kept modules and the weights that they hold, of each tiny model with hold="timestep": the table
+# that was made by hand from the classes (time embedders and their projections)
+BY_HAND = {
+    "ddpm": {"time_embedding", "time_emb_proj"},
+    "pixart": {"adaln_single"},
+    "wan": {"condition_embedder.time_embedder", "condition_embedder.time_proj"},
+    "cogvideox": {"time_embedding", "norm1.linear", "norm2.linear", "norm_out.linear"},
+    "ltx": {"time_embed"},
+    "flux": {"time_text_embed.timestep_embedder"},
+    "sd3": {"time_text_embed.timestep_embedder"},
+}
+
+
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize(("method", "pipeline"), [(TemporalCache(), "dit"), (DISK, "sd")], ids=str)
+def test_conformance(check, method, pipeline):
+    conform(check, method, pipeline)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize("pipeline", TINY_NAMES)
+def test_conformance_matrix(check, pipeline):
+    conform(check, DISK, pipeline)
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
+def test_bit_equal_with_the_weights_gone(name):
+    """The weights are NaN while a run is served: an output that used one would be NaN."""
+    host = tiny(name)
+    plain = host.run()
+    before = {d.slot: dict(d.module.state_dict()) for d in denoisers(host.pipe)}
+    kept = {s: {k: v.clone() for k, v in d.items()} for s, d in before.items()}
+    with attached(DISK, host.pipe) as live:
+        assert_equal(plain, host.run(), "the run that is watched")
+        assert_equal(plain, host.run(), "the run that is served")
+        first, second = live.report()["runs"]
+        for d in denoisers(host.pipe):
+            gone = [p for p in d.module.parameters() if p.isnan().any()]
+            assert sum(p.nbytes for p in gone) > 0
+            assert all(p.untyped_storage().nbytes() == p.element_size() for p in gone)
+    assert first["fallbacks"] == second["fallbacks"] == {}
+    assert second["computed"] == 0
+    assert second["reused"] > first["reused"] > 0
+    for facts in second["detail"]["denoisers"].values():
+        assert facts["moved_bytes"] > 0.9 * facts["weights_bytes"] > 0
+        assert facts["watched_calls"] == facts["outside_grid"] == 0
+    for d in denoisers(host.pipe):
+        for key, value in d.module.state_dict().items():
+            assert_equal(kept[d.slot][key], value, f"{key} after detach")
+
+
+@pytest.mark.parametrize("name", sorted(BY_HAND))
+def test_found_are_the_modules_that_a_person_would_name(name):
+    host = tiny(name)
+    with attached(TemporalCache(hold="timestep"), host.pipe) as live:
+        host.run()
+        (served,) = live.served.values()
+        (plan,) = served.plans.values()
+    found = set(plan.program.served)
+    for wanted in BY_HAND[name]:
+        assert any(path.endswith(wanted) for path in found), f"{wanted} is not in {found}"
+    assert all(any(path.endswith(w) for w in BY_HAND[name]) for path in found)
+
+
+@pytest.mark.parametrize("hold", ["timestep", "pooled", "text"])
+@pytest.mark.parametrize("name", ["dit", "sd", "flux", "sdxl"])
+def test_the_wider_the_more(name, hold):
+    host = tiny(name)
+    plain = host.run()
+    with attached(TemporalCache(hold=hold), host.pipe) as live:
+        assert_equal(plain, host.run(), "watched")
+        assert_equal(plain, host.run(), "served")
+        bytes_of = live.report()["runs"][-1]["detail"]["denoisers"]
+    least = {"timestep": 0.01, "pooled": 0.08, "text": 0.08}[hold]
+    total = sum(p.nbytes for p in denoisers(host.pipe)[0].module.parameters())
+    assert sum(facts["weights_bytes"] for facts in bytes_of.values()) > least * total
+
+
+def _served_equals_plain(host, calls, method=DISK):
+    plain = [host.run(**call) for call in calls]
+    with attached(method, host.pipe) as live:
+        host.run()
+        for call, expected in zip(calls, plain, strict=True):
+            assert_equal(expected, host.run(**call), str(call))
+    return live.report()["runs"][1:]
+
+
+def test_another_prompt_is_computed_again():
+    runs = _served_equals_plain(tiny("dit"), [{"class_labels": [5]}, {"class_labels": [3]}])
+    assert runs[0]["computed"] > 0
+
+
+def test_another_grid_is_computed_again_and_the_first_one_kept():
+    runs = _served_equals_plain(
+        tiny("cogvideox"), [{"num_inference_steps": 5}, {"num_inference_steps": 4}]
+    )
+    assert runs[0]["computed"] > 0
+    assert runs[1]["computed"] == 0  # texts are the same, and so is the grid
+
+
+def test_another_batch_and_size():
+    host = tiny("dit")
+    runs = _served_equals_plain(host, [{"class_labels": [3, 5]}, {"class_labels": [5, 3]}])
+    assert runs[0]["detail"]["denoisers"]["transformer"]["watched_calls"] == 1
+    assert runs[1]["detail"]["denoisers"]["transformer"]["watched_calls"] == 0
+
+
+def test_two_stage_solvers():
+    host = tiny("sd")
+    host.pipe.scheduler = HeunDiscreteScheduler.from_config(host.pipe.scheduler.config)
+    runs = _served_equals_plain(host, [{}])
+    assert runs[0]["computed"] == 0
+
+
+def test_conditions_that_change_in_a_run_are_noticed():
+    def brighter(pipe, step, t, tensors):
+        tensors["prompt_embeds"].mul_(1.1)  # in place: the same object, other values
+        return tensors
+
+    host = tiny("sd")
+    calls = {
+        "callback_on_step_end": brighter,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    plain = host.run()
+    assert not torch.equal(plain, host.run(**calls))
+    _served_equals_plain(host, [calls, {}])
+
+
+def test_guidance_that_ends_in_a_run():
+    def without(pipe, step, t, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    calls = {
+        "callback_on_step_end": without,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    runs = _served_equals_plain(tiny("sd"), [calls, calls])
+    assert runs[1]["computed"] == 0
+
+
+def test_a_timestep_off_the_grid_is_computed_or_refused():
+    shift = TimeShift(window=200)
+    host = tiny("ddim")
+    with attached(shift, host.pipe):
+        plain = host.run()
+    with attached(Recipe((DISK, shift)), host.pipe) as live:
+        assert_equal(plain, host.run(), "with other times than the grid's")
+        report = live.report()["members"][0]["runs"][0]
+    assert report["detail"]["denoisers"]["unet"]["outside_grid"] > 0
+    with (
+        attached(Recipe((TemporalCache(uncalibrated="refuse"), shift)), host.pipe),
+        pytest.raises(ValueError, match="not on the grid"),
+    ):
+        host.run()
+    with attached(TemporalCache(uncalibrated="refuse"), host.pipe):
+        host.run()  # its own grid
+
+
+def test_calls_outside_a_run_use_the_weights():
+    host = tiny("dit")
+    call = (torch.ones(1, 4, 8, 8),)
+    known = {"timestep": torch.tensor([7]), "class_labels": torch.tensor([2])}
+    with torch.no_grad():
+        plain = host.pipe.transformer(*call, **known).sample
+        with attached(DISK, host.pipe):
+            host.run()
+            assert_equal(plain, host.pipe.transformer(*call, **known).sample, "outside a run")
+            with clock_of(host.pipe).at(1):
+                assert_equal(plain, host.pipe.transformer(*call, **known).sample, "by hand")
+            clock_of(host.pipe).end()
+
+
+def test_what_is_saved_meanwhile_is_whole(tmp_path):
+    host = tiny("dit")
+    kept = {k: v.clone() for k, v in host.pipe.transformer.state_dict().items()}
+    with attached(DISK, host.pipe):
+        host.run()
+        host.pipe.transformer.save_pretrained(tmp_path)
+    again = type(host.pipe.transformer).from_pretrained(tmp_path)
+    for key, value in again.state_dict().items():
+        assert_equal(kept[key], value, key)
+
+
+@pytest.mark.parametrize("method", [TemporalCache(), DISK], ids=str)
+def test_weights_that_others_write_are_used(method):
+    host, other = tiny("dit"), tiny("dit", seed=1)
+    weights = dict(other.pipe.transformer.named_parameters())
+    patch = Patch()
+
+    def swap():
+        for name, parameter in host.pipe.transformer.named_parameters():
+            patch.write(parameter, weights[name])
+
+    swap()
+    swapped = host.run()
+    patch.undo()
+    plain = host.run()
+    with attached(method, host.pipe):
+        assert_equal(plain, host.run(), "before")
+        swap()
+        assert_equal(swapped, host.run(), "weights written while attached")
+        patch.undo()
+        assert_equal(plain, host.run(), "written back while attached")
+    assert_equal(plain, host.run(), "after detach")
+
+
+def test_an_adapter_that_comes_meanwhile_is_used():
+    from peft import LoraConfig
+
+    host = tiny("cogvideox")
+    config = LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)
+    with attached(DISK, host.pipe):
+        plain = host.run()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            host.pipe.transformer.add_adapter(config)
+        served = host.run()
+        assert_equal(served, host.run(), "again")
+        host.pipe.transformer.disable_adapters()
+        assert_equal(plain, host.run(), "without it")
+        host.pipe.transformer.enable_adapters()
+    assert not torch.equal(plain, served)
+    assert_equal(host.run(), served, "without the cache")
+
+
+def test_blocks_compiled_one_by_one_keep_what_is_in_them():
+    host = tiny("cogvideox")
+    plain = host.run()
+    for block in host.pipe.transformer.transformer_blocks:
+        block.compile(backend="eager")
+    with attached(DISK, host.pipe) as live:
+        assert_equal(plain, host.run(), "watched")
+        assert_equal(plain, host.run(), "served")
+        (served,) = live.served.values()
+        (plan,) = served.plans.values()
+    assert set(plan.program.served) == {
+        "time_embedding",
+        "norm_out.linear",
+        "patch_embed.text_proj",
+    }
+
+
+def test_one_graph_hides_everything():
+    host = tiny("dit")
+    plain = host.run()
+    host.pipe.transformer.compile(backend="eager")
+    with attached(DISK, host.pipe), pytest.warns(UserWarning, match="TemporalCache") as warned:
+        assert_equal(plain, host.run(), "compiled")
+    assert [w.category for w in warned] == [FallbackWarning, NoEffectWarning]
+    assert "one graph" in str(warned[0].message)
+
+
+def test_offloaded_models_keep_their_weights():
+    from accelerate import cpu_offload_with_hook
+
+    host = tiny("dit")
+    plain = host.run()
+    cpu_offload_with_hook(host.pipe.transformer, torch.device("cpu"))
+    with attached(DISK, host.pipe) as live:
+        assert_equal(plain, host.run(), "offloaded")
+        assert_equal(plain, host.run(), "offloaded, served")
+    facts = live.report()["runs"][-1]["detail"]["denoisers"]["transformer"]
+    assert facts["moved_bytes"] == 0 < facts["weights_bytes"]
+
+
+def test_a_table_larger_than_its_weights_is_not_kept():
+    host = tiny("pixart")
+    with attached(TemporalCache(largest=1e-6), host.pipe), pytest.warns(match="changed nothing"):
+        host.run()
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="largest"):
+        TemporalCache(largest=0.0)
+    with pytest.raises(ValueError, match="hold"):
+        TemporalCache(hold="prompt")
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        (TaylorSeer(interval=2, warmup=2),),
+        (IntervalCache(2, order=1, parts="modules"),),
+        (IntervalCache(2, order=1, parts="output"),),
+        (
+            SwapScheduler("DPMSolverMultistepScheduler", Settings(timestep_spacing="trailing"), 5),
+            IntervalCache(2, parts="blocks"),
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_composes_with_caches_and_solvers(others, first):
+    host = tiny("dit")
+    with attached(Recipe(others), host.pipe):
+        plain = host.run(num_inference_steps=6)
+    recipe = Recipe((DISK, *others) if first else (*others, DISK))
+    with attached(recipe, host.pipe) as live:
+        for _ in range(2):
+            assert_equal(plain, host.run(num_inference_steps=6), str(recipe))
+    assert all(member["effect"] == "some" for member in live.report()["members"])
