@@ -44,28 +44,46 @@ def digits_referee(inputs: Inputs, name: str = NAME) -> Referee | None:
 
 
 def standard_inputs(pipe: Any) -> list[dict[str, Any]]:
-    """Pipeline calls that go round what an embedded model can be asked for.
+    """Pipeline calls that go round what an embedded model can be asked for, for a quick measure.
 
     Raises:
         ValueError: a pipeline of a class that the zoo does not have.
     """
+    kind = type(pipe).__name__
+    return zoo_inputs(kind, VIDEOS if kind == "WanPipeline" else SAMPLES)
+
+
+def zoo_inputs(kind: str, samples: int, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Calls of a pipeline class for ``samples`` samples: all classes once before any comes twice.
+
+    Pictures are made ``CALL`` in a call, videos one by one.
+
+    Raises:
+        ValueError: a class that the zoo does not have.
+    """
     from accel.zoo.world import caption
 
-    kind, steps = type(pipe).__name__, {"num_inference_steps": STEPS}
-    rows = [
-        [(i + start) * STRIDE % CLASSES for i in range(CALL)] for start in range(0, SAMPLES, CALL)
-    ]
+    classes = [i * STRIDE % CLASSES for i in range(samples)]
+    rows = [list(enumerate(classes))[i : i + CALL] for i in range(0, samples, CALL)]
+    more = {"num_inference_steps": steps}
     if kind == "DiTPipeline":
-        return [{"class_labels": row, "guidance_scale": 3.0, **steps} for row in rows]
-    if kind in ("DDPMPipeline", "DDIMPipeline"):
-        return [{"batch_size": CALL, **steps} for _ in rows]
-    if kind == "StableDiffusionPipeline":
-        return [{"prompt": [caption(c % 10, c // 10, c % 5) for c in row], **steps} for row in rows]
-    if kind == "WanPipeline":
+        calls = [{"class_labels": [c for _, c in row], "guidance_scale": 3.0} for row in rows]
+    elif kind in ("DDPMPipeline", "DDIMPipeline"):
+        calls = [{"batch_size": len(row)} for row in rows]
+    elif kind == "StableDiffusionPipeline":
+        calls = [
+            {"prompt": [caption(c % 10, c // 10, (c + i // CLASSES) % 5) for i, c in row]}
+            for row in rows
+        ]
+    elif kind == "WanPipeline":
         size = {"height": 64, "width": 64, "num_frames": VIDEO_FRAMES}
-        prompts = [caption(c % 10, c // 10, c % 5, c % 4) for c in rows[0][:VIDEOS]]
-        return [{"prompt": prompt, **size, **steps} for prompt in prompts]
-    raise ValueError(f"no standard inputs for a {kind}; give some with --jobs FILE")
+        said = [
+            caption(c % 10, c // 10, c % 5, (c + i // CLASSES) % 4) for i, c in enumerate(classes)
+        ]
+        calls = [{"prompt": prompt, **size} for prompt in said]
+    else:
+        raise ValueError(f"no calls are known for a {kind}; give some with --jobs FILE")
+    return [{**call, **more} for call in calls]
 
 
 def asked(inputs: Inputs) -> dict[str, np.ndarray]:
@@ -92,10 +110,15 @@ def _samples_asked(call: dict[str, Any]) -> list[dict[str, int]]:
 
 
 def real_samples(inputs: Inputs, draw: int) -> np.ndarray:
-    """Real held-out samples with the asked content, uint8: (n, 32, 32, 3) or (n, f, 64, 64, 3)."""
+    """Real held-out samples with the asked content, uint8: (n, 32, 32, 3) or (n, f, 64, 64, 3).
+
+    Of calls that ask for nothing: as many of the plain world, which digits-ddpm was trained on.
+    """
     from accel.zoo.world import VIDEO_CANVAS, DigitWorld
 
     what = asked(inputs)
+    if not what:
+        return _unasked_samples(inputs, draw)
     classes = what["digit"] + 10 * what["colour"]
     rows, grounds = np.arange(len(classes)), what.get("background")
     if "motion" not in what:
@@ -103,6 +126,14 @@ def real_samples(inputs: Inputs, draw: int) -> np.ndarray:
     frames = inputs[0].get("num_frames", VIDEO_FRAMES)
     world = DigitWorld("heldout", seed=draw, canvas=VIDEO_CANVAS)
     return world.videos(rows, classes, grounds, what["motion"], frames)[0]
+
+
+def _unasked_samples(inputs: Inputs, draw: int) -> np.ndarray:
+    from accel.zoo.world import DigitWorld
+
+    count = sum(call.get("batch_size", 1) for call in inputs)
+    rows = np.arange(count)
+    return DigitWorld("heldout", seed=draw, plain=True).batch(rows, rows * STRIDE % CLASSES)[0]
 
 
 def _verdict(model: Any, samples: np.ndarray, what: dict[str, np.ndarray]) -> Verdict:

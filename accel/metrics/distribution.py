@@ -63,7 +63,7 @@ def frechet(a: Any, b: Any, *, unequal: bool = False) -> float:
             stacklevel=2,
         )
     shift = a.mean(0) - b.mean(0)
-    return float(shift @ shift) + _spread_distance(_factor(a), _factor(b))
+    return float(shift @ shift) + spread_distance(_factor(a), _factor(b))
 
 
 def kid(
@@ -128,7 +128,7 @@ def _factor(x: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r"))
 
 
-def _spread_distance(r: np.ndarray, s: np.ndarray) -> float:
+def spread_distance(r: np.ndarray, s: np.ndarray) -> float:
     """tr(C + D - 2 (C D)^(1/2)) for C = r^T r and D = s^T s.
 
     C D = r^T (r s^T) s has the non-zero eigenvalues of (r s^T)(r s^T)^T, so the trace of its root

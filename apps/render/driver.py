@@ -39,6 +39,7 @@ class RunOptions:
     workers: int = 1
     trust_remote_code: bool = False
     wait: bool = False
+    stop: Callable[[], bool] | None = None  # asked once a second: end as if interrupted?
 
 
 @dataclass
@@ -73,10 +74,13 @@ def submit(
     tasks: Sequence[PlannedTask],
     options: RunOptions,
     progress: Progress | None = None,
+    *,
+    replace: bool = False,
 ) -> Summary:
     """Add tasks to a folder and render everything in it that is not finished.
 
-    Finished work is skipped; a job that failed or was cancelled before is tried again.
+    Finished work is skipped; a job that failed or was cancelled before is tried again. With
+    `replace` the folder's tasks become these and no others; files of others stay where they are.
 
     Raises:
         StorageFault: the folder cannot be made or written; nothing was started.
@@ -84,7 +88,7 @@ def submit(
     """
     with _holding(folder, options):
         old = load_plan(folder) if (folder / PLAN_FILE).exists() else []
-        plan = merge_plans(old, tasks)
+        plan = list(tasks) if replace else merge_plans(old, tasks)
         if [t.id for t in plan] != [t.id for t in old]:
             save_plan(folder, plan)
         wanted = [task.id for task in tasks]
@@ -164,6 +168,7 @@ class Driver:
         self._ledger = ledger
         self._progress = progress
         self._owner = f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._asked_to_stop = options.stop or (lambda: False)
         self._executor = executor or _executor(folder, options)
         self._held: dict[str, Task] = {}
         self._failures: Counter[str] = Counter()
@@ -211,6 +216,8 @@ class Driver:
     def _tick(self) -> None:
         """Heartbeats and cancel requests, at most once a second; called between steps too."""
         now = time.monotonic()
+        if not self.stopping and now >= self._next_tick and self._asked_to_stop():
+            self.stopping = self.summary.interrupted = True
         if self.stopping and not self._stop_told:
             self._stop_told = True
             self._executor.stop()

@@ -72,6 +72,15 @@ def encode_mp4(frames: np.ndarray, fps: int, record: dict[str, Any] | None) -> b
     return target.getvalue()
 
 
+def encode_raw(frames: np.ndarray) -> bytes:
+    """Frames of any shape exactly, as the array `frames` of an .npz file."""
+    import numpy as np
+
+    target = io.BytesIO()
+    np.savez_compressed(target, frames=frames)
+    return target.getvalue()
+
+
 def embedded_record(path: Path) -> dict[str, Any] | None:
     """The record inside a PNG or MP4; None when it carries none or cannot be read."""
     try:
@@ -98,6 +107,14 @@ def decode_mp4(path: Path) -> np.ndarray:
 
     with _pyav().open(str(path)) as container:
         return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def decode_raw(path: Path) -> np.ndarray:
+    """What `encode_raw` wrote. Never unpickles."""
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["frames"]
 
 
 def _png_text(path: Path) -> str | None:

@@ -1,5 +1,7 @@
 """The finished files of a task: media first, then the sidecar, which is the commit record.
 
+Tasks of other kinds than rendering write arrays (.npz) and figures in the same way.
+
 A sidecar `<stem>.json` on disk means that the files it lists are complete. Whatever dies in
 between, a task without a matching sidecar is simply not done, and its files are written again.
 """
@@ -14,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.render.files import remove, write_atomically
-from apps.render.media import encode_mp4, encode_png, frames_sha256
+from apps.render.media import encode_mp4, encode_png, encode_raw, frames_sha256
 from apps.render.naming import stem_problem
 
 if TYPE_CHECKING:
     import numpy as np
 
 FORMAT = 1
+SUFFIXES = (".png", ".mp4", ".npz")
+FIGURES = "figures"  # key of what a task found out; it may have no files then
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,16 @@ def encode_all(
     kind: str,
     fps: int,
     record: dict[str, Any] | None,
+    raw: bool = False,
 ) -> list[Medium]:
     """Encode the samples of a task. `frames`: uint8 (h, w, c) each, or (f, h, w, c) for video.
 
-    `kind` is auto, png or mp4. Raises ValueError when a video is asked as png, and for arrays
+    `kind` is auto, png or mp4; with `raw` the exact frames of what becomes mp4 follow all others,
+    as .npz. Raises ValueError when a video is asked as png, and for arrays
     that are neither picture nor video.
     """
-    media = []
+    media: list[Medium] = []
+    exact: list[Medium] = []
     for index, sample in enumerate(frames):
         video = sample.ndim == 4
         if sample.ndim not in (3, 4) or sample.shape[-1] not in (1, 3, 4):
@@ -72,7 +79,9 @@ def encode_all(
             data = encode_png(sample, own)
             name += ".png"
         media.append(Medium(name, data, digest, sample.shape))
-    return media
+        if raw and name.endswith(".mp4"):
+            exact.append(Medium(f"{name[:-4]}.npz", encode_raw(sample), digest, sample.shape))
+    return media + exact
 
 
 def commit(folder: Path, stem: str, media: Sequence[Medium], record: dict[str, Any]) -> dict:
@@ -119,7 +128,7 @@ def is_complete(folder: Path, content: dict[str, Any], *, thorough: bool = False
                 return False
         except OSError:
             return False
-    return bool(content["files"])
+    return bool(content["files"]) or FIGURES in content
 
 
 def result_of(content: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def _is_plain_name(name: Any) -> bool:
     if not isinstance(name, str) or Path(name).name != name:
         return False
     return (
-        Path(name).suffix in (".png", ".mp4")
+        Path(name).suffix in SUFFIXES
         and not name.startswith(".")
         and (stem_problem(name.split(".")[0]) is None)
     )

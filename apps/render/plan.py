@@ -34,6 +34,7 @@ class Settings:
     device: str = "cpu"
     strict: bool = False
     metadata: bool = True
+    raw: bool = False  # videos also as exact frames, .npz: an mp4 loses some
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class PlannedTask:
     id: str
     stem: str
     payload: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Of the ledger's kinds."""
+        return self.payload.get("kind", "render")
 
     @property
     def bucket(self) -> str:
@@ -134,6 +140,7 @@ def _task(index: int, placed: PlacedJob, settings: Settings, folder: Path) -> Pl
         "device": settings.device,
         "strict": settings.strict,
         "metadata": settings.metadata,
+        "raw": settings.raw,
     }
     own = identity(payload)
     stem = job.name or default_stem(index, own, job.inputs)

@@ -69,7 +69,7 @@ def recover(folder: Path, ledger: Ledger, tasks: Sequence[PlannedTask]) -> Recov
     back = [i for i, state in states.items() if i in planned and state == "superseded"]
     ledger.requeue("superseded", task_ids=back)
     ledger.add(
-        NewTask(task.id, task.payload, position, "render", task.bucket, STAGES)
+        NewTask(task.id, task.payload, position, task.kind, task.bucket, _stages(task))
         for position, task in enumerate(tasks)
     )
     for task in tasks:
@@ -82,6 +82,10 @@ def recover(folder: Path, ledger: Ledger, tasks: Sequence[PlannedTask]) -> Recov
             found.missing += ledger.requeue("done", task_ids=[task.id])
     _clear_latents(folder, {task.id for task in ledger.tasks("pending", "failed", "cancelled")})
     return found
+
+
+def _stages(task: PlannedTask) -> tuple[str, ...]:
+    return STAGES if task.kind == "render" else ()
 
 
 def _clear(folder: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ from apps.render.sentinels import suspicion
 from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
 
 Emit = Callable[[dict[str, Any]], None]
+# Tasks of other kinds: a function (worker, task id, payload) -> content of the sidecar, imported
+# when one comes.
+KINDS = {"evaluate": "apps.evaluation.tasks:run"}
 
 
 class Worker:
@@ -38,12 +42,13 @@ class Worker:
     Attributes:
         emit: gets events while a task runs.
         check: called between two steps; may raise Stopped.
+        out: the output folder.
     """
 
     def __init__(self, settings: WorkerSettings):
         self.emit: Emit = lambda event: None
         self.check: Callable[[], None] = lambda: None
-        self._out = Path(settings.out)
+        self.out = Path(settings.out)
         self._settings = settings
         self._pipe: Any = None
         self._loaded: tuple[Any, ...] | None = None
@@ -57,8 +62,11 @@ class Worker:
             Stopped: `check` asked for it; nothing is lost.
             Exception: any failure, to be sorted by `faults.classify`.
         """
+        if payload.get("kind", "render") != "render":
+            module, _, name = KINDS[payload["kind"]].partition(":")
+            return result_of(getattr(importlib.import_module(module), name)(self, task_id, payload))
         started = time.perf_counter()
-        kept = self._out / WORK_FOLDER / f"{task_id}.safetensors"
+        kept = self.out / WORK_FOLDER / f"{task_id}.safetensors"
         with _threads(payload["threads"]):
             latents = latents_file.read(kept)
             if latents is None:
@@ -85,7 +93,7 @@ class Worker:
 
         `without` is the reason to leave the recipe out, and becomes part of the story.
         """
-        pipe = self._pipeline(payload)
+        pipe = self.pipeline(payload)
         inputs = payload["job"]["inputs"]
         stages.check_inputs(pipe, inputs)
         recipe = self._recipe(payload) if without is None else None
@@ -118,7 +126,7 @@ class Worker:
         return stages.quantise(frames), latents.story
 
     def _decode_once(self, payload: dict, latents: latents_file.Latents) -> Any:
-        pipe = self._pipeline(payload)
+        pipe = self.pipeline(payload)
         recipe = None if "fallback" in latents.story else self._recipe(payload)
         started = time.perf_counter()
         with _attached_to_decoder(recipe, pipe, payload["strict"]):
@@ -142,8 +150,9 @@ class Worker:
             kind=job["format"],
             fps=job["fps"],
             record=record if payload["metadata"] else None,
+            raw=payload.get("raw", False),
         )
-        return commit(self._out, stem, media, record | story)
+        return commit(self.out, stem, media, record | story)
 
     # the pipeline
 
@@ -194,7 +203,7 @@ class Worker:
                 raise InvalidJob(str(error)) from error
         raise AssertionError("an uncut call never raises Uncut")
 
-    def _pipeline(self, payload: dict[str, Any]) -> Any:
+    def pipeline(self, payload: dict[str, Any]) -> Any:
         """The pipeline of a payload, loaded once; the model must be what was planned with."""
         key = (payload["model"], payload["model_revision"], payload["dtype"], payload["device"])
         if self._loaded == key:
