@@ -9,7 +9,7 @@ import importlib
 
 import typer
 
-COMMANDS = ("render", "folder", "rerender", "catalogue", "measure", "sheet", "evaluate")
+COMMANDS = ("render", "folder", "rerender", "catalogue", "measure", "sheet", "evaluate", "app")
 
 app = typer.Typer(
     name="accel",

@@ -52,14 +52,30 @@ class Rendered:
         report = self.content.get("report")
         return None if report is None else sum(run["nfe"] for run in report["runs"])
 
+    @property
+    def path(self) -> Path:
+        """The file of the first sample."""
+        return self.folder / self.content["files"][0]["name"]
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix == ".mp4"
+
     def picture(self) -> np.ndarray:
         """The first sample as uint8 (h, w, 3); of a video its middle frame."""
-        return read_picture(self.folder / self.content["files"][0]["name"])
+        return middle(self.frames())
+
+    def frames(self) -> np.ndarray:
+        """The first sample as uint8 (frames, h, w, 3); a picture is one frame."""
+        return read_frames(self.path)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One job in two renders. `psnr` in dB (None: identical), `ssim` at most 1."""
+    """One job in two renders. `psnr` in dB (None: identical), `ssim` at most 1.
+
+    Of a video over all its frames, as they were written: an MP4 is lossy.
+    """
 
     baseline: Rendered
     other: Rendered
@@ -105,18 +121,24 @@ def median_seconds(rendered: list[Rendered]) -> float:
     return statistics.median(r.seconds for r in rendered)
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """A PNG, or the middle frame of an MP4, as uint8 (h, w, 3)."""
+def read_frames(path: Path) -> np.ndarray:
+    """A PNG as one frame, or those of an MP4, as uint8 (frames, h, w, 3)."""
     import numpy as np
 
     from apps.render.media import decode_mp4, decode_png
 
-    if path.suffix == ".png":
-        frames = decode_png(path)
-    else:
-        video = decode_mp4(path)
-        frames = video[len(video) // 2]
+    frames = decode_png(path)[None] if path.suffix == ".png" else decode_mp4(path)
     return np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames[..., :3]
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A PNG, or the middle frame of an MP4, as uint8 (h, w, 3)."""
+    return middle(read_frames(path))
+
+
+def middle(frames: np.ndarray) -> np.ndarray:
+    """The middle frame of (frames, h, w, c)."""
+    return frames[len(frames) // 2]
 
 
 def _pair(one: Rendered, two: Rendered) -> Pair:
@@ -125,11 +147,11 @@ def _pair(one: Rendered, two: Rendered) -> Pair:
     from accel.metrics.fidelity import psnr, ssim
 
     left, right = (
-        torch.from_numpy(r.picture() / 255.0).permute(2, 0, 1)[None] for r in (one, two)
-    )  # (1, c, h, w)
+        torch.from_numpy(r.frames() / 255.0).permute(0, 3, 1, 2) for r in (one, two)
+    )  # (frames, c, h, w)
     same = one.content["files"][0]["frames_sha256"] == two.content["files"][0]["frames_sha256"]
-    decibels = None if same else float(psnr(left, right))
-    return Pair(one, two, decibels, float(ssim(left, right)))
+    decibels = None if same else float(psnr(left[None], right[None]))
+    return Pair(one, two, decibels, float(ssim(left, right).mean()))
 
 
 def _order(folder: Path) -> dict[str, int]:

@@ -76,11 +76,13 @@ def submit(
     progress: Progress | None = None,
     *,
     replace: bool = False,
+    executor: Executor | None = None,
 ) -> Summary:
     """Add tasks to a folder and render everything in it that is not finished.
 
     Finished work is skipped; a job that failed or was cancelled before is tried again. With
     `replace` the folder's tasks become these and no others; files of others stay where they are.
+    `executor`: where to run, instead of what `options` says.
 
     Raises:
         StorageFault: the folder cannot be made or written; nothing was started.
@@ -92,7 +94,7 @@ def submit(
         if [t.id for t in plan] != [t.id for t in old]:
             save_plan(folder, plan)
         wanted = [task.id for task in tasks]
-        return _run(folder, plan, options, progress or Silent(), wanted)
+        return _run(folder, plan, options, progress or Silent(), wanted, executor)
 
 
 def resume(
@@ -101,8 +103,11 @@ def resume(
     progress: Progress | None = None,
     *,
     retry: Sequence[str] = (),
+    executor: Executor | None = None,
 ) -> Summary:
     """Render what is left in a folder; failed and cancelled tasks only if their id is in `retry`.
+
+    `executor`: where to run, instead of what `options` says.
 
     Raises:
         FileNotFoundError: the folder holds no render.
@@ -110,7 +115,7 @@ def resume(
     """
     load_plan(folder)
     with _holding(folder, options):
-        return _run(folder, load_plan(folder), options, progress or Silent(), list(retry))
+        return _run(folder, load_plan(folder), options, progress or Silent(), list(retry), executor)
 
 
 @contextlib.contextmanager
@@ -143,6 +148,7 @@ def _run(
     options: RunOptions,
     progress: Progress,
     again: Sequence[str],
+    executor: Executor | None,
 ) -> Summary:
     ledger, corrupt = open_ledger(folder)
     with ledger:
@@ -151,7 +157,7 @@ def _run(
         ledger.requeue("failed", "cancelled", task_ids=again)
         for line in recovered.lines():
             progress.say(line)
-        return Driver(folder, ledger, options, progress).run()
+        return Driver(folder, ledger, options, progress, executor).run()
 
 
 class Driver:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from apps.render.faults import JobCancelled, Stopped, WorkersDie, classify
@@ -148,11 +149,12 @@ class Spawned:
     def free(self) -> int:
         return self._count - sum(p.task is not None for p in self._processes)
 
-    def submit(self, task_id: str, payload: dict[str, Any]) -> None:
+    def submit(self, task_id: str, payload: dict[str, Any], **order: Any) -> None:
+        """Give a task to a free worker. `order`: `out` and `watch`, as attributes of `Worker`."""
         idle = next((p for p in self._processes if p.task is None), None) or self._spawn()
         idle.task = task_id
         try:
-            _send(idle.pipe, {"do": "run", "task": task_id, "payload": payload})
+            _send(idle.pipe, {**order, "do": "run", "task": task_id, "payload": payload})
         except OSError:
             self._bury(idle)
 
@@ -169,6 +171,17 @@ class Spawned:
     def stop(self) -> None:
         self._stopping = True
         self._tell("stop")
+
+    def warm_up(self) -> None:
+        """Start a worker before there is work for it."""
+        if not self._processes:
+            self._spawn()
+
+    def kill(self, task_id: str) -> None:
+        """End the process that runs a task, which is then `lost`."""
+        for process in self._processes:
+            if process.task == task_id:
+                process.process.kill()
 
     def close(self) -> None:
         for process in self._processes:
@@ -265,6 +278,8 @@ def worker_main(pipe: Connection, settings: WorkerSettings, parent: int) -> None
             os._exit(0)  # nothing to tidy; taking a loaded torch down in order takes seconds
         if order["do"] == "run":
             current = order["task"]
+            worker.out = Path(order.get("out", settings.out))
+            worker.watch = order.get("watch", False)
             _send(pipe, outcome(worker, current, order["payload"]))
 
 

@@ -113,7 +113,7 @@ def read_jobs(path: Path, overrides: dict[str, Any] | None = None) -> list[Place
         except ValueError as error:
             raise JobFileError([f"{path.name}: {error}"]) from None
         return check_jobs(rows, overrides)
-    return check_jobs(_lines(raw, path.name), overrides)
+    return check_jobs(job_lines(raw, path.name), overrides)
 
 
 def check_jobs(
@@ -177,7 +177,8 @@ class _Seen:
             raise ValueError(f"the same job as {first}")
 
 
-def _lines(raw: bytes, name: str) -> Iterable[tuple[str, Any]]:
+def job_lines(raw: bytes, name: str) -> Iterable[tuple[str, Any]]:
+    """The lines of a .jsonl file as (where, value or what is wrong) pairs, for `check_jobs`."""
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         yield f"{name}:1", ValueError("starts with a byte order mark; save it as plain UTF-8")
         return

@@ -129,6 +129,13 @@ class Ledger:
             raise LedgerCorrupt(f"{path.name} is damaged: {error}") from error
         return cls(connection, clock)
 
+    @classmethod
+    def look(cls, path: Path) -> Ledger:
+        """Open an existing ledger to read only, without checking it: quick, however large it is."""
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
+        connection.row_factory = sqlite3.Row
+        return cls(connection, time.time)
+
     def close(self) -> None:
         self._db.close()
 
@@ -160,12 +167,15 @@ class Ledger:
         row = self._db.execute("SELECT * FROM task WHERE id = ?", (task_id,)).fetchone()
         return None if row is None else _task(row)
 
-    def tasks(self, *states: str) -> list[Task]:
-        """All tasks in the given states (all states when none is given), in file order."""
+    def tasks(self, *states: str, first: int = 0, count: int = -1) -> list[Task]:
+        """Tasks in the given states (all states when none is given), in file order.
+
+        At most `count` from the `first` on; by default all.
+        """
         marks = ",".join("?" * len(states))
         where = f"WHERE state IN ({marks})" if states else ""
-        query = f"SELECT * FROM task {where} ORDER BY position, id"
-        return [_task(row) for row in self._db.execute(query, states)]
+        query = f"SELECT * FROM task {where} ORDER BY position, id LIMIT ? OFFSET ?"
+        return [_task(row) for row in self._db.execute(query, (*states, count, first))]
 
     def counts(self) -> dict[str, int]:
         """How many tasks are in each state; every state is a key."""

@@ -28,6 +28,7 @@ from apps.render.identity import model_revision
 from apps.render.outputs import commit, encode_all, result_of
 from apps.render.plan import recipe_sha256
 from apps.render.sentinels import suspicion
+from apps.render.watch import Parts, watched
 from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
 
 Emit = Callable[[dict[str, Any]], None]
@@ -42,13 +43,15 @@ class Worker:
     Attributes:
         emit: gets events while a task runs.
         check: called between two steps; may raise Stopped.
-        out: the output folder.
+        out: the folder of the next task's files.
+        watch: step events also say which parts of the denoiser ran (`watch.py`).
     """
 
     def __init__(self, settings: WorkerSettings):
         self.emit: Emit = lambda event: None
         self.check: Callable[[], None] = lambda: None
         self.out = Path(settings.out)
+        self.watch = False
         self._settings = settings
         self._pipe: Any = None
         self._loaded: tuple[Any, ...] | None = None
@@ -165,21 +168,26 @@ class Worker:
         def on_event(event: Any) -> None:
             marks.setdefault(event.kind, time.perf_counter())
             if event.kind == "step":
-                self.emit({"event": "step", "step": event.step + 1, "steps": event.steps})
+                step = {"event": "step", "step": event.step + 1, "steps": event.steps}
+                self.emit(step | (parts.take() if parts is not None else {}))
                 self.check()
 
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, self._watched(pipe) as parts:
             warnings.simplefilter("always")
             latents, report = self._attached_call(pipe, inputs, payload, recipe, on_event)
         now = time.perf_counter()
         first = marks.get("run", marks["start"])
         notes = [f"{w.category.__name__}: {w.message}" for w in caught if _is_ours(w)]
-        return latents, {
+        ran = {"ran": parts.as_json()} if parts is not None else {}
+        return latents, ran | {
             "report": report,
             "call_changes": recipe.call_changes() if recipe else {},
             "notes": notes + latents.story.get("notes", []),
             "timings": {"encode": first - marks["start"], "denoise": now - first},
         }
+
+    def _watched(self, pipe: Any) -> contextlib.AbstractContextManager[Parts | None]:
+        return watched(pipe) if self.watch else contextlib.nullcontext()
 
     def _attached_call(
         self, pipe: Any, inputs: dict, payload: dict, recipe: Any, on_event: Callable

@@ -1,0 +1,152 @@
+"""Does a recipe fit a model, and do its methods go together? Tried on a copy, before anything runs.
+
+The copy is loaded on the CPU, one model at a time, and only if it is small: a large model tells at
+the start of its run, in the same words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apps.web.models import folder_of
+
+if TYPE_CHECKING:
+    from accel import Method
+
+MAX_BYTES = 1 << 30  # of a model's files, to be loaded a second time for checks
+_SLOTS = {
+    "scheduler": "choose the solver",
+    "block.skip": "decide which parts of the network are skipped",
+    "attention": "replace attention",
+    "linear": "replace linear layers",
+    "tokens": "change the tokens",
+    "weights": "change the weights",
+}
+_CLASH = re.compile(r"(\S+) and (\S+) both claim '([^']+)' at '([^']+)'; leave one of them out")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A method with its settings, ready to be ticked. `key` names it in the page."""
+
+    key: str
+    label: str
+    method: Method
+
+
+class Checks:
+    """Keeps the copy of the model that was asked about last. Calls wait for each other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._model: str | None = None
+        self._pipe: Any = None
+        self._fits: dict[tuple[str, Method], str | None] = {}
+
+    def problem(self, model: str, methods: Sequence[Method]) -> str | None:
+        """Why methods cannot run together on a model, in a sentence; None if they can."""
+        import accel
+
+        key = (model, accel.Recipe(tuple(methods)))
+        with self._lock:
+            if key not in self._fits:
+                self._fits[key] = self._try(*key)
+            return self._fits[key]
+
+    def _try(self, model: str, recipe: Any) -> str | None:
+        pipe = self._copy(model)
+        if pipe is None:
+            return None
+        try:
+            recipe.attach(pipe).detach()
+        except (ValueError, OSError, ImportError) as error:
+            return sentence(str(error))
+        return None
+
+    def _copy(self, model: str) -> Any:
+        if self._model != model:
+            self._model, self._pipe = model, None
+            size = sum(p.stat().st_size for p in folder_of(model).rglob("*") if p.is_file())
+            if size <= MAX_BYTES:
+                self._pipe = _loaded(model)
+        return self._pipe
+
+
+def sentence(text: str) -> str:
+    """An error of the library as a sentence for people."""
+    text = " ".join(text.split())
+    clash = _CLASH.search(text)
+    if clash:
+        one, other, slot, where = clash.groups()
+        said = _SLOTS.get(slot, f"claim {slot}")
+        names = f"{other.split(':')[-1]} and {one.split(':')[-1]}"
+        text = f"{names} cannot go together: both {said} ({where}). Leave one of them out"
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def offers(recipes: Iterable[Path]) -> list[Offer]:
+    """Methods that can be ticked: those of the recipes, and those that need no settings.
+
+    A recipe that cannot be read offers nothing.
+    """
+    import accel
+    from accel.methods import index, resolve
+
+    found: dict[str, Offer] = {}
+    for path in recipes:
+        try:
+            methods = accel.read_recipe(path).recipe.methods
+        except (ValueError, OSError):
+            continue
+        for method in methods:
+            found.setdefault(method.digest(), _offer(method, path.stem))
+    for row in index():
+        try:
+            method = resolve(row["name"])()
+        except (ValueError, TypeError):
+            continue  # it needs settings, or a package that is not here
+        found.setdefault(method.digest(), _offer(method, ""))
+    return sorted(found.values(), key=lambda offer: offer.label)
+
+
+def settings_in_words(method: Method) -> str:
+    """The settings that differ from the defaults: `interval 4, warmup 5`."""
+    words = []
+    for f in dataclasses.fields(method):
+        value = getattr(method, f.name)
+        if f.name != "artifact" and value != f.default:
+            text = value if isinstance(value, str) else json.dumps(_plain(value))
+            words.append(f"{f.name.replace('_', ' ')} {text}")
+    return ", ".join(words)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if hasattr(value, "keys") else value
+
+
+def _offer(method: Method, recipe: str) -> Offer:
+    name = type(method).__name__
+    words = settings_in_words(method)
+    origin = f"from {recipe}" if hasattr(method, "artifact") and recipe else ""
+    about = "; ".join(part for part in (words, origin) if part)
+    label = f"{name} ({about})" if about else name
+    return Offer(f"{name}-{method.digest()[:12]}", label, method)
+
+
+def _loaded(model: str) -> Any:
+    import accel
+    from accel.loading import quiet_loading
+
+    with quiet_loading():
+        pipe = accel.load(model)
+    for live in reversed(accel.live_on(pipe)):
+        live.detach()
+    return pipe

@@ -1,0 +1,228 @@
+"""The Create tab: one job, without and with acceleration."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from apps.web import markup
+from apps.web.checks import offers, sentence
+from apps.web.models import SIZES, asks
+from apps.web.recipe_view import choices, default_choice, told
+from apps.web.site import PLAIN, RECIPES, Refused
+from apps.web.trial_view import NOTHING_YET, view
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from apps.web.page import App
+
+REFRESH = 0.15  # seconds between two looks at a running trial
+BY_RECIPE, BY_METHODS = "A recipe", "Methods of my choice"
+
+
+class CreateTab:
+    """Builds the tab inside the Blocks that are open, and answers its events."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    def build(self) -> None:
+        """Lay the tab out. `wire` connects it."""
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300, elem_classes="ac-form"):
+                self._fields()
+            with gr.Column(scale=9, min_width=300):
+                self.result = gr.HTML(NOTHING_YET, elem_id="trial")
+        self.trial = gr.BrowserState("", storage_key="accel-trial")
+
+    def _fields(self) -> None:
+        models = self._app.site.models
+        self.model = gr.Dropdown(list(models), value=models[0], label="Model", elem_id="model")
+        self.label = gr.Dropdown([], label="Draw", visible=False, elem_id="class")
+        self.prompt = gr.Textbox(label="Prompt", lines=2, visible=False, elem_id="prompt")
+        with gr.Row():
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
+            self.steps = gr.Number(
+                50, label="Steps", precision=0, minimum=1, maximum=1000, min_width=100
+            )
+        self.how = gr.Radio([BY_RECIPE, BY_METHODS], value=BY_RECIPE, label="Accelerate with")
+        self.recipe = gr.Dropdown([("nothing", PLAIN)], value=PLAIN, label="Recipe")
+        self.recipe_note = gr.HTML()
+        self.methods = gr.CheckboxGroup([], label="Methods", visible=False)
+        self.conflict = gr.HTML()
+        with gr.Accordion("More settings", open=False):
+            self.guidance = gr.Number(label="Guidance", visible=False, minimum=0)
+            self.sizes = [
+                gr.Number(label=name, precision=0, minimum=1, visible=False)
+                for name in ("Width", "Height", "Frames")
+            ]
+            self.again = gr.Checkbox(False, label="Render the baseline again")
+            self.dice = gr.Button("Another seed", size="sm")
+        with gr.Row():
+            self.go = gr.Button("Generate", variant="primary", elem_id="generate")
+            self.stop = gr.Button("Cancel", interactive=False, elem_id="cancel")
+        self.notice = gr.HTML()
+
+    def wire(self, blocks: gr.Blocks) -> None:
+        """Connect the events."""
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        form = [self.label, self.prompt, self.steps, self.guidance, *self.sizes]
+        chosen = [*form, self.recipe, self.methods, self.recipe_note, self.conflict]
+        blocks.load(
+            self._choose_model,
+            self.model,
+            chosen,
+            api_visibility="private",
+            show_progress="minimal",
+        )
+        self.model.change(
+            self._choose_model,
+            self.model,
+            chosen,
+            api_visibility="private",
+            show_progress="minimal",
+        )
+        self.how.change(self._choose_way, self.how, [self.recipe, self.recipe_note, self.methods,
+                                                     self.conflict], **quiet)  # fmt: skip
+        self.recipe.change(self._describe, [self.recipe, self.model], self.recipe_note, **quiet)
+        self.methods.change(self._check, [self.model, self.methods], self.conflict, **quiet)
+        self.dice.click(lambda: random.randrange(2**31), None, self.seed, **quiet)
+        asked = [self.model, *form, self.seed, self.how, self.recipe, self.methods, self.again]
+        watched = [self.result, self.go, self.stop]
+        started = gr.on(
+            [self.go.click, self.prompt.submit],
+            self._start, [self.trial, *asked], [self.trial, self.notice], **quiet,
+        )  # fmt: skip
+        started.then(self._watch, self.trial, watched, concurrency_limit=None, **quiet)
+        self.stop.click(self._cancel, self.trial, None, queue=False, **quiet)
+        blocks.load(self._watch, self.trial, watched, concurrency_limit=None, **quiet)
+
+    # answers
+
+    def _choose_model(self, model: str) -> list[Any]:
+        try:
+            asked = asks(self._app.site.model(model))
+        except (Refused, OSError, ValueError) as error:
+            nothing = [gr.update(visible=False)] * 7
+            return [*nothing, gr.update(choices=[("nothing", PLAIN)], value=PLAIN),
+                    gr.update(choices=[]), "", markup.notice(sentence(str(error)))]  # fmt: skip
+        takes = asked.arguments
+        fields = [
+            gr.update(choices=list(asked.classes), value=_first(asked.classes),
+                      visible="class_labels" in takes),
+            gr.update(value=asked.example, visible="prompt" in takes),
+            gr.update(value=asked.defaults.get("num_inference_steps"),
+                      visible="num_inference_steps" in takes),
+            *(gr.update(value=asked.defaults.get(name), visible=name in takes)
+              for name in ("guidance_scale", *SIZES)),
+        ]  # fmt: skip
+        fit, left_out = choices(self._app, model)
+        value = default_choice(self._app, model, fit)
+        ticks = self._offers(model)
+        note = told(self._app, value, model, left_out)
+        return [*fields, gr.update(choices=fit, value=value),
+                gr.update(choices=ticks, value=[]), note, ""]  # fmt: skip
+
+    def _offers(self, model: str) -> list[tuple[str, str]]:
+        """Methods that fit the model, each alone."""
+        found = offers(self._app.site.recipes().values())
+        fit = [one for one in found if self._app.checks.problem(model, [one.method]) is None]
+        return [(one.label, one.key) for one in fit]
+
+    def _choose_way(self, how: str) -> list[Any]:
+        recipe = how == BY_RECIPE
+        return [gr.update(visible=recipe), gr.update(visible=recipe),
+                gr.update(visible=not recipe), gr.update(visible=not recipe)]  # fmt: skip
+
+    def _describe(self, recipe: str, model: str) -> str:
+        return told(self._app, recipe, model)
+
+    def _check(self, model: str, keys: list[str]) -> str:
+        try:
+            methods = self._ticked(keys)
+            if not methods:
+                return ""
+            problem = self._app.checks.problem(self._app.site.model(model), methods)
+        except Refused as error:
+            problem = str(error)
+        if problem is None:
+            words = "These go together." if len(methods) > 1 else "This fits the model."
+            return markup.notice(words, "info")
+        return markup.notice(problem)
+
+    def _ticked(self, keys: list[str]) -> list[Any]:
+        known = {one.key: one.method for one in offers(self._app.site.recipes().values())}
+        if missing := [key for key in keys if key not in known]:
+            raise Refused(f"There is no method {str(missing[0])[:80]!r} here.")
+        return [known[key] for key in keys]
+
+    def _start(
+        self, before: str, model: str, label: Any, prompt: str, steps: Any, guidance: Any,
+        width: Any, height: Any, frames: Any, seed: Any, how: str, recipe: str,
+        keys: list[str], again: bool,
+    ) -> tuple[Any, str]:  # fmt: skip
+        try:
+            model = self._app.site.model(model)
+            given = {
+                "class_label": label, "prompt": prompt, "num_inference_steps": steps,
+                "guidance_scale": guidance, "width": width, "height": height, "num_frames": frames,
+            }  # fmt: skip
+            if not isinstance(seed, int) or seed < 0:
+                raise Refused("The seed must be a whole number from 0 on.")
+            job = {"seed": seed, "inputs": asks(model).inputs(given)}
+            path = self._recipe(how, recipe, keys, model)
+            trial = self._app.trials.start(model, path, job, again=again)
+        except (Refused, ValueError, OSError) as error:
+            return gr.skip(), markup.notice(sentence(str(error)))
+        return trial.id, ""
+
+    def _recipe(self, how: str, recipe: str, keys: list[str], model: str) -> Path | None:
+        """The recipe file to use: the chosen one, or the ticked methods written as one."""
+        import accel
+
+        if how == BY_RECIPE:
+            return None if recipe == PLAIN else self._app.site.recipe(recipe)
+        methods = self._ticked(keys)
+        if not methods:
+            raise Refused("Tick at least one method, or choose a recipe.")
+        if problem := self._app.checks.problem(model, methods):
+            raise Refused(problem)
+        made = accel.Recipe(tuple(methods))
+        words = "-".join(type(method).__name__.lower() for method in methods)[:48]
+        name = f"{words}-{made.digest()[:8]}"
+        path = self._app.site.out / RECIPES / f"{name}.yaml"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            accel.write_recipe(path, made, name=name, description="Ticked in the app.")
+        return path
+
+    def _cancel(self, trial_id: str) -> None:
+        self._app.trials.cancel(trial_id)
+
+    async def _watch(self, trial_id: str) -> AsyncIterator[Any]:
+        """Show a trial until it is over."""
+        trial = self._app.trials.find(trial_id)
+        if trial is None:
+            yield NOTHING_YET, gr.update(interactive=True), gr.update(interactive=False)
+            return
+        last: Any = None
+        while True:
+            over = trial.over
+            ahead = 0 if over else self._app.trials.ahead_of(trial)
+            now = (trial.version, ahead, over)
+            if now != last:
+                last = now
+                shown = await asyncio.to_thread(view, trial, ahead)
+                yield shown, gr.update(interactive=over), gr.update(interactive=not over)
+            if over and trial.version == last[0]:
+                return
+            await asyncio.sleep(REFRESH)
+
+
+def _first(classes: tuple[tuple[str, int], ...]) -> int | None:
+    return classes[min(3, len(classes) - 1)][1] if classes else None

@@ -1,0 +1,56 @@
+// Dividers, videos that play in step, and enlarged small pictures. Listens on the document, because
+// Gradio replaces what is inside it.
+(() => {
+  const videos = (box) => [...box.querySelectorAll("video")];
+  const playersOf = (element) => element.closest?.("[data-players]");
+
+  const keepInStep = (box) => {
+    const [first, ...others] = videos(box);
+    if (!first) return;
+    for (const other of others) {
+      if (Math.abs(other.currentTime - first.currentTime) > 0.06) other.currentTime = first.currentTime;
+    }
+    const seek = box.querySelector("[data-seek]");
+    if (first.duration && document.activeElement !== seek) {
+      seek.value = String(Math.round((1000 * first.currentTime) / first.duration));
+    }
+    if (!first.paused) requestAnimationFrame(() => keepInStep(box));
+  };
+
+  const play = (box, on) => {
+    const button = box.querySelector("[data-play]");
+    const all = videos(box);
+    if (on) {
+      for (const video of all.slice(1)) video.currentTime = all[0].currentTime;
+      Promise.all(all.map((video) => video.play())).then(() => keepInStep(box), () => play(box, false));
+    } else {
+      for (const video of all) video.pause();
+    }
+    button.textContent = on ? "Pause" : "Play";
+    button.setAttribute("aria-pressed", String(on));
+  };
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("[data-play]");
+    if (button) play(playersOf(button), button.getAttribute("aria-pressed") !== "true");
+  });
+
+  document.addEventListener("input", (event) => {
+    const target = event.target;
+    const slider = target.closest?.("[data-slider]");
+    if (slider) slider.style.setProperty("--cut", `${target.value}%`);
+    const box = playersOf(target);
+    if (!box) return;
+    if (target.matches("[data-seek]")) {
+      for (const video of videos(box)) video.currentTime = (target.value / 1000) * (video.duration || 0);
+    }
+    if (target.matches("[data-speed]")) {
+      for (const video of videos(box)) video.playbackRate = Number(target.value);
+    }
+  });
+
+  document.addEventListener("load", (event) => {
+    const image = event.target;
+    if (image.matches?.(".ac-gallery img")) image.classList.toggle("ac-sharp", image.naturalWidth <= 160);
+  }, true);
+})();
