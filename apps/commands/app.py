@@ -101,7 +101,7 @@ def _models(folders: list[Path]) -> tuple[str, ...]:
         if not (folder / "model_index.json").is_file():
             raise fail(f"--model {folder}: no diffusers folder (no model_index.json)")
     named.sort(key=lambda name: name != "zoo:digits-dit")
-    return tuple([*(str(folder.resolve()) for folder in folders), *named])
+    return (*named, *(str(folder.resolve()) for folder in folders))
 
 
 def _folder(path: Path) -> Path:

@@ -56,7 +56,7 @@ class BatchTab:
                 )  # fmt: skip
                 self.file = gr.File(
                     label=f"Jobs: a .jsonl file of at most {MAX_BYTES >> 20} MB",
-                    file_types=[".jsonl"], height=120,
+                    file_types=[".jsonl"], height=150,
                 )  # fmt: skip
                 self.lines = gr.Textbox(
                     label="or one job a line, here", lines=4, max_lines=12, placeholder=EXAMPLE,
@@ -193,7 +193,8 @@ def status_view(status: Status) -> str:
     for task in status.failed:
         parts.append(markup.notice(f"{task.payload['stem']}: {task.error}", "warning"))
     parts += [markup.notice(line, "info") for line in status.said]
-    return f'<section class="ac-batch" data-state="{state.split()[0].lower()}">{"".join(parts)}</section>'
+    word = state.split()[0].lower()
+    return f'<section class="ac-batch" data-state="{word}">{"".join(parts)}</section>'
 
 
 def gallery(files: list[Path], page: int, last: int, done: int) -> str:
@@ -211,7 +212,8 @@ def gallery(files: list[Path], page: int, last: int, done: int) -> str:
         else:
             inside = (
                 f'<a href="{markup.url(path)}" target="_blank" rel="noopener">'
-                f'<img src="{markup.url(path)}" alt="{alt}" loading="lazy"></a>'
+                f'<img src="{markup.url(path)}" alt="{alt}" class="{markup.sharpness(path)}" '
+                'loading="lazy"></a>'
             )
         cells.append(f"<li>{inside}<span>{alt}</span></li>")
     where = f"{done} finished" + (f", page {page + 1} of {last + 1}" if last else "")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.web.device import Device, OnDevice
+from apps.web.models import asks
 from apps.web.site import BATCHES, PLAIN, Refused, Site
 
 if TYPE_CHECKING:
@@ -117,9 +118,10 @@ class Batches:
             raise Refused(f"The name {name[:60]!r} {problem}.")
         if name in self.names():
             raise Refused(f"There is a batch called {name!r} already. Choose another name.")
-        jobs = read_jobs(raw, self._site)
+        model = self._site.model(model)
+        jobs = read_jobs(raw, self._site, model)
         settings = Settings(
-            model=self._site.model(model),
+            model=model,
             recipe=None if recipe == PLAIN else str(self._site.recipe(recipe)),
             threads=self._site.threads,
             dtype=self._site.dtype,
@@ -218,8 +220,10 @@ class Batches:
         return Ledger.look(folder / LEDGER_FILE)
 
 
-def read_jobs(raw: bytes, site: Site) -> list[PlacedJob]:
+def read_jobs(raw: bytes, site: Site, model: str) -> list[PlacedJob]:
     """Jobs of an uploaded file, with models and recipes of this app only.
+
+    model: of the jobs that name none.
 
     Raises:
         Refused: too large, or what is wrong with it, up to a few lines.
@@ -237,7 +241,7 @@ def read_jobs(raw: bytes, site: Site) -> list[PlacedJob]:
     if len(placed) > MAX_JOBS:
         raise Refused(f"The file has {len(placed):,} jobs; at most {MAX_JOBS:,} are allowed here.")
     known, problems = [], []
-    for one in placed:
+    for one in placed:  # what the renderer would find job by job is found before anything starts
         job = one.job
         try:
             changes: dict[str, Any] = {}
@@ -245,6 +249,7 @@ def read_jobs(raw: bytes, site: Site) -> list[PlacedJob]:
                 changes["model"] = site.model(job.model)
             if job.recipe is not None:
                 changes["recipe"] = str(site.recipe(job.recipe).resolve())
+            asks(changes.get("model", model)).check(job.inputs)
             steps = job.inputs.get("num_inference_steps")
             if isinstance(steps, int) and steps > MAX_STEPS:
                 raise Refused(f"{steps:,} steps; at most {MAX_STEPS:,} are allowed here.")
@@ -283,7 +288,7 @@ def _rendering(run: _Run, work: Callable[[_Run], Any]) -> None:
 
 def _few(problems: Sequence[str], limit: int = 5) -> str:
     more = f" ... and {len(problems) - limit} more." if len(problems) > limit else ""
-    return "; ".join(problems[:limit]) + more
+    return "; ".join(line.replace("line:", "line ", 1) for line in problems[:limit]) + more
 
 
 def _none_yet() -> dict[str, int]:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,13 +123,14 @@ def settings_in_words(method: Method) -> str:
     for f in dataclasses.fields(method):
         value = getattr(method, f.name)
         if f.name != "artifact" and value != f.default:
-            text = value if isinstance(value, str) else json.dumps(_plain(value))
-            words.append(f"{f.name.replace('_', ' ')} {text}")
+            items = value.items() if isinstance(value, Mapping) else [(f.name, value)]
+            words += [_in_words(name, item) for name, item in items]
     return ", ".join(words)
 
 
-def _plain(value: Any) -> Any:
-    return dict(value) if hasattr(value, "keys") else value
+def _in_words(name: str, value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if name == "scheduler" else f"{name.replace('_', ' ')} {text}"
 
 
 def _offer(method: Method, recipe: str) -> Offer:

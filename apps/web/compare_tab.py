@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from apps.sheet import shown
 from apps.web import markup
 from apps.web.checks import sentence
 from apps.web.site import Refused
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 NOTHING_YET = markup.empty(
     "Nothing to compare yet",
-    "Two renders of the same jobs can be compared here. Press Generate in the Create tab, or render "
-    "the same file twice in the Batch tab, without and with a recipe.",
+    "Two renders of the same jobs can be compared here. Press Generate in the Create tab, or "
+    "render the same file twice in the Batch tab, without and with a recipe.",
 )
 SLIDER, APART = "Divider", "Side by side"
 
@@ -69,7 +69,9 @@ class CompareTab:
             left = next((name for name in names if name.endswith("baseline")), None)
             left = left or next(iter(names), None)
         if right not in names or right == left:
-            right = next((name for name in names if name != left), None)
+            others = [name for name in names if name != left]
+            shared = (name for name in others if self._pairs(left, name))
+            right = next(shared, next(iter(others), None))
         return [gr.update(choices=names, value=left), gr.update(choices=names, value=right)]
 
     def _jobs(self, left: str | None, right: str | None, job: str | None) -> Any:
@@ -119,11 +121,28 @@ class CompareTab:
         if job not in pairs:
             return markup.notice("Choose a job.", "info")
         one, two = pairs[job]
+        from apps.pairs import pair as paired
+
         try:
-            pair = _paired(one.path, two.path, one, two)
+            pair = paired([one], [two])[0]
         except (ValueError, OSError, ImportError) as error:
             return markup.notice(sentence(str(error)))
-        return f'<section class="ac-comparison">{_pictures(pair, way)}{figures(pair)}</section>'
+        return f'<section class="ac-comparison">{_pictures(pair, way)}{_costs(pair)}</section>'
+
+
+def _costs(pair: Pair) -> str:
+    """Fidelity, and what each took; recorded at different times, so no ratio is made of it."""
+    rows = [
+        (
+            title,
+            markup.text(shown(one.seconds)),
+            "not counted" if one.evaluations is None else f"{one.evaluations:,}",
+            markup.text(Path(one.content["payload"]["recipe"] or "none").stem),
+        )
+        for title, one in (("Baseline", pair.baseline), ("Accelerated", pair.other))
+    ]
+    head = ("", "time", "network evaluations", "recipe")
+    return figures(pair) + markup.table(head, rows, "Recorded with each, not measured in turn")
 
 
 def _pictures(pair: Pair, way: str) -> str:
@@ -139,10 +158,3 @@ def _pictures(pair: Pair, way: str) -> str:
         ]
         return f'<div class="ac-pair">{"".join(sides)}{shown}</div>'
     return f'<div class="ac-beside">{markup.slider(pair)}{shown}</div>'
-
-
-@lru_cache(maxsize=64)
-def _paired(one_path: Path, two_path: Path, one: Any, two: Any) -> Pair:
-    from apps.pairs import pair
-
-    return pair([one], [two])[0]

@@ -61,7 +61,9 @@ class CreateTab:
                 gr.Number(label=name, precision=0, minimum=1, visible=False)
                 for name in ("Width", "Height", "Frames")
             ]
-            self.again = gr.Checkbox(False, label="Render the baseline again")
+            self.keep = gr.Checkbox(
+                False, label="Keep the baseline of an earlier run (no speed is shown then)"
+            )
             self.dice = gr.Button("Another seed", size="sm")
         with gr.Row():
             self.go = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -92,7 +94,7 @@ class CreateTab:
         self.recipe.change(self._describe, [self.recipe, self.model], self.recipe_note, **quiet)
         self.methods.change(self._check, [self.model, self.methods], self.conflict, **quiet)
         self.dice.click(lambda: random.randrange(2**31), None, self.seed, **quiet)
-        asked = [self.model, *form, self.seed, self.how, self.recipe, self.methods, self.again]
+        asked = [self.model, *form, self.seed, self.how, self.recipe, self.methods, self.keep]
         watched = [self.result, self.go, self.stop]
         started = gr.on(
             [self.go.click, self.prompt.submit],
@@ -164,7 +166,7 @@ class CreateTab:
     def _start(
         self, before: str, model: str, label: Any, prompt: str, steps: Any, guidance: Any,
         width: Any, height: Any, frames: Any, seed: Any, how: str, recipe: str,
-        keys: list[str], again: bool,
+        keys: list[str], keep: bool,
     ) -> tuple[Any, str]:  # fmt: skip
         try:
             model = self._app.site.model(model)
@@ -176,7 +178,7 @@ class CreateTab:
                 raise Refused("The seed must be a whole number from 0 on.")
             job = {"seed": seed, "inputs": asks(model).inputs(given)}
             path = self._recipe(how, recipe, keys, model)
-            trial = self._app.trials.start(model, path, job, again=again)
+            trial = self._app.trials.start(model, path, job, keep=keep)
         except (Refused, ValueError, OSError) as error:
             return gr.skip(), markup.notice(sentence(str(error)))
         return trial.id, ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,8 @@ def notice(message: str, kind: str = "error") -> str:
 
 def empty(title: str, hint: str) -> str:
     """What stands where nothing is yet, and what to do about it."""
-    return f'<div class="ac-empty"><p class="ac-empty-title">{text(title)}</p><p>{text(hint)}</p></div>'
+    title = f'<p class="ac-empty-title">{text(title)}</p>'
+    return f'<div class="ac-empty">{title}<p>{text(hint)}</p></div>'
 
 
 def facts(pairs: Iterable[tuple[str, str]], css: str = "ac-facts") -> str:
@@ -106,22 +106,23 @@ def slider(pair: Pair) -> str:
 
 def players(pair: Pair) -> str:
     """Two videos that play in step under one set of controls."""
-    name = secrets.token_hex(4)
     videos = "".join(
         figure(title, medium(one, f"{one.label}, {title.lower()}", controls=False))
         for title, one in (("Baseline", pair.baseline), ("Accelerated", pair.other))
     )
     return (
-        f'<div class="ac-players" data-players id="players-{name}"><div class="ac-pair">{videos}</div>'
-        '<div class="ac-controls"><button type="button" data-play aria-pressed="false">Play</button>'
-        '<input type="range" data-seek min="0" max="1000" value="0" aria-label="Position in both videos">'
+        f'<div class="ac-players" data-players><div class="ac-pair">{videos}</div>'
+        '<div class="ac-controls">'
+        '<button type="button" data-play aria-pressed="false">Play</button>'
+        '<input type="range" data-seek min="0" max="1000" value="0" '
+        'aria-label="Position in both videos">'
         '<label>Speed <select data-speed aria-label="Speed of both videos"><option>0.25</option>'
         "<option>0.5</option><option selected>1</option></select></label></div></div>"
     )
 
 
 def difference(pair: Pair) -> tuple[str, str]:
-    """Where two outputs differ, as an image, and what it shows in words. Of a video: its worst frame."""
+    """Where two outputs differ (of a video: in its worst frame), and what is shown in words."""
     import numpy as np
 
     one, two = pair.baseline.frames(), pair.other.frames()
@@ -168,6 +169,14 @@ def data(value: Any) -> str:
     import json
 
     return f"<pre tabindex='0'>{text(json.dumps(value, indent=1, ensure_ascii=False))}</pre>"
+
+
+def sharpness(path: Path) -> str:
+    """The class of a PNG in the page: small ones are enlarged without smoothing."""
+    with open(path, "rb") as file:
+        head = file.read(24)
+    sides = (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
+    return "ac-sharp" if max(sides) <= SMALL else ""
 
 
 def _sharp(rendered: Rendered) -> str:

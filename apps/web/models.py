@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from apps.render.jobs import RESERVED_INPUTS
 from apps.web.site import Refused
 
 SIZES = ("width", "height", "num_frames")
@@ -31,6 +32,13 @@ class Asks:
     classes: tuple[tuple[str, int], ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
     example: str = ""
+
+    def check(self, inputs: dict[str, Any]) -> None:
+        """Refused: an argument that the pipeline does not take."""
+        for name in inputs:
+            if name not in self.arguments:
+                known = ", ".join(sorted(self.arguments - {"self", *RESERVED_INPUTS}))
+                raise Refused(f"{self.kind} takes no argument {name!r}; it takes {known}")
 
     def inputs(self, given: dict[str, Any]) -> dict[str, Any]:
         """Pipeline-call arguments from the form's fields; those it does not take are left out."""

@@ -76,4 +76,13 @@ def theme() -> gr.themes.Base:
         radius_size="md",
         font=FONT,
         font_mono=MONO,
+    ).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_title_text_color_dark="*neutral_200",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
     )  # fmt: skip

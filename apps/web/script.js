@@ -1,5 +1,4 @@
-// Dividers, videos that play in step, and enlarged small pictures. Listens on the document, because
-// Gradio replaces what is inside it.
+// Dividers, and videos that play in step. Listens on the document: Gradio replaces what is in it.
 (() => {
   const videos = (box) => [...box.querySelectorAll("video")];
   const playersOf = (element) => element.closest?.("[data-players]");
@@ -48,9 +47,4 @@
       for (const video of videos(box)) video.playbackRate = Number(target.value);
     }
   });
-
-  document.addEventListener("load", (event) => {
-    const image = event.target;
-    if (image.matches?.(".ac-gallery img")) image.classList.toggle("ac-sharp", image.naturalWidth <= 160);
-  }, true);
 })();

@@ -25,7 +25,8 @@ def view(trial: Trial | None, ahead: int = 0) -> str:
         return NOTHING_YET
     parts = [_status(trial, ahead), _pictures(trial)]
     if trial.pair is not None:
-        parts.append(figures(trial.pair, work_share(trial)))
+        fresh = all(side.state == "done" for side in trial.sides)
+        parts.append(figures(trial.pair, work_share(trial), speed=fresh))
     parts.append(_map(trial))
     if trial.pair is not None:
         parts.append(side_by_side_or_over(trial.pair))
@@ -33,10 +34,10 @@ def view(trial: Trial | None, ahead: int = 0) -> str:
     return f'<section class="ac-trial" data-state="{_state(trial)}">{"".join(parts)}</section>'
 
 
-def figures(pair: Pair, work: float | None = None) -> str:
-    """Speed, work and fidelity of one pair, each with what it means."""
+def figures(pair: Pair, work: float | None = None, *, speed: bool = False) -> str:
+    """Work and fidelity of one pair; its speed only where both ran one after the other."""
     same = "identical" if pair.psnr is None else f"{pair.psnr:.1f} dB"
-    found = [("Speed", f"{pair.speed_up:.2f}x")]
+    found = [("Speed", f"{pair.speed_up:.2f}x")] if speed else []
     if work is not None:
         found.append(("Network that ran", f"{work:.0%}"))
     found += [("PSNR to baseline", same), ("SSIM", f"{pair.ssim:.3f}")]
@@ -47,7 +48,8 @@ def side_by_side_or_over(pair: Pair) -> str:
     """A slider for pictures, players in step for videos."""
     if pair.baseline.is_video:
         return ""  # the players stand above, in place of the pictures
-    return f'<div class="ac-over-each-other"><h3>Compare with the divider</h3>{markup.slider(pair)}</div>'
+    title = "<h3>Compare with the divider</h3>"
+    return f'<div class="ac-over-each-other">{title}{markup.slider(pair)}</div>'
 
 
 def work_share(trial: Trial) -> float | None:

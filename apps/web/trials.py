@@ -80,9 +80,9 @@ class Trials:
         return self._known.get(str(trial_id))
 
     def start(
-        self, model: str, recipe: Path | None, job: dict[str, Any], *, again: bool = False
+        self, model: str, recipe: Path | None, job: dict[str, Any], *, keep: bool = False
     ) -> Trial:
-        """Put both renders into the queue; a baseline that is there already is kept, if not `again`.
+        """Put both renders into the queue; with `keep`, not a baseline that is there already.
 
         Raises:
             Refused: the job cannot be rendered.
@@ -99,7 +99,7 @@ class Trials:
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
         warm = self._warm_up(trial)
-        if not again:
+        if keep:
             _adopt(sides[0])
         waiting = [side for side in sides if side.rendered is None]
         trial.works = [warm, *(self._work(trial, side) for side in waiting)]
