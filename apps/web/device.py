@@ -47,10 +47,10 @@ class Work:
 class Device:
     """See the module docstring."""
 
-    def __init__(self) -> None:
+    def __init__(self, executor: Spawned | None = None) -> None:
         self._waiting: queue.PriorityQueue[tuple[int, int, Work]] = queue.PriorityQueue()
         self._numbers = itertools.count()
-        self._executor = Spawned(WorkerSettings(out="."), 1)
+        self._executor = executor or Spawned(WorkerSettings(out="."), 1)
         self._executor.start(self._on_event, lambda: None)
         self._loaded: tuple[Any, ...] | None = None
         self._closing = threading.Event()

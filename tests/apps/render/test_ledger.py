@@ -250,3 +250,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
 LedgerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 TestLedgerMachine = LedgerMachine.TestCase
+
+
+def test_looking_changes_nothing_and_is_paged(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with Ledger.open(path) as ledger:
+        ledger.add(NewTask(f"t{i}", {"i": i}, i) for i in range(5))
+        with Ledger.look(path) as looking:
+            assert looking.counts()["pending"] == 5
+            assert [t.id for t in looking.tasks("pending", first=1, count=2)] == ["t1", "t2"]
+            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                looking.cancel()
+    with pytest.raises(sqlite3.OperationalError):
+        Ledger.look(tmp_path / "none.sqlite").counts()

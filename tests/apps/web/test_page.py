@@ -1,0 +1,263 @@
+"""The app in a real browser: the main path of every tab, and what must not work."""
+
+import re
+from urllib.parse import quote, urlparse
+
+import pytest
+
+from apps.render.ledger import Ledger
+
+SLOW_STEPS = 900  # of digits-dit: about ten seconds, so that there is time to cancel
+
+
+def figure(page, name):
+    """The value of one of the big figures under a trial."""
+    return page.locator(".ac-figures div", has_text=name).locator("dd").inner_text()
+
+
+def test_create_shows_both_with_what_each_cost(app, tab):
+    one = tab(app.address)
+    page = one.page
+    assert page.get_by_text("Nothing rendered yet").is_visible(), "an empty page says what to do"
+    assert page.locator("#class input").input_value() == "red three"
+    page.locator("#generate").click()
+    assert one.state("#trial", "done", "failed") == "done"
+    shown = page.locator("#trial")
+    for title in ("Baseline", "Accelerated", "Difference"):
+        assert shown.locator("figcaption", has_text=title).count() == 1
+    for image in shown.locator("img").all():
+        assert image.evaluate("i => i.complete && i.naturalWidth > 0"), "a picture did not arrive"
+        assert image.get_attribute("alt"), "a picture without a text"
+    times = shown.locator(".ac-facts div", has_text="Network evaluations").locator("dd")
+    baseline, accelerated = (int(t) for t in times.all_inner_texts())
+    assert baseline == 100, "50 steps with guidance"
+    assert accelerated < baseline
+    assert figure(page, "Network that ran") == f"{accelerated}%", "counted at the modules, the same"
+    assert re.fullmatch(r"\d+\.\d\d x|\d+\.\d\dx", figure(page, "Speed"))
+    assert re.fullmatch(r"\d+\.\d dB", figure(page, "PSNR"))
+    assert "% of the network ran in 50 of 50 steps" in shown.locator(".ac-heat").inner_text()
+    assert {urlparse(url).netloc for url in one.hosts if url.startswith("http")} == {
+        urlparse(app.address).netloc
+    }, "the page asked another host"
+    assert one.errors == []
+    page.reload()
+    assert one.state("#trial", "done") == "done", "a page that is reloaded finds its result"
+
+
+def test_methods_that_cannot_go_together_are_explained_as_they_are_ticked(app, tab):
+    page = tab(app.address).page
+    page.get_by_text("Methods of my choice").click()
+    page.get_by_label("FirstBlockCache", exact=True).check()
+    page.get_by_text("This fits the model.").wait_for()
+    page.get_by_label("TaylorSeer", exact=True).check()
+    page.get_by_text("FirstBlockCache and TaylorSeer cannot go together").wait_for()
+    page.locator("#generate").click()
+    page.locator(".ac-error").nth(1).wait_for()
+    assert page.locator("#trial [data-state]").count() == 0, "nothing was started"
+
+
+def test_cancel_works_at_once_and_a_slow_step_does_not_hold_it_up(app, tab):
+    one = tab(app.address)
+    page = one.page
+    page.get_by_label("Steps").fill(str(SLOW_STEPS))
+    page.locator("#generate").click()
+    page.locator("#trial .ac-heat").wait_for()
+    page.locator("#cancel").click()
+    one.state("#trial", "cancelled")
+    page.get_by_label("Steps").fill("5")
+    page.locator("#generate").click()
+    assert one.state("#trial", "done", "failed") == "done", "the device is free again"
+
+
+def test_a_batch_survives_its_page(app, tab, digits):
+    one = tab(app.address)
+    one.start_batch(digits(6, steps=100), "reload")
+    one.page.get_by_text(re.compile(r"[1-5] of 6 done")).wait_for()
+    one.page.close()
+    again = tab(app.address)
+    again.go("Batch")
+    assert again.state("#batch-status", "finished") == "finished"
+    page = again.page
+    page.locator(".ac-gallery li").nth(5).wait_for()
+    assert page.locator(".ac-gallery img").count() == 6
+    with Ledger.look(app.out / "batches" / "reload" / "ledger.sqlite") as ledger:
+        assert ledger.counts()["done"] == 6
+        assert {task.attempts for task in ledger.tasks()} == {1}
+
+
+def test_pause_resume_and_cancel(app, tab, digits):
+    one = tab(app.address)
+    page = one.page
+    one.start_batch(digits(8, steps=200), "pause")
+    page.get_by_text(re.compile(r"[1-7] of 8 done")).wait_for()
+    page.get_by_role("button", name="Pause").click()
+    one.state("#batch-status", "paused")
+    with Ledger.look(app.out / "batches" / "pause" / "ledger.sqlite") as ledger:
+        counts = ledger.counts()
+    assert (counts["running"], counts["failed"]) == (0, 0)
+    assert 0 < counts["pending"] < 8
+    page.get_by_role("button", name="Resume").click()
+    one.state("#batch-status", "rendering")
+    page.get_by_role("button", name="Cancel", exact=True).last.click()
+    one.state("#batch-status", "ended")
+    assert "Cancelled" in page.locator("#batch-status").inner_text()
+
+
+HOSTILE = {
+    "pickle": (
+        b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94.",
+        "not valid UTF-8",
+    ),
+    "model": (b'{"model": "/etc"}', "is not one of this app"),
+    "hub": (b'{"model": "runwayml/stable-diffusion-v1-5"}', "is not one of this app"),
+    "recipe": (b'{"recipe": "../../../../etc/passwd"}', "There is no recipe called"),
+    "name": (b'{"name": "../../escape"}', "contains a path separator"),
+    "code": (b'{"inputs": {"callback_on_step_end": "os.system"}}', "cannot be given here"),
+    "argument": (b'{"inputs": {"cross_attention_kwargs": 1}}', "takes no argument"),
+    "steps": (b'{"inputs": {"class_labels": [1], "num_inference_steps": 99999999}}', "at most"),
+    "deep": (b'{"inputs": {"a": ' + b"[" * 5000 + b"]" * 5000 + b"}}", "nested deeper"),
+    "markup": (b'{"<img src=x onerror=document.title=1>": 1}', "unknown field"),
+}
+
+
+def test_a_hostile_upload_is_refused_in_a_sentence(app, tab, tmp_path):
+    one = tab(app.address)
+    page = one.page
+    one.go("Batch")
+    before = sorted((app.out / "batches").glob("*")) if (app.out / "batches").is_dir() else []
+    for name, (raw, message) in HOSTILE.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_bytes(raw)
+        page.locator("input[type=file]").set_input_files(str(file))
+        page.locator(".file-preview").wait_for()
+        page.locator("#start-batch").click()
+        page.locator(".ac-error", has_text=message).wait_for()
+        page.get_by_label("Remove this file").or_(page.get_by_label("Clear")).first.click()
+    assert page.title() == "accel", "markup of a job became part of the page"
+    assert one.errors == []
+    after = sorted((app.out / "batches").glob("*")) if (app.out / "batches").is_dir() else []
+    assert after == before, "nothing was started"
+
+
+def test_only_media_of_the_output_folder_are_served(app, tiny_model):
+    (app.out / "secret.txt").write_text("secret")
+    (app.out / "link.png").unlink(missing_ok=True)
+    (app.out / "link.png").symlink_to("/etc/hostname")
+    wrong = [
+        "/etc/passwd", f"{app.out}/secret.txt", f"{app.out}/../../../../../etc/passwd",
+        f"{app.out}/link.png", f"{tiny_model}/model_index.json", "https://example.com/x.png",
+        "relative.png", f"{app.out}/%2e%2e/%2e%2e/etc/passwd",
+    ]  # fmt: skip
+    for path in wrong:
+        for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/"):
+            for written in (path, quote(path, safe="")):
+                status, body = app.get(route + written)
+                assert status in (403, 404), (route, written, status)
+                assert b"secret" not in body
+                assert b"root:" not in body
+    assert app.get("/gradio_api/proxy=https://example.com")[0] == 403
+
+
+def test_another_host_name_is_refused(app):
+    """A page elsewhere whose name was made to point here (DNS rebinding) gets nothing."""
+    assert app.get("/config", Host="evil.example")[0] == 421
+    assert app.get("/config")[0] == 200
+
+
+def test_recipes_say_what_was_measured(app, tab):
+    one = tab(app.address)
+    page = one.page
+    one.go("Recipes")
+    page.get_by_label("digits-dit-evolution").check()
+    page.locator("h2", has_text="digits-dit-evolution").wait_for()
+    words = page.locator(".ac-recipe").inner_text()
+    for expected in ("EvolutionCache", "Speed-up", "PSNR to baseline", "of the cells computed"):
+        assert expected in words
+    with page.expect_download() as download:
+        page.get_by_text("Download with its artifacts").click()
+    import zipfile
+
+    names = zipfile.ZipFile(download.value.path()).namelist()
+    assert "digits-dit-evolution.yaml" in names
+    assert [name for name in names if name.startswith("artifacts/")]
+
+
+def test_compare_moves_its_divider_by_keys(app, tab):
+    one = tab(app.address)
+    page = one.page
+    page.get_by_label("Steps").fill("10")
+    page.locator("#generate").click()
+    one.state("#trial", "done")
+    one.go("Compare")
+    slider = page.locator("#comparison [data-slider]")
+    slider.wait_for()
+    slider.locator("input").focus()
+    page.keyboard.press("ArrowRight")
+    assert slider.evaluate("s => s.style.getPropertyValue('--cut')") == "51%"
+    page.get_by_label("Side by side").check()
+    page.locator("#comparison figcaption", has_text="Baseline").wait_for()
+
+
+def test_the_whole_path_works_with_keys_alone(app, tab):
+    one = tab(app.address)
+    page = one.page
+    page.locator("#model input").focus()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "generate":
+            break
+    assert page.evaluate("document.activeElement.id") == "generate"
+    page.keyboard.press("Enter")
+    one.state("#trial", "running", "done")
+    one.state("#trial", "done")
+
+
+@pytest.mark.slow
+def test_no_tab_is_wider_than_a_phone(app, tab):
+    one = tab(app.address, viewport={"width": 360, "height": 740}, has_touch=True)
+    page = one.page
+    page.get_by_label("Steps").fill("10")
+    page.locator("#generate").click()
+    one.state("#trial", "done")
+    for name in ("Create", "Compare", "Batch", "Evaluate", "Recipes"):
+        one.go(name)
+        page.wait_for_timeout(1000)
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= 360, f"{name} is {wide} pixels wide"
+
+
+@pytest.mark.slow
+def test_two_browsers_at_once(app, tab):
+    one, two = tab(app.address), tab(app.address)
+    two.page.get_by_label("Seed").fill("5")
+    one.page.get_by_label("Steps").fill("300")
+    one.page.locator("#generate").click()
+    one.state("#trial", "running")
+    two.page.locator("#generate").click()
+    two.page.get_by_text(re.compile("ahead of yours")).wait_for()
+    assert one.state("#trial", "done", "failed") == "done"
+    assert two.state("#trial", "done", "failed") == "done"
+    sources = [t.page.locator("#trial img").first.get_attribute("src") for t in (one, two)]
+    assert sources[0] != sources[1], "each sees its own result"
+
+
+@pytest.mark.slow
+def test_create_goes_before_a_batch(app, tab, digits, wait_until):
+    one = tab(app.address)
+    one.start_batch(digits(30, steps=100), "long")
+    one.page.get_by_text(re.compile(r"[1-9]\d* of 30 done")).wait_for()
+    one.go("Create")
+    one.page.get_by_label("Steps").fill("5")
+    one.page.locator("#generate").click()
+    assert one.state("#trial", "done", "failed") == "done"
+    with Ledger.look(app.out / "batches" / "long" / "ledger.sqlite") as ledger:
+        assert ledger.counts()["pending"] > 0, "the batch was over: the test shows nothing"
+    one.go("Batch")
+    one.page.get_by_role("button", name="Cancel", exact=True).last.click()
+    wait_until(lambda: _left(app.out / "batches" / "long") == 0)
+
+
+def _left(folder):
+    with Ledger.look(folder / "ledger.sqlite") as ledger:
+        counts = ledger.counts()
+    return counts["pending"] + counts["running"]
