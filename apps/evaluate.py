@@ -21,6 +21,7 @@ from apps.evaluation.request import KINDS, Plan, Request, look_tasks, make_plan,
 
 if TYPE_CHECKING:
     from apps.render.driver import RunOptions, Summary
+    from apps.render.executors import Executor
     from apps.render.ledger import Task
     from apps.render.plan import PlannedTask
 
@@ -59,6 +60,7 @@ def run(
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     trust_remote_code: bool = False,
+    executor: Callable[[Path], Executor] | None = None,
 ) -> dict[str, Any]:
     """Do what is not done yet, then write and return the report.
 
@@ -66,6 +68,7 @@ def run(
         progress: gets ``{"phase", "done", "total", "name", "step", "steps"}``; phases are render,
             time, look and report, and ``done`` of ``total`` tasks counts over all of them.
         stop: asked about once a second and between steps; True ends the run as an interrupt does.
+        executor: where a folder's tasks run, instead of `workers` here.
 
     Raises:
         Unfinished: stopped or interrupted; nothing that was done is lost.
@@ -84,7 +87,7 @@ def run(
     renders = [task for tasks in made.renders.values() for task in tasks]
     times = time_tasks(made)
     heard = _Heard(progress, len(renders) + len(times) + len(look_tasks(made, set())))
-    options = RunOptions(workers=workers, trust_remote_code=trust_remote_code, stop=stop)
+    options = RunOptions(workers, trust_remote_code, stop=stop, executor=executor)
     phases = _Phases(folder, options, heard)
     failed = phases.run("render", renders)
     lost = _lost(made, failed)

@@ -40,6 +40,7 @@ class RunOptions:
     trust_remote_code: bool = False
     wait: bool = False
     stop: Callable[[], bool] | None = None  # asked once a second: end as if interrupted?
+    executor: Callable[[Path], Executor] | None = None  # of a folder, instead of `workers` here
 
 
 @dataclass
@@ -76,13 +77,11 @@ def submit(
     progress: Progress | None = None,
     *,
     replace: bool = False,
-    executor: Executor | None = None,
 ) -> Summary:
     """Add tasks to a folder and render everything in it that is not finished.
 
     Finished work is skipped; a job that failed or was cancelled before is tried again. With
     `replace` the folder's tasks become these and no others; files of others stay where they are.
-    `executor`: where to run, instead of what `options` says.
 
     Raises:
         StorageFault: the folder cannot be made or written; nothing was started.
@@ -94,7 +93,7 @@ def submit(
         if [t.id for t in plan] != [t.id for t in old]:
             save_plan(folder, plan)
         wanted = [task.id for task in tasks]
-        return _run(folder, plan, options, progress or Silent(), wanted, executor)
+        return _run(folder, plan, options, progress or Silent(), wanted)
 
 
 def resume(
@@ -103,11 +102,8 @@ def resume(
     progress: Progress | None = None,
     *,
     retry: Sequence[str] = (),
-    executor: Executor | None = None,
 ) -> Summary:
     """Render what is left in a folder; failed and cancelled tasks only if their id is in `retry`.
-
-    `executor`: where to run, instead of what `options` says.
 
     Raises:
         FileNotFoundError: the folder holds no render.
@@ -115,7 +111,7 @@ def resume(
     """
     load_plan(folder)
     with _holding(folder, options):
-        return _run(folder, load_plan(folder), options, progress or Silent(), list(retry), executor)
+        return _run(folder, load_plan(folder), options, progress or Silent(), list(retry))
 
 
 @contextlib.contextmanager
@@ -148,7 +144,6 @@ def _run(
     options: RunOptions,
     progress: Progress,
     again: Sequence[str],
-    executor: Executor | None,
 ) -> Summary:
     ledger, corrupt = open_ledger(folder)
     with ledger:
@@ -157,7 +152,7 @@ def _run(
         ledger.requeue("failed", "cancelled", task_ids=again)
         for line in recovered.lines():
             progress.say(line)
-        return Driver(folder, ledger, options, progress, executor).run()
+        return Driver(folder, ledger, options, progress).run()
 
 
 class Driver:
@@ -175,7 +170,7 @@ class Driver:
         self._progress = progress
         self._owner = f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(4)}"
         self._asked_to_stop = options.stop or (lambda: False)
-        self._executor = executor or _executor(folder, options)
+        self._executor = executor or (options.executor or _executor(options))(folder)
         self._held: dict[str, Task] = {}
         self._failures: Counter[str] = Counter()
         self._next_heartbeat = self._next_tick = 0.0
@@ -288,11 +283,14 @@ class Driver:
         del self._held[task.id]
 
 
-def _executor(folder: Path, options: RunOptions) -> Executor:
+def _executor(options: RunOptions) -> Callable[[Path], Executor]:
     from apps.render.worker_settings import WorkerSettings
 
-    settings = WorkerSettings(str(folder), options.trust_remote_code)
-    return InProcess(settings) if options.workers == 1 else Spawned(settings, options.workers)
+    def make(folder: Path) -> Executor:
+        settings = WorkerSettings(str(folder), options.trust_remote_code)
+        return InProcess(settings) if options.workers == 1 else Spawned(settings, options.workers)
+
+    return make
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
+from apps.web.acting import acting
 from apps.web.batches import MAX_BYTES, Batches, Status
 from apps.web.checks import sentence
 from apps.web.recipe_view import choices
@@ -110,7 +111,7 @@ class BatchTab:
             (self.retry, lambda name: self._batches.resume(name, failed=True)),
             (self.cancel, self._batches.cancel),
         ):
-            button.click(_told(do), self.chosen, self.said, **quiet).then(*look, **quiet)
+            button.click(acting(do), self.chosen, self.said, **quiet).then(*look, **quiet)
         for button, by in ((self.older, -1), (self.newer, 1)):
             button.click(lambda page, by=by: max(0, page + by), self.page, self.page, **quiet).then(
                 *look, **quiet
@@ -228,16 +229,3 @@ def _uploaded(path: str) -> bytes:
     raw = file.read_bytes()
     file.unlink()
     return raw
-
-
-def _told(do: Any) -> Any:
-    """A button's action, answering with what went wrong."""
-
-    def act(name: str | None) -> str:
-        try:
-            do(name)
-        except (Refused, ValueError, OSError) as error:
-            return markup.notice(sentence(str(error)))
-        return ""
-
-    return act

@@ -19,7 +19,7 @@ from apps.web.models import asks
 from apps.web.site import BATCHES, PLAIN, Refused, Site
 
 if TYPE_CHECKING:
-    from apps.render.driver import Summary
+    from apps.render.driver import RunOptions, Summary
     from apps.render.jobs import PlacedJob
     from apps.render.ledger import Task
 
@@ -59,6 +59,9 @@ class _Run:
     doing: tuple[str, int, int] | None = None
     said: list[str] = field(default_factory=list)
     begun: threading.Event = field(default_factory=threading.Event)
+
+    def options(self, kind: type[RunOptions]) -> RunOptions:
+        return kind(executor=lambda folder: self.executor)
 
     # what the driver tells, as `apps.render.progress.Progress`
 
@@ -129,9 +132,7 @@ class Batches:
         )
         tasks = _planned(jobs, settings, plan)
         folder = self._site.out / BATCHES / name
-        self._start(
-            name, lambda run: submit(folder, tasks, RunOptions(), run, executor=run.executor)
-        )
+        self._start(name, lambda run: submit(folder, tasks, run.options(RunOptions), run))
         return name
 
     def resume(self, name: object, *, failed: bool = False) -> None:
@@ -143,10 +144,7 @@ class Batches:
         if failed:
             with self._look(folder) as ledger:
                 ids = [task.id for task in ledger.tasks("failed", "cancelled")]
-        options = RunOptions()
-        self._start(
-            str(name), lambda run: resume(folder, options, run, retry=ids, executor=run.executor)
-        )
+        self._start(str(name), lambda run: resume(folder, run.options(RunOptions), run, retry=ids))
 
     def pause(self, name: object) -> None:
         """Stop rendering a batch after the step it is at; nothing finished is lost."""

@@ -194,4 +194,4 @@ class OnDevice:
 
 
 def _model_key(payload: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(payload[key] for key in ("model", "model_revision", "dtype", "device"))
+    return tuple(payload.get(key) for key in ("model", "model_revision", "dtype", "device"))

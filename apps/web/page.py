@@ -14,6 +14,7 @@ from apps.web.compare_tab import CompareTab
 from apps.web.create_tab import CreateTab
 from apps.web.device import Device
 from apps.web.evaluate_tab import EvaluateTab
+from apps.web.evaluations import Evaluations
 from apps.web.recipes_tab import RecipesTab
 from apps.web.site import Site
 from apps.web.trials import Trials
@@ -33,10 +34,18 @@ class App:
     checks: Checks = field(default_factory=Checks)
     trials: Trials = field(init=False)
     batches: Batches = field(init=False)
+    evaluations: Evaluations = field(init=False)
 
     def __post_init__(self) -> None:
         self.trials = Trials(self.site, self.device)
         self.batches = Batches(self.site, self.device)
+        self.evaluations = Evaluations(self.site, self.device)
+
+    def close(self) -> None:
+        """Pause what runs, and end the worker."""
+        self.batches.close()
+        self.evaluations.close()
+        self.device.close()
 
 
 def build(app: App) -> gr.Blocks:

@@ -113,8 +113,7 @@ def serve(
         while not stop.wait(0.5):
             pass
     finally:
-        app.batches.close()
-        app.device.close()
+        app.close()
         blocks.close(verbose=False)
 
 

@@ -59,7 +59,8 @@ class Site:
 
     def renders(self) -> dict[str, Path]:
         """Folders below `out` that hold results, by their path below it, newest first."""
-        found = [folder for folder in self._folders() if any(folder.glob("*.json"))]
+        ours = (folder for folder in self._folders() if self._top(folder) != REPORTS)
+        found = [folder for folder in ours if any(folder.glob("*.json"))]
         found.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
         return {folder.relative_to(self.out).as_posix(): folder for folder in found}
 
@@ -70,19 +71,6 @@ class Site:
             raise Refused(f"There are no results called {str(name)[:80]!r} here.")
         return folder
 
-    def reports(self) -> dict[str, Path]:
-        """Evaluation reports below `out` (folders with a report.html), newest first."""
-        found = [folder for folder in self._folders() if (folder / "report.html").is_file()]
-        found.sort(key=lambda folder: (folder / "report.html").stat().st_mtime, reverse=True)
-        return {folder.relative_to(self.out).as_posix(): folder for folder in found}
-
-    def report(self, name: object) -> Path:
-        """The folder of the report of this name."""
-        folder = self.reports().get(str(name))
-        if folder is None:
-            raise Refused(f"There is no report called {str(name)[:80]!r} here.")
-        return folder
-
     def serves(self, path: str) -> bool:
         """Whether a file may be sent to a browser: finished pictures and videos below `out`."""
         real, root = Path(path).resolve(), self.out.resolve()
@@ -90,8 +78,11 @@ class Site:
             return False
         return not any(part.startswith(".") for part in real.relative_to(root).parts)
 
+    def _top(self, folder: Path) -> str:
+        return folder.relative_to(self.out).parts[0]
+
     def _folders(self) -> Iterator[Path]:
-        for pattern in ("*", "*/*", "*/*/*"):
+        for pattern in ("*", "*/*"):
             for folder in self.out.glob(pattern):
                 inside = folder.relative_to(self.out).parts
                 if folder.is_dir() and not any(part.startswith(".") for part in inside):

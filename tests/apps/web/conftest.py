@@ -57,7 +57,13 @@ class Served:
         assert "Traceback" not in self.log.read_text()
 
 
-def serve(out, *arguments):
+@pytest.fixture(scope="session")
+def serve():
+    """`serve(out, *options)`: a running app."""
+    return _serve
+
+
+def _serve(out, *arguments):
     """Start an app on a free port and wait until it says where it is."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     log = out.with_name(f"{out.name}-{time.time_ns()}.log")
@@ -87,7 +93,7 @@ def _free_port():
 def app(tmp_path_factory, tiny_model):
     """One app for all tests that do not kill it; its first model is zoo:digits-dit."""
     pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'accel[app]'")
-    served = serve(tmp_path_factory.mktemp("app") / "out", "--model", tiny_model)
+    served = _serve(tmp_path_factory.mktemp("app") / "out", "--model", tiny_model)
     yield served
     served.end()
 
