@@ -1,13 +1,23 @@
-"""What a button does, answering with what went wrong."""
+"""What the events of all tabs do alike."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import gradio as gr
+
 from apps.web import markup
 from apps.web.checks import sentence
 from apps.web.site import Refused
+
+
+def offered(names: list[str], chosen: str | None, **more: Any) -> Any:
+    """An update of a list of names that leaves a choice alone which is still among them: a person
+    may have chosen another meanwhile."""
+    if chosen in names:
+        return gr.update(choices=names, **more)
+    return gr.update(choices=names, value=next(iter(names), None), **more)
 
 
 def acting(do: Callable[[Any], Any]) -> Callable[[Any], str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
-from apps.web.acting import acting
+from apps.web.acting import acting, offered
 from apps.web.batches import MAX_BYTES, Batches, Status
 from apps.web.checks import sentence
 from apps.web.recipe_view import choices
@@ -119,8 +119,7 @@ class BatchTab:
 
     def _list(self, chosen: str | None) -> list[Any]:
         names = self._batches.names()
-        value = chosen if chosen in names else next(iter(names), None)
-        return [gr.update(choices=names, value=value, visible=bool(names)), gr.Timer(active=True)]
+        return [offered(names, chosen, visible=bool(names)), gr.Timer(active=True)]
 
     def _recipes(self, model: str, recipe: str) -> Any:
         try:

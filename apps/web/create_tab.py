@@ -11,7 +11,7 @@ import gradio as gr
 
 from apps.web import markup
 from apps.web.checks import offers, sentence
-from apps.web.models import SIZES, asks
+from apps.web.job_fields import JobFields
 from apps.web.recipe_view import choices, default_choice, told
 from apps.web.site import PLAIN, RECIPES, Refused
 from apps.web.trial_view import NOTHING_YET, view
@@ -35,72 +35,50 @@ class CreateTab:
         """Lay the tab out. `wire` connects it."""
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300, elem_classes="ac-form"):
-                self._fields()
+                self._form()
             with gr.Column(scale=9, min_width=300):
                 self.result = gr.HTML(NOTHING_YET, elem_id="trial")
         self.trial = gr.BrowserState("", storage_key="accel-trial")
 
-    def _fields(self) -> None:
-        models = self._app.site.models
-        self.model = gr.Dropdown(list(models), value=models[0], label="Model", elem_id="model")
-        self.label = gr.Dropdown([], label="Draw", visible=False, elem_id="class")
-        self.prompt = gr.Textbox(label="Prompt", lines=2, visible=False, elem_id="prompt")
-        with gr.Row():
-            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
-            self.steps = gr.Number(
-                50, label="Steps", precision=0, minimum=1, maximum=1000, min_width=100
-            )
+    def _form(self) -> None:
+        self.job = JobFields(self._app)
+        self.job.build()
         self.how = gr.Radio([BY_RECIPE, BY_METHODS], value=BY_RECIPE, label="Accelerate with")
         self.recipe = gr.Dropdown([("nothing", PLAIN)], value=PLAIN, label="Recipe")
         self.recipe_note = gr.HTML()
         self.methods = gr.CheckboxGroup([], label="Methods", visible=False)
         self.conflict = gr.HTML()
         with gr.Accordion("More settings", open=False):
-            self.guidance = gr.Number(label="Guidance", visible=False, minimum=0)
-            self.sizes = [
-                gr.Number(label=name, precision=0, minimum=1, visible=False)
-                for name in ("Width", "Height", "Frames")
-            ]
+            self.job.build_more()
             self.keep = gr.Checkbox(
                 False, label="Keep the baseline of an earlier run (no speed is shown then)"
             )
             self.dice = gr.Button("Another seed", size="sm")
         with gr.Row():
-            self.go = gr.Button("Generate", variant="primary", elem_id="generate")
-            self.stop = gr.Button("Cancel", interactive=False, elem_id="cancel")
+            self.go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=110)
+            self.stop = gr.Button("Cancel", interactive=False, elem_id="cancel", min_width=90)
         self.notice = gr.HTML()
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        form = [self.label, self.prompt, self.steps, self.guidance, *self.sizes]
-        chosen = [*form, self.recipe, self.methods, self.recipe_note, self.conflict]
-        blocks.load(
-            self._choose_model,
-            self.model,
-            chosen,
-            api_visibility="private",
-            show_progress="minimal",
-        )
-        self.model.change(
-            self._choose_model,
-            self.model,
-            chosen,
-            api_visibility="private",
-            show_progress="minimal",
-        )
+        job = self.job
+        chosen = [*job.following, self.recipe, self.methods, self.recipe_note, self.conflict]
+        gr.on(
+            [blocks.load, job.model.change], self._choose_model, job.model, chosen,
+            api_visibility="private", show_progress="minimal",
+        )  # fmt: skip
         self.how.change(self._choose_way, self.how, [self.recipe, self.recipe_note, self.methods,
                                                      self.conflict], **quiet)  # fmt: skip
-        self.recipe.change(self._describe, [self.recipe, self.model], self.recipe_note, **quiet)
-        self.methods.change(self._check, [self.model, self.methods], self.conflict, **quiet)
-        self.dice.click(lambda: random.randrange(2**31), None, self.seed, **quiet)
-        asked = [self.model, *form, self.seed, self.how, self.recipe, self.methods, self.keep]
+        self.recipe.change(self._describe, [self.recipe, job.model], self.recipe_note, **quiet)
+        self.methods.change(self._check, [job.model, self.methods], self.conflict, **quiet)
+        self.dice.click(lambda: random.randrange(2**31), None, job.seed, **quiet)
+        asked = [self.how, self.recipe, self.methods, self.keep, *job.all]
         watched = [self.result, self.go, self.stop]
-        started = gr.on(
-            [self.go.click, self.prompt.submit],
-            self._start, [self.trial, *asked], [self.trial, self.notice], **quiet,
-        )  # fmt: skip
-        started.then(self._watch, self.trial, watched, concurrency_limit=None, **quiet)
+        gr.on(
+            [self.go.click, job.prompt.submit],
+            self._start, asked, [self.trial, self.notice], **quiet,
+        ).then(self._watch, self.trial, watched, concurrency_limit=None, **quiet)  # fmt: skip
         self.stop.click(self._cancel, self.trial, None, queue=False, **quiet)
         blocks.load(self._watch, self.trial, watched, concurrency_limit=None, **quiet)
 
@@ -108,27 +86,16 @@ class CreateTab:
 
     def _choose_model(self, model: str) -> list[Any]:
         try:
-            asked = asks(self._app.site.model(model))
+            fields = self.job.follow(model)
         except (Refused, OSError, ValueError) as error:
-            nothing = [gr.update(visible=False)] * 7
+            nothing = [gr.update(visible=False)] * len(self.job.following)
             return [*nothing, gr.update(choices=[("nothing", PLAIN)], value=PLAIN),
                     gr.update(choices=[]), "", markup.notice(sentence(str(error)))]  # fmt: skip
-        takes = asked.arguments
-        fields = [
-            gr.update(choices=list(asked.classes), value=_first(asked.classes),
-                      visible="class_labels" in takes),
-            gr.update(value=asked.example, visible="prompt" in takes),
-            gr.update(value=asked.defaults.get("num_inference_steps"),
-                      visible="num_inference_steps" in takes),
-            *(gr.update(value=asked.defaults.get(name), visible=name in takes)
-              for name in ("guidance_scale", *SIZES)),
-        ]  # fmt: skip
         fit, left_out = choices(self._app, model)
         value = default_choice(self._app, model, fit)
-        ticks = self._offers(model)
         note = told(self._app, value, model, left_out)
         return [*fields, gr.update(choices=fit, value=value),
-                gr.update(choices=ticks, value=[]), note, ""]  # fmt: skip
+                gr.update(choices=self._offers(model), value=[]), note, ""]  # fmt: skip
 
     def _offers(self, model: str) -> list[tuple[str, str]]:
         """Methods that fit the model, each alone."""
@@ -164,19 +131,10 @@ class CreateTab:
         return [known[key] for key in keys]
 
     def _start(
-        self, before: str, model: str, label: Any, prompt: str, steps: Any, guidance: Any,
-        width: Any, height: Any, frames: Any, seed: Any, how: str, recipe: str,
-        keys: list[str], keep: bool,
-    ) -> tuple[Any, str]:  # fmt: skip
+        self, how: str, recipe: str, keys: list[str], keep: bool, *values: Any
+    ) -> tuple[Any, str]:
         try:
-            model = self._app.site.model(model)
-            given = {
-                "class_label": label, "prompt": prompt, "num_inference_steps": steps,
-                "guidance_scale": guidance, "width": width, "height": height, "num_frames": frames,
-            }  # fmt: skip
-            if not isinstance(seed, int) or seed < 0:
-                raise Refused("The seed must be a whole number from 0 on.")
-            job = {"seed": seed, "inputs": asks(model).inputs(given)}
+            model, job = self.job.job(list(values))
             path = self._recipe(how, recipe, keys, model)
             trial = self._app.trials.start(model, path, job, keep=keep)
         except (Refused, ValueError, OSError) as error:
@@ -224,7 +182,3 @@ class CreateTab:
             if over and trial.version == last[0]:
                 return
             await asyncio.sleep(REFRESH)
-
-
-def _first(classes: tuple[tuple[str, int], ...]) -> int | None:
-    return classes[min(3, len(classes) - 1)][1] if classes else None

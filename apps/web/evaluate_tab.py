@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
-from apps.web.acting import acting
+from apps.web.acting import acting, offered
 from apps.web.checks import sentence
 from apps.web.evaluations import KINDS, MAX_SAMPLES, Standing
 from apps.web.recipe_view import choices
@@ -92,8 +92,7 @@ class EvaluateTab:
 
     def _list(self, chosen: str | None) -> list[Any]:
         names = self._app.evaluations.names()
-        value = chosen if chosen in names else next(iter(names), None)
-        return [gr.update(choices=names, value=value, visible=bool(names)), gr.Timer(active=True)]
+        return [offered(names, chosen, visible=bool(names)), gr.Timer(active=True)]
 
     def _recipes(self, model: str, ticked: list[str]) -> Any:
         try:

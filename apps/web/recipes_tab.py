@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
+from apps.web.acting import offered
 from apps.web.recipe_view import inspect, packed
 from apps.web.site import Refused
 
@@ -55,9 +56,7 @@ class RecipesTab:
         self.name.change(self._show, self.name, outputs, **quiet)
 
     def _list(self, chosen: str | None) -> Any:
-        names = list(self._app.site.recipes())
-        value = chosen if chosen in names else next(iter(names), None)
-        return gr.update(choices=names, value=value)
+        return offered(list(self._app.site.recipes()), chosen)
 
     def _show(self, name: str | None) -> tuple[str, Any]:
         if name is None:

@@ -170,7 +170,7 @@ def test_recipes_say_what_was_measured(app, tab):
     one.go("Recipes")
     page.get_by_label("digits-dit-evolution").check()
     page.locator("h2", has_text="digits-dit-evolution").wait_for()
-    words = page.locator(".ac-recipe").inner_text()
+    words = page.locator(".ac-recipe", has_text="EvolutionCache").inner_text()
     for expected in ("EvolutionCache", "Speed-up", "PSNR to baseline", "of the cells computed"):
         assert expected in words
     with page.expect_download() as download:
