@@ -50,10 +50,8 @@ class RecipesTab:
         """Connect the events."""
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         outputs = [self.shown, self.download]
-        self.tab.select(self._list, self.name, self.name, **quiet).then(
-            self._show, self.name, outputs, **quiet
-        )
-        self.name.change(self._show, self.name, outputs, **quiet)
+        self.tab.select(self._list, self.name, self.name, **quiet)
+        gr.on([blocks.load, self.name.change], self._show, self.name, outputs, **quiet)
 
     def _list(self, chosen: str | None) -> Any:
         return offered(list(self._app.site.recipes()), chosen)
