@@ -378,7 +378,53 @@ class TemporalCacheStudy(Study):
     times: TemporalTimes
 
 
+Seconds = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+
+
+class SparseAttentionRow(_Strict):
+    """Attention alone. seconds: of every round, by what was timed in turn; "ours" selects and
+    attends, "kernel" attends, "flex" attends over the same blocks. executed: density, counted."""
+
+    tokens: Positive
+    head_dim: Positive
+    heads: Positive
+    blocks: Pair
+    dtype: str
+    density: Share
+    executed: Share
+    fastest_dense: str
+    seconds: dict[str, Seconds]
+    speedup: Interval
+    speedup_pooled: Interval
+    over_flex: Interval
+    selection_share: Share
+
+
+class SparseModelRow(_Strict):
+    """Whole blocks of a model of random weights. seconds: [dense, sparse] of every round."""
+
+    tokens: Positive
+    layers: Positive
+    blocks: Pair
+    density: Share
+    executed: Share
+    fallbacks: dict[str, Count]
+    seconds: Annotated[list[Seconds], Field(min_length=2, max_length=2)]
+    speedup: Interval
+
+
+class SparseSpeed(_Strict):
+    """``sparse.json``: no quality in it, weights and data are random."""
+
+    environment: Environment
+    protocol: ProtocolRecord | None
+    rounds: Positive
+    attention: list[SparseAttentionRow]
+    model: list[SparseModelRow]
+
+
 KINDS: dict[str, type[BaseModel]] = {
+    "sparse": SparseSpeed,
     "native": Native,
     "caches": Caches,
     "caches_20": Caches,

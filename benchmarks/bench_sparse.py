@@ -1,0 +1,309 @@
+"""Attention to kept blocks against dense attention and FlexAttention, selection included.
+
+    python -m benchmarks.bench_sparse [--rounds 5] [--device cuda] [--only attention|model]
+
+`attention`: random q, k, v; every round runs dense attention, this project's default policy
+(scores, selection, kernel), its kernel alone, and compiled FlexAttention over the same blocks.
+`model`: a block of Wan 2.1 1.3B's shape with random weights, whole, without and with the method.
+Speeds do not depend on what weights say; what is kept here says nothing about quality.
+On a GPU every dense backend of torch that runs takes part, and xformers, SageAttention and
+SpargeAttn where installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from accel.clock import clock_of
+from accel.counting import synchronize
+from accel.environment import environment, load_average
+from accel.measure import PairedTime, paired_time
+from accel.method import attached
+from accel.metrics.statistics import bootstrap
+from benchmarks.results_file import DEVICES, write
+from sparse_attn.block_map import BlockMap, keep_share
+from sparse_attn.estimators import subblock_mass
+from sparse_attn.kernels import dispatch
+from sparse_attn.subblock_lse import SubblockLSE, complement
+
+DENSITIES = (1.0, 0.5, 0.25, 0.1)
+# (tokens, head size, heads): as many heads as a core computes in seconds, as models have
+SHAPES = {
+    "cpu": ((4096, 64, 3), (4096, 128, 3), (16384, 64, 1), (16384, 128, 1)),
+    "cuda": ((8192, 64, 24), (8192, 128, 12), (32760, 64, 24), (32760, 128, 12), (75600, 128, 40)),
+}
+BLOCKS = {"cpu": (256, 64), "cuda": (128, 64)}
+TYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# latent frames, height, width; one block. 8,190 tokens on a CPU, 480p of 81 frames on a GPU.
+LATENTS = {"cpu": (21, 30, 52), "cuda": (21, 60, 104)}
+WAN_1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
+TEXT_TOKENS, TEXT_WIDTH = 512, 4096
+LAYERS = {"cpu": 1, "cuda": 30}
+
+
+def dense_backends(device: str) -> dict[str, SDPBackend]:
+    """Every dense kernel of torch that is asked for by name; on a CPU there is one."""
+    if device == "cpu":
+        return {"sdpa": SDPBackend.FLASH_ATTENTION}
+    return {
+        "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+        "sdpa flash": SDPBackend.FLASH_ATTENTION,
+        "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+
+
+def dense(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v)
+
+    return attend
+
+
+def others() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Dense and quantised kernels of other packages, where installed; q, k, v (b, h, s, d)."""
+    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    if find_spec("xformers"):
+        from xformers.ops import memory_efficient_attention as xformers_attention  # pyright: ignore
+
+        def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return xformers_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+        found["xformers"] = xformers
+    if find_spec("sageattention"):
+        from sageattention import sageattn  # pyright: ignore
+
+        found["sage"] = lambda q, k, v: sageattn(q, k, v, tensor_layout="HND")
+    if find_spec("spas_sage_attn"):
+        from spas_sage_attn import spas_sage2_attn_meansim_topk_cuda as sparge  # pyright: ignore
+
+        found["sparge top-k 0.25"] = lambda q, k, v: sparge(q, k, v, topk=0.25)
+    return found
+
+
+def flex() -> Callable[[Tensor, Tensor, Tensor, BlockMap], Tensor]:
+    """FlexAttention, compiled, over the blocks of a map."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap) -> Tensor:
+        # all blocks are full, so no function of positions has to be asked
+        size = (blocks.query_block, blocks.key_block)
+        none = torch.zeros_like(blocks.counts)
+        lists = blocks.lists()
+        mask = BlockMask.from_kv_blocks(
+            none, torch.zeros_like(lists), blocks.counts, lists, BLOCK_SIZE=size,
+            seq_lengths=(blocks.queries, blocks.keys),
+        )  # fmt: skip
+        return compiled(q, k, v, block_mask=mask)  # pyright: ignore[reportReturnType]
+
+    return attend
+
+
+def timed_in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, one after the other in every round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            synchronize()
+            begin = time.perf_counter()
+            run()
+            synchronize()
+            if round_:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def attention_rows(device: str, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for tokens, width, heads in SHAPES[device]:
+        torch.compiler.reset()
+        over_blocks = flex()
+        g = torch.Generator(device).manual_seed(0)
+        shape = (1, tokens, heads, width)  # as pipelines have them
+        q, k, v = (
+            torch.randn(shape, generator=g, device=device, dtype=TYPES[device]).transpose(1, 2)
+            for _ in "qkv"
+        )
+        # The flash kernel of torch's CPU and FlexAttention want one piece; it is made untimed.
+        dense_runs = {n: _bound(dense(b), q, k, v) for n, b in dense_backends(device).items()}
+        if device != "cpu":
+            dense_runs |= {n: _bound(f, q, k, v) for n, f in others().items()}
+            dense_runs = {n: f for n, f in dense_runs.items() if _runs(n, f)}
+        for density in DENSITIES:
+            rows.append(_attention_row(q, k, v, density, dense_runs, over_blocks, rounds))
+            print(_said(rows[-1]), flush=True)
+    return rows
+
+
+def _bound(fn: Callable, *args: Any) -> Callable[[], Any]:
+    return lambda: fn(*args)
+
+
+def _runs(name: str, fn: Callable[[], Any]) -> bool:
+    try:
+        fn()
+    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+        print(f"{name} does not run here: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def _attention_row(q, k, v, density, dense_runs, over_blocks, rounds) -> dict[str, Any]:
+    device, tokens = q.device.type, q.shape[2]
+    sizes = BLOCKS[device]
+
+    def selected() -> BlockMap:
+        keep = keep_share(subblock_mass(q, k, sizes), density, "layer")
+        return BlockMap(keep, *sizes, tokens, tokens)
+
+    blocks = selected()
+    flex_blocks = blocks
+    if device != "cpu":  # FlexAttention's tiles want its own size of block
+        flex_keep = keep_share(subblock_mass(q, k, (128, 128)), density, "layer")
+        flex_blocks = BlockMap(flex_keep, 128, 128, tokens, tokens)
+
+    def pooled() -> Any:
+        found = selected()
+        return dispatch.attend(q, k, v, found, complement(k, v, found.keep, sizes[1]))
+
+    runs = {
+        **dense_runs,
+        "ours": lambda: dispatch.attend(q, k, v, selected()),
+        "ours, pooled": pooled,
+        "kernel": lambda: dispatch.attend(q, k, v, blocks),
+        "selection": selected,
+        "flex": lambda: over_blocks(q, k, v, flex_blocks),
+    }
+    seconds = timed_in_turn(runs, rounds)
+    fastest = min(dense_runs, key=lambda name: statistics.median(seconds[name]))
+    return {
+        "tokens": tokens,
+        "head_dim": q.shape[-1],
+        "heads": q.shape[1],
+        "blocks": list(sizes),
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "density": density,
+        "executed": float(blocks.density().mean()),
+        "fastest_dense": fastest,
+        "seconds": {name: [round(x, 6) for x in times] for name, times in seconds.items()},
+        "speedup": _ratio(seconds[fastest], seconds["ours"]),
+        "speedup_pooled": _ratio(seconds[fastest], seconds["ours, pooled"]),
+        "over_flex": _ratio(seconds["flex"], seconds["ours"]),
+        "selection_share": statistics.median(seconds["selection"])
+        / statistics.median(seconds["ours"]),
+    }
+
+
+def _ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    return bootstrap([a / b for a, b in zip(slow, fast, strict=True)], np.median).as_json()
+
+
+def _said(row: dict[str, Any]) -> str:
+    return (
+        f"{row['tokens']} tokens, {row['heads']} x {row['head_dim']}, density {row['density']}: "
+        f"{row['speedup']['estimate']:.2f}x {row['fastest_dense']}, with pooled "
+        f"{row['speedup_pooled']['estimate']:.2f}x, {row['over_flex']['estimate']:.2f}x flex, "
+        f"selection {100 * row['selection_share']:.1f} %"
+    )
+
+
+# -- a whole block ---------------------------------------------------------------------------
+
+
+def wan_slice(device: str) -> Any:
+    """A WanPipeline that holds nothing but a transformer of Wan 2.1 1.3B's shape, few layers."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        transformer = WanTransformer3DModel(**WAN_1_3B, num_layers=LAYERS[device])
+    transformer = transformer.to(TYPES[device]).eval()
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return WanPipeline(None, None, None, scheduler, transformer=transformer)
+
+
+def model_rows(device: str, rounds: int) -> list[dict[str, Any]]:
+    pipe = wan_slice(device)
+    frames, height, width = LATENTS[device]
+    g = torch.Generator(device).manual_seed(0)
+    make = {"generator": g, "device": device, "dtype": TYPES[device]}
+    latents = torch.randn(1, 16, frames, height, width, **make)
+    text = torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, **make)
+    timestep = torch.tensor([500.0], device=device)
+
+    def run() -> None:
+        clock = clock_of(pipe)
+        if clock.run is None:
+            pipe.scheduler.set_timesteps(2)
+            clock.begin(pipe.scheduler)
+        with clock.at(1, branch="cond", sigma=0.5), torch.no_grad():
+            pipe.transformer(latents, timestep, text)
+
+    rows = []
+    for density in (d for d in DENSITIES if d < 1):
+        method = SubblockLSE((0.0, 0.0), BLOCKS[device], density=density, pooled=False)
+        plain = SubblockLSE(density=1.0)
+        around = tuple(lambda m=m: attached(m, pipe) for m in (plain, method))
+        found: PairedTime = paired_time(run, run, rounds=rounds, around=(around[0], around[1]))
+        with attached(method, pipe) as live:
+            run()
+            live.clock.end()
+            report = live.report()["runs"][0]
+        rows.append({
+            "tokens": math.prod((frames, height // 2, width // 2)),
+            "layers": LAYERS[device],
+            "blocks": list(BLOCKS[device]),
+            "density": density,
+            "executed": report["detail"]["density"],
+            "fallbacks": report["fallbacks"],
+            "seconds": [list(found.seconds_a), list(found.seconds_b)],
+            "speedup": found.speedup.as_json(),
+        })  # fmt: skip
+        print(f"block, density {density}: {found.speedup.estimate:.2f}x", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--only", choices=("attention", "model"))
+    parser.add_argument("--dry", action="store_true", help="one round, nothing written")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    before = load_average()
+    rounds = 1 if args.dry else args.rounds
+    from benchmarks.results_file import read
+
+    old = read("sparse", args.device) or {}
+    with torch.no_grad():
+        attention = attention_rows(args.device, rounds) if args.only != "model" else None
+        model = model_rows(args.device, rounds) if args.only != "attention" else None
+    if args.dry:
+        return
+    content = {
+        "environment": environment(args.device, load_before=before),
+        "protocol": None,
+        "rounds": rounds,
+        "attention": attention if attention is not None else old.get("attention", []),
+        "model": model if model is not None else old.get("model", []),
+    }
+    write("sparse", args.device, content)
+
+
+if __name__ == "__main__":
+    main()

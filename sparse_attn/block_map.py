@@ -1,0 +1,141 @@
+"""Which blocks of keys each block of queries attends to: the one format that policies produce and
+kernels read, and the rules that turn scores into it.
+
+A map is a boolean (b, h, nq, nk) tensor; blocks are cut from the sequence as it stands, and only
+the last may be ragged. Kernels read lists of ascending block numbers made from it on the device,
+without a synchronisation and without atomics, so they are repeatable.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["row", "head", "layer"]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap:
+    """`keep[b, h, i, j]`: whether queries of block i attend to keys of block j."""
+
+    keep: Tensor  # bool (b, h, nq, nk)
+    query_block: int  # tokens
+    key_block: int
+    queries: int  # tokens in all; the last blocks may be ragged
+    keys: int
+
+    def __post_init__(self) -> None:
+        want = (-(-self.queries // self.query_block), -(-self.keys // self.key_block))
+        if self.keep.dtype != torch.bool or tuple(self.keep.shape[2:]) != want:
+            raise ValueError(
+                f"BlockMap: keep is {self.keep.dtype} {tuple(self.keep.shape)}; "
+                f"{self.queries} x {self.keys} tokens want bool (b, h, {want[0]}, {want[1]})"
+            )
+
+    def density(self) -> Tensor:
+        """Share of token pairs that are kept, (b, h), float32 on the device."""
+        q = block_sizes(self.queries, self.query_block, self.keep.device)
+        k = block_sizes(self.keys, self.key_block, self.keep.device)
+        pairs = torch.einsum("bhij,i,j->bh", self.keep.float(), q, k)
+        return pairs / (self.queries * self.keys)
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """Blocks in each list, int32 (b, h, nq)."""
+        return self.keep.sum(-1, dtype=torch.int32)
+
+    def lists(self, width: int | None = None) -> Tensor:
+        """Kept blocks in ascending order, int32 (b, h, nq, width), then others as padding.
+
+        `width` must be at least the largest count; all blocks by default, which asks no device.
+        """
+        # a stable sort of the flags puts the kept ones first and leaves them in order
+        order = torch.sort(self.keep.logical_not().to(torch.uint8), dim=-1, stable=True).indices
+        return order[..., :width].to(torch.int32).contiguous()
+
+    def transposed(self) -> BlockMap:
+        """Which queries each block of keys is seen by: what dK and dV are summed over."""
+        keep = self.keep.transpose(-1, -2).contiguous()
+        return BlockMap(keep, self.key_block, self.query_block, self.keys, self.queries)
+
+    def tokens(self) -> Tensor:
+        """The same map token by token, bool (b, h, queries, keys). For references and pictures."""
+        rows = self.keep.repeat_interleave(self.query_block, dim=2)[:, :, : self.queries]
+        return rows.repeat_interleave(self.key_block, dim=3)[..., : self.keys]
+
+
+def block_sizes(tokens: int, block: int, device: torch.device | None = None) -> Tensor:
+    """Tokens in each block, float32; the last may be ragged."""
+    sizes = torch.full((-(-tokens // block),), float(block), device=device)
+    sizes[-1] = tokens - (len(sizes) - 1) * block
+    return sizes
+
+
+def blocked(x: Tensor, block: int) -> Tensor:
+    """(b, h, s, d) -> (b, h, blocks, block, d), the end filled with copies of the last token."""
+    short = -x.shape[2] % block
+    if short:
+        x = torch.cat([x, x[:, :, -1:].expand(-1, -1, short, -1)], dim=2)
+    return x.unflatten(2, (-1, block))
+
+
+def block_means(x: Tensor, block: int) -> Tensor:
+    """Means of `block` consecutive tokens in float32, (b, h, blocks, d); the last one of what is
+    there."""
+    whole = x.shape[2] // block * block
+    means = x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
+    if whole == x.shape[2]:
+        return means
+    return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], dim=2)
+
+
+# -- rules: from scores to maps ---------------------------------------------------------------
+
+
+def keep_share(scores: Tensor, share: float, scope: Scope = "row") -> Tensor:
+    """The best `share` of blocks by score, at least one a row; ties go to the earlier block.
+
+    scope: within which the share holds. "row" gives every block of queries as many; "head" and
+    "layer" give more to rows (and heads) whose scores are higher, which is the best use of as much
+    work where a score is the expected softmax mass: the sum of what is kept is largest.
+    """
+    nk = scores.shape[-1]
+    if share >= 1:
+        return torch.ones_like(scores, dtype=torch.bool)
+    best = _top(scores, max(1, round(share * nk)))
+    if scope == "row":
+        return best
+    flat = scores.flatten(2) if scope == "head" else scores.flatten(1)
+    most = _top(flat, max(1, round(share * flat.shape[-1])))
+    return most.view_as(scores) | _top(scores, 1)
+
+
+def keep_mass(scores: Tensor, mass: float, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """The best blocks of each row until their scores sum up to `mass` of the row's, the one that
+    crosses included; at least `low` and at most `high` of all blocks, and one."""
+    nk = scores.shape[-1]
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked
+    count = (before < mass * ranked.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    count = count.clamp(max(1, int(low * nk)), max(1, int(high * nk)))
+    kept = torch.arange(nk, device=scores.device) < count
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def keep_shares_of_heads(scores: Tensor, shares: Tensor) -> Tensor:
+    """`keep_share` in each head for its own share, (h,)."""
+    flat = scores.flatten(2)  # (b, h, nq * nk)
+    order = flat.argsort(-1, descending=True, stable=True)
+    count = (shares.to(flat.device) * flat.shape[-1]).round().clamp(min=1)
+    kept = torch.arange(flat.shape[-1], device=flat.device) < count[:, None]
+    most = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, kept.expand_as(flat))
+    return most.view_as(scores) | _top(scores, 1)
+
+
+def _top(scores: Tensor, count: int) -> Tensor:
+    best = scores.topk(count, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

@@ -1,0 +1,86 @@
+"""How far apart blocks of video tokens lie: what static patterns are made of.
+
+A static pattern is a score for every pair of blocks that depends on places alone; the best share of
+it is kept. So all patterns are compared at equal density, on any grid, and work for any number of
+text tokens. Scores are computed from the places of sub-blocks of tokens and kept by grid.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_attn._live import ORDERS, LiveSparse, Place, SparseAttention
+from sparse_attn.block_map import block_means, keep_share
+from sparse_attn.token_order import Grid, places
+
+# (queries (m, 3), keys (n, 3)) -> score (m, n); places are (frame, row, column) in tokens
+Score = Callable[[Tensor, Tensor, Grid], Tensor]
+TEXT_SCORE = float("inf")  # text is always kept
+PARTS = 4  # of a block, whose pairs are scored and averaged
+
+
+@functools.lru_cache(maxsize=64)
+def block_scores(
+    score: Score, grid: Grid, order: str, text: tuple[int, int], blocks: tuple[int, int]
+) -> Tensor:
+    """(nq, nk) on the CPU: mean score of the pairs of parts of two blocks. text: tokens that follow
+    the video's, in queries and in keys; pairs with them score highest."""
+    at = places(grid, ORDERS[order](grid)).double()
+    parts = [max(1, size // PARTS) for size in blocks]
+    q, k = (block_means(at[None, None], size)[0, 0] for size in parts)
+    pairs = score(q, k, grid)  # (parts of queries, parts of keys)
+    for axis, (size, part) in enumerate(zip(blocks, parts, strict=True)):
+        pairs = _mean(pairs, axis, size // part)  # of the parts of a block
+    whole = pairs
+    rows, columns = (-(-(len(at) + more) // size) for more, size in zip(text, blocks, strict=True))
+    out = torch.full((rows, columns), TEXT_SCORE, dtype=whole.dtype)
+    out[: whole.shape[0], : whole.shape[1]] = whole
+    return out.float()
+
+
+def scores_at(score: Score, order: str, q: Tensor, k: Tensor, place: Place) -> Tensor:
+    """`block_scores` of the attention being computed, (b, h, nq, nk) without copies."""
+    video = place.order.forward.shape[0]
+    text = (q.shape[2] - video, k.shape[2] - video)
+    found = block_scores(score, place.grid, order, text, place.blocks).to(q.device)
+    return found.expand(q.shape[0], q.shape[1], *found.shape)
+
+
+def _mean(x: Tensor, axis: int, parts: int) -> Tensor:
+    """Mean over every `parts` of an axis; the last may be fewer."""
+    owner = torch.arange(x.shape[axis]) // parts
+    shape = list(x.shape)
+    shape[axis] = int(owner[-1]) + 1
+    total = x.new_zeros(shape).index_add(axis, owner, x)
+    count = torch.bincount(owner).to(x.dtype)
+    return total / (count[:, None] if axis == 0 else count)
+
+
+@dataclass(frozen=True)
+class StaticPattern(SparseAttention):
+    """A policy whose map depends on places only: the `density` of blocks with the best score."""
+
+    density: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.density <= 1:
+            name = type(self).__name__
+            raise ValueError(f"{name}.density = {self.density}: above 0, at most 1")
+
+    @abstractmethod
+    def score(self) -> Score:
+        """Must be the same object for equal settings: scores are kept by it."""
+
+    def nominal(self) -> float:
+        return self.density
+
+    def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
+        scores = scores_at(self.score(), self.ORDER, q, k, place)
+        return keep_share(scores[:1, :1], self.density).expand(scores.shape)

@@ -1,0 +1,240 @@
+"""Attention to kept blocks on a GPU: one Triton kernel that walks lists of blocks.
+
+Origin: written from the formulas of FlashAttention-2 (arXiv 2307.08691) and sparse_attn's design.
+Layout: q (b, h, s, d), k and v (b, g, s, d) by strides, last stride 1; nothing is copied, and the
+output has the strides of q. A program computes one tile of queries. Its list of kept blocks is seen
+as one run of keys, cut into tiles of any width, so blocks of 64 keys run as tiles of 128 where
+these are faster; only the last tile is masked (a ragged last block is the last of an ascending
+list). Pooled keys follow in a second, short loop with their bias. Softmax in base 2 and float32.
+Programs of a head follow one another, longest list first: keys of few heads fit the cache.
+Hardware: compiled for sm80, 86, 89, 90, 100 and 120 and run in the interpreter; not yet timed on a
+GPU. No block pointers, descriptors or inline assembly, so ROCm's compiler takes it as well.
+Limits: types float16, bfloat16, float32; head sizes up to 256 (others are filled up to a power of
+two); float32 in full precision.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_attn.block_map import BlockMap
+from sparse_attn.kernels.reference import Attention, Pooled
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def _update(acc, m, total, logits, v, PRECISION: tl.constexpr):
+    """One tile of the online softmax; logits (m, n) in base 2, which may be -inf."""
+    m_new = tl.maximum(m, tl.max(logits, 1))
+    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+    p = tl.exp2(logits - m_safe[:, None])
+    alpha = tl.exp2(m - m_safe)
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, m_new, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _rows(index_ptr, place, KEY_BLOCK: tl.constexpr):
+    """Which keys stand at these places of a list's run of keys."""
+    block = tl.load(index_ptr + place // KEY_BLOCK)
+    return block * KEY_BLOCK + place % KEY_BLOCK
+
+
+@triton.jit
+def forward(
+    Q, K, V, Out, Lse, Index, Count, Order, PooledK, PooledV, Bias,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s,
+    pk_b, pk_h, pk_s, pv_b, pv_h, pv_s, bias_b, bias_h, bias_q, bias_p,
+    heads, queries, keys, pooled, nq, width, scale,
+    REPEAT: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    POOLED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of queries, h, b)."""
+    tiles: tl.constexpr = QUERY_BLOCK // BLOCK_M
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    line = (b * heads + h).to(tl.int64) * nq
+    i = tl.load(Order + line + tl.program_id(0) // tiles)  # this program's block of queries
+    first = i * QUERY_BLOCK + (tl.program_id(0) % tiles) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    columns = tl.arange(0, BLOCK_N)
+    real = d < HEAD_DIM
+    b64 = b.to(tl.int64)
+    g64 = (h // REPEAT).to(tl.int64)
+    h64 = h.to(tl.int64)
+
+    q_at = Q + b64 * q_b + h64 * q_h + rows[:, None].to(tl.int64) * q_s + d[None, :]
+    q = tl.load(q_at, mask=(rows[:, None] < queries) & real[None, :], other=0.0)
+    k_at = K + b64 * k_b + g64 * k_h
+    v_at = V + b64 * v_b + g64 * v_h
+    index = Index + (line + i) * width
+    count = tl.load(Count + line + i)
+    scale2 = scale * LOG2E
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+
+    # Keys in the list: all of its blocks, less what the last one lacks if it is listed.
+    last = tl.load(index + tl.maximum(count - 1, 0))
+    listed = count * KEY_BLOCK - tl.where(
+        count > 0, tl.maximum((last + 1) * KEY_BLOCK - keys, 0), 0
+    )
+    whole = listed // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        keys_at = _rows(index, start + columns, KEY_BLOCK).to(tl.int64)
+        k = tl.load(k_at + keys_at[None, :] * k_s + d[:, None], mask=real[:, None], other=0.0)
+        logits = tl.dot(q, k, input_precision=PRECISION) * scale2
+        v = tl.load(v_at + keys_at[:, None] * v_s + d[None, :], mask=real[None, :], other=0.0)
+        acc, m, total = _update(acc, m, total, logits, v, PRECISION)
+    if whole < listed:
+        place = whole + columns
+        there = place < listed
+        keys_at = _rows(index, tl.where(there, place, 0), KEY_BLOCK).to(tl.int64)
+        k_mask = there[None, :] & real[:, None]
+        k = tl.load(k_at + keys_at[None, :] * k_s + d[:, None], mask=k_mask, other=0.0)
+        logits = tl.dot(q, k, input_precision=PRECISION) * scale2
+        logits = tl.where(there[None, :], logits, -float("inf"))
+        v_mask = there[:, None] & real[None, :]
+        v = tl.load(v_at + keys_at[:, None] * v_s + d[None, :], mask=v_mask, other=0.0)
+        acc, m, total = _update(acc, m, total, logits, v, PRECISION)
+
+    if POOLED:
+        k_at = PooledK + b64 * pk_b + g64 * pk_h
+        v_at = PooledV + b64 * pv_b + g64 * pv_h
+        bias_at = Bias + b64 * bias_b + h64 * bias_h + i.to(tl.int64) * bias_q
+        for start in range(0, pooled, BLOCK_N):
+            p = start + columns
+            there = p < pooled
+            k_mask = there[None, :] & real[:, None]
+            k = tl.load(k_at + p[None, :] * pk_s + d[:, None], mask=k_mask, other=0.0)
+            bias = tl.load(bias_at + p * bias_p, mask=there, other=-float("inf"))
+            logits = tl.dot(q, k, input_precision=PRECISION) * scale2 + (bias * LOG2E)[None, :]
+            v_mask = there[:, None] & real[None, :]
+            v = tl.load(v_at + p[:, None] * pv_s + d[None, :], mask=v_mask, other=0.0)
+            acc, m, total = _update(acc, m, total, logits, v, PRECISION)
+
+    empty = total == 0.0
+    safe = tl.where(empty, 1.0, total)
+    out = acc / safe[:, None]
+    o_at = Out + b64 * o_b + h64 * o_h + rows[:, None].to(tl.int64) * o_s + d[None, :]
+    inside = rows < queries
+    tl.store(o_at, out.to(Out.dtype.element_ty), mask=inside[:, None] & real[None, :])
+    lse = tl.where(empty, -float("inf"), (m + tl.log2(safe)) * LN2)
+    tl.store(Lse + (b * heads + h).to(tl.int64) * queries + rows, lse, mask=inside)
+
+
+class Config(NamedTuple):
+    """A tile of queries and keys, and what runs it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# By compute capability of the part, then padded head size; from compiling (registers, spills,
+# shared memory), not from timing. (0, 0): any other part, ROCm's among them, and float32.
+CONFIGS: dict[tuple[int, int], dict[int, Config]] = {
+    (8, 0): {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
+    (8, 6): {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    (9, 0): {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+    (10, 0): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+    (12, 0): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+    (0, 0): {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 4, 2)},
+}
+SAME_AS = {(8, 7): (8, 0), (8, 9): (8, 6), (12, 1): (12, 0), (10, 3): (10, 0)}
+
+
+def config_for(capability: tuple[int, int], width: int, dtype: torch.dtype) -> Config:
+    """The table's entry for a part, a padded head size and a type."""
+    key = SAME_AS.get(capability, capability)
+    if dtype == torch.float32 or key not in CONFIGS:
+        key = (0, 0)
+    return CONFIGS[key][max(64, width)]
+
+
+@functools.lru_cache(maxsize=8)
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def padded(width: int) -> int:
+    """Head size as tiles have it. Raises ValueError above 256."""
+    if width > 256:
+        raise ValueError(f"triton_forward: head size {width}, at most 256")
+    return max(16, triton.next_power_of_2(width))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, pooled: Pooled | None = None,
+    *, scale: float | None = None, config: Config | None = None,
+) -> Attention:  # fmt: skip
+    """The same as ``reference.attend``, without gradients. config: instead of the table's."""
+    b, h, s, width = q.shape
+    q, k, v = (_last_stride_one(x) for x in (q, k, v))
+    out = torch.empty_like(q)
+    lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
+    chosen = config or config_for(_capability(q.device), padded(width), q.dtype)
+    counts = blocks.counts
+    order = counts.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    lists = blocks.lists()
+    more = _pooled_arguments(q, k, pooled, blocks)
+    meta = constants(blocks, width, h // k.shape[1], chosen, q.dtype, pooled is not None)
+    nq = counts.shape[-1]
+    grid = (nq * (blocks.query_block // meta["BLOCK_M"]), h, b)
+    forward[grid](
+        q, k, v, out, lse, lists, counts, order, *more[:3],
+        *(stride for x in (q, k, v, out) for stride in x.stride()[:3]), *more[3:],
+        h, s, blocks.keys, 0 if pooled is None else pooled.k.shape[2], nq, lists.shape[-1],
+        1 / math.sqrt(width) if scale is None else scale,
+        **meta, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+    )  # fmt: skip
+    return Attention(out, lse)
+
+
+def constants(
+    blocks: BlockMap, width: int, repeat: int, config: Config, dtype: torch.dtype, pooled: bool
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    return {
+        "REPEAT": repeat,
+        "QUERY_BLOCK": blocks.query_block,
+        "KEY_BLOCK": blocks.key_block,
+        "HEAD_DIM": width,
+        "BLOCK_D": padded(width),
+        "BLOCK_M": min(config.block_m, blocks.query_block),
+        "BLOCK_N": config.block_n,
+        "POOLED": pooled,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",  # ignored by narrow types
+    }
+
+
+def _pooled_arguments(
+    q: Tensor, k: Tensor, pooled: Pooled | None, blocks: BlockMap
+) -> tuple[Any, ...]:
+    """Tensors, then strides; stand-ins where there is none."""
+    if pooled is None:
+        return (k, k, q, *[0] * 10)
+    b, h, nq, _ = blocks.keep.shape
+    pk, pv = (_last_stride_one(x.to(k.dtype)) for x in (pooled.k, pooled.v))
+    bias = pooled.bias.float().expand(b, h, nq, pk.shape[2])
+    return (pk, pv, bias, *pk.stride()[:3], *pv.stride()[:3], *bias.stride())
+
+
+def _last_stride_one(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

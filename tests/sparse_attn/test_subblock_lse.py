@@ -1,0 +1,257 @@
+"""The default policy, and through it what all policies share: host, order, counts, guard."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from accel.denoiser import denoisers
+from accel.method import FallbackWarning, Recipe, attached
+from accel.testing import assert_equal, assert_same_state, checks, conform, host_state, tiny
+from sparse_attn.block_map import BlockMap, block_sizes
+from sparse_attn.estimators import exact_mass, subblock_mass
+from sparse_attn.kernels import reference
+from sparse_attn.subblock_lse import SubblockLSE, complement
+
+FAMILIES = ["wan", "wan22", "cogvideox", "hunyuanvideo", "ltx", "flux"]
+
+
+def sparse(density=0.4, **settings):
+    """On tiny pipelines of a few dozen tokens, from the first step on."""
+    defaults = {"dense": (0.0, 0.0), "blocks": (16, 16), "guard": False}
+    return SubblockLSE(**{**defaults, "density": density, **settings})
+
+
+@pytest.mark.parametrize("check", checks())
+def test_conformance(check):
+    conform(check, sparse(), "wan")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize("pipeline", FAMILIES[1:])
+def test_conformance_matrix(check, pipeline):
+    conform(check, sparse(), pipeline)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"density": 0.0}, "density"),
+        ({"density": 1.1}, "density"),
+        ({"blocks": (100, 64)}, "powers of two"),
+        ({"dense": (0.2, 1.5)}, "shares"),
+        ({"canary": -1}, "canary"),
+        ({"allocate": "block"}, "allocate"),
+    ],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
+        SubblockLSE(**settings)
+
+
+def test_the_estimate_is_exact_where_sub_blocks_are_uniform():
+    """Tokens of a sub-block alike: their mean is each of them, and mass is mass."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, n, 8, generator=g).repeat_interleave(4, dim=2) for n in (12, 20))
+    mass = subblock_mass(q, k, (16, 16), parts=4)
+    rows = torch.arange(48)
+    exact = exact_mass(q, k, rows, 16).unflatten(2, (3, 16)).mean(3)
+    assert torch.allclose(mass, exact, atol=1e-6)
+    assert torch.allclose(mass.sum(-1), torch.ones(1, 2, 3))
+
+
+@pytest.mark.parametrize(("n", "m"), [(50, 70), (33, 65), (16, 17)])
+def test_the_estimate_weighs_ragged_ends_by_their_tokens(n, m):
+    q, k = torch.zeros(1, 1, n, 4), torch.zeros(1, 1, m, 4)
+    mass = subblock_mass(q, k, (16, 16))
+    expected = block_sizes(m, 16) / m  # all logits equal
+    assert torch.allclose(mass, expected.expand_as(mass), atol=1e-6)
+
+
+def test_the_complement_is_exact_where_dropped_blocks_are_uniform():
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 1, 32, 8, generator=g)
+    k, v = (torch.randn(1, 1, 5, 8, generator=g).repeat_interleave(16, dim=2) for _ in "kv")
+    keep = torch.tensor([[[[True, False, False, True, False], [False] * 5]]])
+    blocks = BlockMap(keep, 16, 16, 32, 80)
+    found = reference.attend(q, k, v, blocks, complement(k, v, keep, 16))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.allclose(found.out, dense, atol=1e-6)
+
+
+@pytest.mark.parametrize("pipeline", FAMILIES)
+def test_everything_kept_is_the_host_to_rounding(pipeline):
+    """Order, rotary tables, text and masks are right: only the order of sums differs."""
+    host = tiny(pipeline)
+    plain = host.run()
+    with attached(sparse(0.9999), host.pipe) as live:  # rounds to all blocks; 1.0 replaces nothing
+        kept = host.run()
+        run = live.report()["runs"][0]
+    assert run["detail"]["density"] == 1
+    assert run["fallbacks"] == {}
+    # float32 through 4 steps of an untrained network, outputs in 0..1, by a lot of experience
+    assert (kept - plain).abs().max().item() < 1e-4
+
+
+@pytest.mark.parametrize("pipeline", FAMILIES)
+def test_less_is_kept_and_counted(pipeline):
+    host = tiny(pipeline)
+    with attached(sparse(0.3, pooled=False, canary=1), host.pipe) as live:
+        host.run()
+        run = live.report()["runs"][0]
+    detail = run["detail"]
+    attentions = sum(1 for d in denoisers(host.pipe) for b in d.blocks if b.self_attn)
+    layers = attentions // len(denoisers(host.pipe))
+    assert run["computed"] + run["skipped"] == 0
+    assert 0 < detail["density"] < 1
+    assert [layer for layer, _ in detail["density_by_layer"]] == list(range(layers))
+    assert detail["density"] == pytest.approx(
+        sum(share for _, share in detail["density_by_step"]) / len(detail["density_by_step"]),
+        abs=1e-4,
+    )
+    assert 0 < detail["least_retained_mass"]["mean"] <= detail["retained_mass"]["mean"] < 1
+    assert detail["output_error"]["mean"] > 0
+
+
+def test_retained_mass_is_exact():
+    """exp(lse sparse - lse dense) is the softmax mass of what was kept."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 8, generator=g) for _ in "qkv")
+    keep = torch.rand(1, 2, 4, 4, generator=g) < 0.5
+    keep[..., 0] = True
+    blocks = BlockMap(keep, 16, 16, 64, 64)
+    from sparse_attn._live import compared_with_dense
+
+    out, lse = reference.attend(q, k, v, blocks)
+    _, mass, least = compared_with_dense(q, k, v, out, lse)
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(8)).softmax(-1)
+    kept = (weights * blocks.tokens()).sum(-1)
+    assert mass.item() == pytest.approx(kept.mean().item(), abs=1e-6)
+    assert least.item() == pytest.approx(kept.min().item(), abs=1e-6)
+
+
+def test_first_steps_and_layers_attend_densely():
+    host = tiny("wan")
+    with attached(sparse(dense=(0.5, 0.3)), host.pipe) as live:
+        host.run()  # 4 steps, 3 layers, 2 branches
+        run = live.report()["runs"][0]
+    assert run["detail"]["dense"]["first layers"] == 2 * 2
+    assert [step for step, _ in run["detail"]["density_by_step"]] == [2, 3]
+    assert [layer for layer, _ in run["detail"]["density_by_layer"]] == [1, 2]
+    assert run["computed"] == 2 * 2 * 3 + 2 * 2
+
+
+def test_the_guard_keeps_short_sequences_dense():
+    host = tiny("wan")
+    plain = host.run()
+    with attached(sparse(guard=True), host.pipe) as live, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_equal(plain, host.run(), "output where sparse would be slower")
+        run = live.report()["runs"][0]
+    assert list(run["detail"]["dense"]) == ["guard: dense attention is faster here"]
+    assert "density" not in run["detail"]
+
+
+def test_a_dropped_reordering_of_the_rotary_table_shows():
+    """The test above would see it: without its rotary table in order the output differs."""
+    host = tiny("wan")
+    plain = host.run()
+    with attached(sparse(0.9999), host.pipe) as live:
+        live._reorder_rotary = lambda call_next, *a, **k: call_next(*a, **k)
+        live.patch.undo()
+        live.adopt(denoisers(host.pipe)[0])
+        wrong = host.run()
+    assert (wrong - plain).abs().max().item() > 1e-3
+
+
+def test_a_timestep_for_each_token():
+    """Wan 2.2 with a given first frame: the timesteps are put in order, too."""
+    host = tiny("wan")
+    transformer = host.pipe.transformer
+    x, text = torch.randn(1, 4, 3, 4, 8), torch.randn(1, 7, 24)
+    timestep = torch.rand(1, 3 * 2 * 4) * 1000
+    with torch.no_grad():
+        plain = transformer(x, timestep, text).sample
+        with attached(sparse(0.9999), host.pipe) as live:
+            host.pipe.scheduler.set_timesteps(2)
+            with live.clock.at(0):
+                kept = transformer(x, timestep, text).sample
+            live.clock.end()
+    assert (kept - plain).abs().max().item() < 1e-4
+
+
+def test_another_processor_is_refused_by_name():
+    class Mine:
+        def __call__(self, *args, **kwargs):
+            raise NotImplementedError
+
+    host = tiny("ltx")
+    host.pipe.transformer.transformer_blocks[1].attn1.processor = Mine()
+    state = host_state(host.pipe)
+    with pytest.raises(ValueError, match=r"transformer_blocks.1.attn1.* Mine"):
+        sparse().attach(host.pipe)
+    assert_same_state(state, host_state(host.pipe))
+
+
+def test_an_unsupported_model_is_refused_by_name():
+    with pytest.raises(ValueError, match="DiTTransformer2DModel"):
+        sparse().attach(tiny("dit").pipe)
+
+
+def test_fused_projections_and_a_chosen_backend_go_on_working():
+    host = tiny("wan")
+    host.pipe.transformer.fuse_qkv_projections()
+    plain = host.run()
+    with attached(sparse(0.9999), host.pipe):
+        assert (host.run() - plain).abs().max().item() < 1e-4
+        host.pipe.transformer.set_attention_backend("native")
+        assert (host.run() - plain).abs().max().item() < 1e-4
+    processor = host.pipe.transformer.blocks[0].attn1.processor
+    assert type(processor).__name__ == "WanAttnProcessor"
+    assert processor._attention_backend == "native"  # what the user chose stays
+
+
+def test_lora_goes_on_working():
+    peft = pytest.importorskip("peft")
+    host = tiny("wan")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    torch.manual_seed(0)
+    host.pipe.transformer.add_adapter(config)
+    plain = host.run()
+    with attached(sparse(0.9999), host.pipe):
+        assert (host.run() - plain).abs().max().item() < 1e-4
+
+
+def test_texts_of_different_lengths_in_one_batch_attend_densely():
+    host = tiny("hunyuanvideo")
+    mask = torch.ones(2, 7).index_fill(1, torch.tensor([5, 6]), 0.0)
+    mask[0] = 1
+    transformer = host.pipe.transformer
+    x, text = torch.randn(2, 4, 3, 4, 8), torch.randn(2, 7, 24)
+    more = {
+        "encoder_attention_mask": mask, "pooled_projections": torch.randn(2, 24),
+        "guidance": torch.ones(2),
+    }  # fmt: skip
+    with torch.no_grad(), attached(sparse(), host.pipe) as live:
+        host.pipe.scheduler.set_timesteps(2)
+        with live.clock.at(0), pytest.warns(FallbackWarning, match="different lengths"):
+            found = transformer(x, torch.ones(2), text, **more).sample
+        live.clock.end()
+        right = transformer(x, torch.ones(2), text, **more).sample
+    assert torch.equal(found, right)
+
+
+def test_with_a_cache_and_a_solver_in_one_recipe():
+    from caches.interval import IntervalCache
+
+    host = tiny("wan")
+    with attached(Recipe((sparse(), IntervalCache(2, parts="blocks"))), host.pipe) as live:
+        host.run()
+        mine, cache = (member["runs"][0] for member in live.report()["members"])
+    assert cache["reused"] > 0
+    assert 0 < mine["detail"]["density"] < 1
+    assert [step for step, _ in mine["detail"]["density_by_step"]] == [0, 2]
