@@ -34,9 +34,9 @@ from accel.method import attached
 from accel.metrics.statistics import bootstrap
 from benchmarks.results_file import DEVICES, write
 from sparse_attn.block_map import BlockMap, keep_share
-from sparse_attn.estimators import subblock_mass
+from sparse_attn.estimators import block_scores, complement, subblock_mass
 from sparse_attn.kernels import dispatch
-from sparse_attn.subblock_lse import SubblockLSE, complement
+from sparse_attn.subblock_lse import SubblockLSE
 
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 # (tokens, head size, heads): as many heads as a core computes in seconds, as models have
@@ -177,8 +177,9 @@ def _attention_row(q, k, v, density, dense_runs, over_blocks, rounds) -> dict[st
         flex_blocks = BlockMap(flex_keep, 128, 128, tokens, tokens)
 
     def pooled() -> Any:
-        found = selected()
-        return dispatch.attend(q, k, v, found, complement(k, v, found.keep, sizes[1]))
+        keep = keep_share(block_scores(q, k, v, sizes, True), density, "layer")
+        found = BlockMap(keep, *sizes, tokens, tokens)
+        return dispatch.attend(q, k, v, found, complement(k, v, keep, sizes[1]))
 
     runs = {
         **dense_runs,
@@ -255,7 +256,7 @@ def model_rows(device: str, rounds: int) -> list[dict[str, Any]]:
 
     rows = []
     for density in (d for d in DENSITIES if d < 1):
-        method = SubblockLSE((0.0, 0.0), BLOCKS[device], density=density, pooled=False)
+        method = SubblockLSE((0.0, 0.0), BLOCKS[device], density=density)
         plain = SubblockLSE(density=1.0)
         around = tuple(lambda m=m: attached(m, pipe) for m in (plain, method))
         found: PairedTime = paired_time(run, run, rounds=rounds, around=(around[0], around[1]))

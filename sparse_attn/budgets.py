@@ -17,7 +17,7 @@ import numpy as np
 from accel.artifact import Artifact, ArtifactRef
 from accel.denoiser import denoisers
 
-METHOD = "sparse_attn.calibrate:Calibration"
+METHOD = "sparse_attn.subblock_lse:SubblockLSE"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Allocation:
     shares_by_slot: dict[str, np.ndarray]
     sigmas: dict[str, np.ndarray]
     density: float
-    error: float  # expected, mean over cells
+    error: float  # expected, relative, root of the mean over layers and stages
 
     def shares(self, slot: str, layer: int, sigma: float) -> np.ndarray:
         """(heads,): of the stage whose noise level is nearest."""
@@ -37,7 +37,10 @@ class Allocation:
 
 @dataclass(frozen=True, eq=False)
 class Budgets:
-    """errors[slot]: (stages, layers, heads, ladder), of which the last is density 1, error 0."""
+    """errors[slot]: (stages, layers, heads, ladder), of which the last is density 1, error 0.
+
+    An error is a head's part of its layer's squared relative error: heads of a layer add up.
+    """
 
     ladder: np.ndarray
     errors: dict[str, np.ndarray]
@@ -77,10 +80,10 @@ class Budgets:
         return self._allocate(lambda mean_density, _: mean_density >= density, density)
 
     def at_error(self, error: float) -> Allocation:
-        """The least density whose expected error, a mean over cells, is at most `error`."""
+        """The least density whose expected relative error is at most `error`."""
         if error < 0:
             raise ValueError(f"error {error}: at least 0")
-        return self._allocate(lambda _, mean_error: mean_error <= error, None)
+        return self._allocate(lambda _, found: found <= error, None)
 
     def _allocate(self, enough: Any, exactly: float | None) -> Allocation:
         cells = np.concatenate([e.reshape(-1, len(self.ladder)) for e in self.errors.values()])
@@ -89,15 +92,16 @@ class Budgets:
         place = np.zeros(len(cells), dtype=int)
         shares = np.full(len(cells), self.ladder[0])
         errors = cells[:, 0].copy()
+        layers = sum(e.shape[0] * e.shape[1] for e in self.errors.values())
         for step in steps:
-            if enough(shares.mean(), errors.mean()):
+            if enough(shares.mean(), _root(errors.sum() / layers)):
                 break
             place[step.cell] = step.to
             shares[step.cell], errors[step.cell] = self.ladder[step.to], cells[step.cell, step.to]
         if exactly is not None and shares.mean() > exactly:
             shares = np.maximum(self.ladder[0], shares * exactly / shares.mean())
         return Allocation(
-            self._by_slot(shares), self.sigmas, float(shares.mean()), float(errors.mean())
+            self._by_slot(shares), self.sigmas, float(shares.mean()), _root(errors.sum() / layers)
         )
 
     def _by_slot(self, flat: np.ndarray) -> dict[str, np.ndarray]:
@@ -129,6 +133,10 @@ def hull(ladder: np.ndarray, errors: np.ndarray, cell: int = 0) -> list[_Step]:
             corners.pop()
         corners.append(i)
     return [_Step(cell, b, _slope(ladder, errors, a, b)) for a, b in pairwise(corners)]
+
+
+def _root(x: float) -> float:
+    return float(max(0.0, x) ** 0.5)  # what is left of rounding is not below zero
 
 
 def _slope(x: np.ndarray, y: np.ndarray, a: int, b: int) -> float:

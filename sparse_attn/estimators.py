@@ -1,4 +1,5 @@
-"""How much softmax mass a block of keys holds for a block of queries, without computing it."""
+"""How much softmax mass a block of keys holds for a block of queries, without computing it, and
+what stands for the blocks that are dropped."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn.block_map import block_means, block_sizes
+from sparse_attn.kernels.reference import Pooled
 
 
 def subblock_mass(q: Tensor, k: Tensor, blocks: tuple[int, int], parts: int = 4) -> Tensor:
@@ -28,6 +30,41 @@ def subblock_mass(q: Tensor, k: Tensor, blocks: tuple[int, int], parts: int = 4)
     mass = logits.softmax(-1)
     mass = _cut(mass, -1, nk, blocks[1] // sizes[1]).sum(-1)
     return _cut(mass, 2, nq, blocks[0] // sizes[0], repeat=True).mean(3)
+
+
+def complement(k: Tensor, v: Tensor, keep: Tensor, key_block: int) -> Pooled:
+    """A mean key and value for each block, which stands for its tokens where it is not kept."""
+    sizes = block_sizes(k.shape[2], key_block, k.device)
+    bias = sizes.log().masked_fill(keep, -math.inf)
+    pooled = (block_means(x, key_block).to(x.dtype) for x in (k, v))
+    return Pooled(*pooled, bias)
+
+
+def block_scores(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int], pooled: bool) -> Tensor:
+    """What is lost, about, where a block is not kept: its mass, or what its mean misses of it."""
+    mass = subblock_mass(q, k, blocks)
+    return mass * loss_by_means(q, k, v, blocks) if pooled else mass
+
+
+def loss_by_means(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """How far off a mean key and value are for a block, per mass: float32 (b, h, nq, nk).
+
+    To first order a block of keys adds mass * (mean value + covariance of logits and values); its
+    mean leaves out the covariance, which is at most the product of both standard deviations. That
+    of the logits is taken over independent channels, for the mean square query of the block.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    spread_k, spread_v = (_variances(x, blocks[1]) for x in (k, v))
+    squares = block_means(q.float().square(), blocks[0]) / q.shape[-1]
+    logits = squares @ spread_k.repeat_interleave(repeat, dim=1).transpose(-1, -2)
+    values = spread_v.sum(-1).repeat_interleave(repeat, dim=1)
+    return (logits * values[:, :, None]).sqrt()
+
+
+def _variances(x: Tensor, block: int) -> Tensor:
+    """Of each channel in each block, (b, h, blocks, d)."""
+    square = block_means(x.float().square(), block)
+    return (square - block_means(x, block).square()).clamp(min=0)
 
 
 def exact_mass(q: Tensor, k: Tensor, rows: Tensor, key_block: int) -> Tensor:

@@ -1,38 +1,32 @@
-"""Keeps the blocks that hold most softmax mass by an estimate from means of sub-blocks.
+"""Keeps the blocks that would be missed most, and lets means stand for the others.
 
-The default policy: deterministic, no random state, under one per cent of the work of dense
-attention. The estimate is that of SGLang's sub-block selection (a log-sum-exp over the means of
-4x4 sub-blocks of a pair of blocks), normalised per part of the queries, so that it is a mass and
-can be compared between rows, heads and layers: `allocate` spends a layer's budget where it retains
-most. `pooled` adds what was dropped back as one mean key and value a block, weighted by its tokens,
-in the same softmax (Video-BLADE's global branch, without counting what is kept twice): at density
-1 it is dense attention. Costs no memory beyond the maps; no synchronisation.
+The default policy: deterministic, no random state, about one per cent of the work of dense
+attention. A block's softmax mass is estimated as in SGLang's sub-block selection, by a log-sum-exp
+over the means of 4x4 sub-blocks of a pair of blocks, normalised by row. With `pooled`, what is
+dropped takes part as one mean key and value a block, weighted by its tokens, in the same softmax
+(Video-BLADE's global branch, but without counting what is kept twice): density 1 is dense
+attention. Then what matters is not the mass but what the mean misses of it, so the mass is
+multiplied by the spread of the block's logits and values (`estimators.loss_by_means`; ours). Both
+scores compare between rows and heads, so that `allocate` spends a layer's budget where it counts.
+Costs no memory beyond the maps and the means, and no synchronisation.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from accel.artifact import ArtifactRef
+from accel.artifact import Artifact, ArtifactRef
 from accel.method import Method
 from sparse_attn._live import LiveSparse, Place, SparseAttention
-from sparse_attn.block_map import block_means, block_sizes, keep_share, keep_shares_of_heads
+from sparse_attn.block_map import keep_share, keep_shares_of_heads
 from sparse_attn.budgets import Budgets
-from sparse_attn.estimators import subblock_mass
+from sparse_attn.calibrate import CalibrationSettings, measured_budgets
+from sparse_attn.estimators import block_scores, complement
 from sparse_attn.kernels.reference import Pooled
-
-
-def complement(k: Tensor, v: Tensor, keep: Tensor, key_block: int) -> Pooled:
-    """A mean key and value for each block, which stands for its tokens where it is not kept."""
-    sizes = block_sizes(k.shape[2], key_block, k.device)
-    bias = sizes.log().masked_fill(keep, -math.inf)
-    pooled = (block_means(x, key_block).to(x.dtype) for x in (k, v))
-    return Pooled(*pooled, bias)
 
 
 @dataclass(frozen=True)
@@ -60,19 +54,35 @@ class SubblockLSE(SparseAttention, Method):
     def neutral(self) -> SubblockLSE:
         return replace(self, density=1.0, artifact=None)
 
+    def attends_densely(self) -> bool:
+        return self.density == 1
+
     def nominal(self) -> float:
-        return self.density
+        return self.density + (1 / self.blocks[1] if self.pooled else 0)
+
+    @staticmethod
+    def calibrate(
+        pipe: Any,
+        inputs: list[dict[str, Any]],
+        settings: CalibrationSettings | None = None,
+        parts: str | None = None,
+    ) -> Artifact:
+        """Measure what each head, layer and noise level loses at each density; see `calibrate`.
+
+        parts: a folder where each input's figures are kept, so that a stopped run goes on.
+        """
+        return measured_budgets(pipe, inputs, settings or CalibrationSettings(), parts)
 
     def prepare(self, pipe: Any, live: LiveSparse) -> None:
         if self.artifact is not None and self.density < 1:
             live.tables = Budgets.load(self.artifact, pipe).at_density(self.density)
 
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
-        mass = subblock_mass(q, k, place.blocks)
+        score = block_scores(q, k, live.values, place.blocks, self.pooled)
         if live.tables is None:
-            return keep_share(mass, self.density, self.allocate)
+            return keep_share(score, self.density, self.allocate)
         shares = live.tables.shares(place.denoiser, place.layer, place.sigma)
-        return keep_shares_of_heads(mass, torch.as_tensor(shares))
+        return keep_shares_of_heads(score, torch.as_tensor(shares))
 
     def pool(self, k: Tensor, v: Tensor, keep: Tensor, place: Place) -> Pooled | None:
         return complement(k, v, keep, place.blocks[1]) if self.pooled else None

@@ -51,7 +51,9 @@ def attend(
     values = heads(v)
     if pooled is not None:
         more = q.to(wide) @ heads(pooled.k).transpose(-1, -2) * scale
-        bias = pooled.bias.to(wide).repeat_interleave(blocks.query_block, dim=2)
+        b, h, nq, _ = blocks.keep.shape
+        bias = pooled.bias.to(wide).expand(b, h, nq, more.shape[-1])
+        bias = bias.repeat_interleave(blocks.query_block, dim=2)
         logits = torch.cat([logits, more + bias[:, :, : q.shape[2]]], dim=-1)
         values = torch.cat([values, heads(pooled.v)], dim=2)
     lse = logits.logsumexp(-1)

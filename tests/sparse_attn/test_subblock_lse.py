@@ -72,6 +72,31 @@ def test_the_estimate_weighs_ragged_ends_by_their_tokens(n, m):
     assert torch.allclose(mass, expected.expand_as(mass), atol=1e-6)
 
 
+def test_what_means_miss_is_the_covariance_of_logits_and_values():
+    """A block in which one channel of the keys moves the values: the first-order loss, exactly."""
+    from sparse_attn.estimators import loss_by_means
+
+    g = torch.Generator().manual_seed(0)
+    q = torch.zeros(1, 1, 16, 4)
+    q[..., 0] = 0.2  # small logits: first order holds
+    k, v = torch.zeros(1, 1, 48, 4), torch.zeros(1, 1, 48, 4)
+    k[:, :, 16:32, 0] = torch.randn(16, generator=g)
+    v[:, :, 16:32, 1] = 2 * k[:, :, 16:32, 0]  # values that follow the logits
+    k[:, :, 32:, 0] = torch.randn(16, generator=g)  # logits that move nothing
+    loss = loss_by_means(q, k, v, (16, 16))[0, 0, 0]
+    assert loss[0] == loss[2] == 0
+    scale = 1 / math.sqrt(4)
+    keep = torch.tensor([[[[True, False, True]]]])
+    kept = reference.attend(q, k, v, BlockMap(keep, 16, 16, 16, 48), complement(k, v, keep, 16))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    missed = (dense - kept.out).norm(dim=-1).mean()
+    mass = subblock_mass(q, k, (16, 16))[0, 0, 0, 1]
+    assert missed.item() == pytest.approx((mass * loss[1]).item(), rel=0.2)
+    assert loss[1].item() == pytest.approx(
+        0.2 * scale * 2 * k[0, 0, 16:32, 0].var(correction=0).item(), rel=1e-4
+    )
+
+
 def test_the_complement_is_exact_where_dropped_blocks_are_uniform():
     g = torch.Generator().manual_seed(0)
     q = torch.randn(1, 1, 32, 8, generator=g)

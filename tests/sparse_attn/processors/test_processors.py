@@ -1,0 +1,101 @@
+"""Each processor makes q, k, v and the rest as the one it stands for, bit for bit.
+
+And the copies of host code fail here by name when the host's source moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+
+import pytest
+import torch
+
+from accel.denoiser import denoisers
+from accel.patch import Patch
+from accel.testing import assert_equal, tiny
+from sparse_attn.processors import FAMILIES, processor_for
+
+PIPELINES = {
+    "wan": "WanTransformer3DModel",
+    "cogvideox": "CogVideoXTransformer3DModel",
+    "hunyuanvideo": "HunyuanVideoTransformer3DModel",
+    "ltx": "LTXVideoTransformer3DModel",
+    "flux": "FluxTransformer2DModel",
+}
+# Of the stock processor's __call__ in diffusers 0.42.1.
+SOURCES = {
+    "WanAttnProcessor": "13c09feedcfe814a",
+    "CogVideoXAttnProcessor2_0": "a1ecc57eaf6a958b",
+    "HunyuanVideoAttnProcessor2_0": "9d2e9a44e1dc2bf7",
+    "LTXVideoAttnProcessor": "cac2aabbea3a63db",
+    "FluxAttnProcessor": "d5b36134887ebe45",
+}
+
+
+class _HostKernel:
+    """A site that attends as the host does, through the code of our processor."""
+
+    def __init__(self, mask):
+        self.mask, self.calls = mask, 0
+
+    def sparse(self):
+        return self.attend
+
+    def attend(self, q, k, v):
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        self.calls += 1
+        return dispatch_attention_fn(q, k, v, attn_mask=self.mask, dropout_p=0.0)
+
+
+def replaced(host, patch, mask=None):
+    """All self-attentions through our processors."""
+    site = _HostKernel(mask)
+    for denoiser in denoisers(host.pipe):
+        for block in denoiser.blocks:
+            module = denoiser.module.get_submodule(block.self_attn)
+            ours = processor_for(denoiser.cls, block.self_attn, module.processor, site)
+            patch.swap(module, "processor", ours)
+    return site
+
+
+@pytest.mark.parametrize("pipeline", list(PIPELINES))
+@pytest.mark.parametrize("fused", [False, True])
+def test_bit_equal_to_the_stock_processor(pipeline, fused):
+    host = tiny(pipeline)
+    if fused:
+        if pipeline not in ("wan", "flux"):
+            pytest.skip("fused projections take a processor of their own in this family")
+        host.pipe.transformer.fuse_qkv_projections()
+    mask = None
+    if pipeline == "hunyuanvideo":  # no padding, so that no mask is needed
+        host.inputs["negative_prompt_attention_mask"] = torch.ones(1, 7)
+    plain, patch = host.run(), Patch()
+    site = replaced(host, patch, mask)
+    # CogVideoX attends in another layout, whose kernel sums alike
+    found = host.run()
+    patch.undo()
+    assert site.calls > 0
+    if pipeline == "hunyuanvideo":  # its mask of ones takes another kernel of torch
+        assert (found - plain).abs().max().item() < 1e-5
+    else:
+        assert_equal(plain, found, "output through our processors")
+
+
+@pytest.mark.parametrize("cls", list(FAMILIES))
+def test_the_hosts_source_is_the_one_that_was_copied(cls):
+    import diffusers.models.attention_processor as shared
+    from diffusers.models.transformers import (
+        transformer_flux,
+        transformer_hunyuan_video,
+        transformer_ltx,
+        transformer_wan,
+    )
+
+    name = FAMILIES[cls].stock
+    modules = (shared, transformer_wan, transformer_ltx, transformer_flux)
+    found = next(vars(m)[name] for m in (*modules, transformer_hunyuan_video) if name in vars(m))
+    source = inspect.getsource(found.__call__)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    assert digest == SOURCES[name], f"{name}.__call__ has changed: compare it with our copy"
