@@ -9,7 +9,8 @@ import importlib
 
 import typer
 
-COMMANDS = ("render", "folder", "rerender", "catalogue", "measure", "sheet", "evaluate", "app")
+COMMANDS = ("render", "folder", "rerender", "catalogue", "measure", "calibrate", "sheet")
+COMMANDS += ("evaluate", "app")
 
 app = typer.Typer(
     name="accel",

@@ -112,8 +112,7 @@ class Adaptive(SparseAttention, Method):
         if not self.window:
             return None
         bias = torch.full((1, 1, 1, 1), math.log(self.window), device=k.device)
-        means = (pooled_windows(x, self.window) for x in (k, v))
-        return Pooled(*means, bias)
+        return Pooled(pooled_windows(k, self.window), pooled_windows(v, self.window), bias)
 
 
 def _samples(block: int) -> int:

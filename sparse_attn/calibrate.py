@@ -113,7 +113,14 @@ def _key(pipe: Any, settings: CalibrationSettings) -> str:
 
 
 def _digest(arguments: dict[str, Any]) -> str:
-    return inputs_digest([{k: v for k, v in arguments.items() if k != "generator"}])[:12]
+    return inputs_digest([_plain(arguments)])[:12]
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """As JSON: a generator is its seed."""
+    seeded = isinstance(arguments.get("generator"), torch.Generator)
+    more = {"generator": arguments["generator"].initial_seed()} if seeded else {}
+    return {**arguments, **more}
 
 
 class _Curves:
@@ -233,9 +240,7 @@ def _artifact(
         fingerprint=Fingerprint.of(denoisers(pipe)[0].module),
         tensors=tensors,
         match="architecture",
-        inputs_sha256=inputs_digest(
-            [{k: v for k, v in x.items() if k != "generator"} for x in inputs]
-        ),
+        inputs_sha256=inputs_digest([_plain(x) for x in inputs]),
         settings=asdict(settings),
     )
 

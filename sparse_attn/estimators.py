@@ -36,8 +36,9 @@ def complement(k: Tensor, v: Tensor, keep: Tensor, key_block: int) -> Pooled:
     """A mean key and value for each block, which stands for its tokens where it is not kept."""
     sizes = block_sizes(k.shape[2], key_block, k.device)
     bias = sizes.log().masked_fill(keep, -math.inf)
-    pooled = (block_means(x, key_block).to(x.dtype) for x in (k, v))
-    return Pooled(*pooled, bias)
+    return Pooled(
+        block_means(k, key_block).to(k.dtype), block_means(v, key_block).to(v.dtype), bias
+    )
 
 
 def block_scores(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int], pooled: bool) -> Tensor:

@@ -232,7 +232,8 @@ class _Backward:
         )  # fmt: skip
         lists, counts = self.blocks.lists(), self.blocks.counts
         more = triton_forward._pooled_arguments(self.q, self.k, self.pooled, self.blocks)
-        backward_q[(-(-s // meta["BLOCK_M"]), h, b)](
+        launch: Any = backward_q[(-(-s // meta["BLOCK_M"]), h, b)]
+        launch(
             self.q, self.k, self.v, self.grad, dq, self.lse, self.delta, lists, counts, *more[:3],
             *_strides(self.q, self.k, self.v, self.grad, dq), *more[3:],
             h, s, self.blocks.keys, 0 if self.pooled is None else self.pooled.k.shape[2],
@@ -255,7 +256,8 @@ class _Backward:
         meta = constants(here, width, h // k.shape[1], self.config, k.dtype, bias is not None)
         lists, counts = seen_by.lists(), seen_by.counts
         table = self.q if bias is None else bias
-        backward_kv[(-(-k.shape[2] // meta["BLOCK_N"]), k.shape[1], b)](
+        launch: Any = backward_kv[(-(-k.shape[2] // meta["BLOCK_N"]), k.shape[1], b)]
+        launch(
             self.q, k, v, self.grad, dk, dv, self.lse, self.delta, lists, counts, table,
             *_strides(self.q, k, v, self.grad, dk, dv),
             *((0,) * 4 if bias is None else bias.stride()),

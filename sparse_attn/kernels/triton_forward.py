@@ -197,7 +197,8 @@ def attend(
     meta = constants(blocks, width, h // k.shape[1], chosen, q.dtype, pooled is not None)
     nq = counts.shape[-1]
     grid = (nq * (blocks.query_block // meta["BLOCK_M"]), h, b)
-    forward[grid](
+    launch: Any = forward[grid]
+    launch(
         q, k, v, out, lse, lists, counts, order, *more[:3],
         *(stride for x in (q, k, v, out) for stride in x.stride()[:3]), *more[3:],
         h, s, blocks.keys, 0 if pooled is None else pooled.k.shape[2], nq, lists.shape[-1],

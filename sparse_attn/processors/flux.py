@@ -37,8 +37,9 @@ class FluxProcessor(SparseProcessor):
             tq, tk = attn.norm_added_q(tq), attn.norm_added_k(tk)
             q, k, v = (torch.cat(x, dim=1) for x in ((tq, q), (tk, k), (tv, v)))
         if image_rotary_emb is not None:
-            q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
-            k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
+            rotate: Any = apply_rotary_emb  # which is said to return pairs, and never does here
+            q = rotate(q, image_rotary_emb, sequence_dim=1)
+            k = rotate(k, image_rotary_emb, sequence_dim=1)
         out = attend(q, k, v).flatten(2, 3).to(q.dtype)
         if said is None:
             return out

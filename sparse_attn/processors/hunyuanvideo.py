@@ -61,6 +61,7 @@ def _rotated(x: Tensor, rotary: Any, text: int) -> Tensor:
     """All but the last `text` tokens turned."""
     from diffusers.models.embeddings import apply_rotary_emb
 
+    rotate: Any = apply_rotary_emb  # which is said to return pairs, and never does here
     if not text:
-        return apply_rotary_emb(x, rotary, sequence_dim=1)
-    return torch.cat([apply_rotary_emb(x[:, :-text], rotary, sequence_dim=1), x[:, -text:]], dim=1)
+        return rotate(x, rotary, sequence_dim=1)
+    return torch.cat([rotate(x[:, :-text], rotary, sequence_dim=1), x[:, -text:]], dim=1)

@@ -1,0 +1,120 @@
+"""`calibrate`: what a method needs to know of a model before it can be used with care."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from apps.commands.say import told
+
+if TYPE_CHECKING:
+    from sparse_attn.subblock_lse import SubblockLSE
+
+commands = typer.Typer(no_args_is_help=True, help="Measure what a method needs to know of a model.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(commands, name="calibrate")
+    commands.command()(sparse)
+
+
+@commands.callback()
+def calibrate() -> None:
+    """Measure what a method needs to know of a model."""
+
+
+def sparse(
+    model: Annotated[str, typer.Option(help="Model: zoo:NAME, a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Recipe file to write; its artifact goes beside it.")],
+    jobs: Annotated[
+        Path | None,
+        typer.Option(help="Job file whose inputs and seeds are used; zoo models have their own."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Inputs; the last is held out.")] = 3,
+    error: Annotated[
+        float, typer.Option(min=0, help="Relative error of attention outputs that is allowed.")
+    ] = 0.1,
+    density: Annotated[
+        float | None, typer.Option(min=0.05, max=1, help="Mean density instead of an error.")
+    ] = None,
+    blocks: Annotated[
+        tuple[int, int], typer.Option(help="Tokens of a block of queries, of keys.")
+    ] = (256, 64),
+    dense: Annotated[float, typer.Option(min=0, max=1, help="First steps left dense.")] = 0.2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Budgets of sparse attention for each head, layer and noise level, within an error.
+
+    Runs the model as it is on a few inputs. A stopped calibration goes on where it was. The error
+    is then checked on an input that was held out.
+    """
+    with told():
+        import torch
+
+        from accel.method import Recipe
+        from accel.recipe_file import write_recipe
+        from sparse_attn.budgets import Budgets
+        from sparse_attn.calibrate import CalibrationSettings
+        from sparse_attn.subblock_lse import SubblockLSE
+
+        torch.set_num_threads(threads)
+        pipe, inputs, seeds = _pipeline(model, jobs, device, count)
+        calls = [
+            {**x, "generator": torch.Generator("cpu").manual_seed(seed)}
+            for x, seed in zip(inputs, seeds, strict=True)
+        ]
+        settings = CalibrationSettings(blocks=blocks, dense=dense)
+        kept = out.with_suffix(".parts")
+        typer.echo(f"{len(calls) - 1} inputs, each kept in {kept}", err=True)
+        artifact = SubblockLSE.calibrate(pipe, calls[:-1], settings, str(kept))
+        ref = artifact.save(out.with_suffix(".safetensors"))
+        budgets = Budgets.load(ref, pipe)
+        chosen = budgets.at_error(error) if density is None else budgets.at_density(density)
+        method = SubblockLSE((dense, 0.0), blocks, density=min(1.0, chosen.density), artifact=ref)
+        typer.echo(f"density {chosen.density:.3f}, expected error {chosen.error:.4f}")
+        found = held_out(pipe, method, calls[-1])
+        if found is not None:
+            typer.echo(f"on an input held out: density {found[0]:.3f}, error {found[1]:.4f}")
+        write_recipe(out, Recipe((method,)), name=out.stem)
+        typer.echo(f"wrote {out}; measure it with: accel measure {out} --model {model}")
+
+
+def held_out(pipe: Any, method: SubblockLSE, call: dict[str, Any]) -> tuple[float, float] | None:
+    """Density and error in a run of its own; None where the method leaves everything dense."""
+    from dataclasses import replace
+
+    from accel.method import attached
+
+    with attached(replace(method, guard=False, canary=1), pipe) as live:
+        pipe(**call)
+        detail = live.report()["runs"][0]["detail"]
+    if "density" not in detail:
+        return None
+    return detail["density"], detail["output_error"]["mean"]
+
+
+def _pipeline(
+    model: str, jobs: Path | None, device: str | None, count: int
+) -> tuple[Any, list[dict[str, Any]], list[int]]:
+    """The plain model, `count` inputs and their seeds."""
+    import accel
+    from accel.loading import quiet_loading
+    from apps.digits_referee import standard_inputs
+    from apps.render.jobs import read_jobs
+
+    listed = [job.job for job in read_jobs(jobs)] if jobs is not None else []
+    if jobs is None and not model.startswith("zoo:"):
+        raise ValueError(f"no inputs are known for {model}; give some with --jobs FILE")
+    with quiet_loading():
+        pipe = accel.load(model, device=device)
+    for live in reversed(accel.live_on(pipe)):
+        live.detach()
+    pipe.set_progress_bar_config(disable=True)
+    inputs = [job.inputs for job in listed] if listed else standard_inputs(pipe)
+    seeds = [job.seed for job in listed] if listed else list(range(len(inputs)))
+    if len(inputs) < count:
+        raise ValueError(f"calibrate: {len(inputs)} inputs, {count} wanted; give more or --count")
+    return pipe, inputs[:count], seeds[:count]
