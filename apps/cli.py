@@ -10,7 +10,7 @@ import importlib
 import typer
 
 COMMANDS = ("render", "folder", "rerender", "catalogue", "measure", "calibrate", "sheet")
-COMMANDS += ("evaluate", "app")
+COMMANDS += ("evaluate", "app", "search")
 
 app = typer.Typer(
     name="accel",

@@ -423,6 +423,77 @@ class SparseSpeed(_Strict):
     model: list[SparseModelRow]
 
 
+class SearchFigure(_Strict):
+    """Nines of certainty of an algorithm and of random search at its cost; paired by prompt."""
+
+    nines: Interval
+    random: Interval
+    over_random: Interval
+    p: Share
+
+
+class SearchPoint(_Strict):
+    prompts: Positive
+    judge: SearchFigure
+    referee: SearchFigure
+
+
+class SearchRow(_Strict):
+    """at: by cost in renders."""
+
+    search: dict[str, Any]
+    at: dict[str, SearchPoint]
+    verified_per_evaluation: Annotated[float, Field(ge=0)]
+    decodes_per_evaluation: Annotated[float, Field(ge=0)]
+
+
+class DraftRow(_Strict):
+    """captured: share of best-of-N's gain; price: of a draft in renders; cost: of drafts and commit
+    in best-of-N's; at_8: draft-and-commit for the cost of 8 renders."""
+
+    methods: list[MethodRecord]
+    rank: Interval
+    top: Interval
+    captured: Interval
+    price: Annotated[float, Field(gt=0)]
+    cost: Annotated[float, Field(gt=0)]
+    inputs: Positive
+    candidates: Positive
+    at_8: SearchPoint
+    drafts_at_8: Annotated[float, Field(gt=0)]
+
+
+class SearchKill(_Strict):
+    search: str
+    killed_at: list[float]
+    same: bool
+    scored_twice: int
+
+
+class SearchKills(_Strict):
+    tried: Positive
+    killed: Count
+    same: Count
+    batch: Positive
+    most_scored_twice: int
+    rows: list[SearchKill]
+
+
+class SearchStudy(_Strict):
+    """``search.json``. price: evaluations of a render."""
+
+    environment: Environment
+    protocol: ProtocolRecord
+    model: str
+    prompts: Positive
+    price: Annotated[float, Field(gt=0)]
+    minutes: Annotated[float, Field(gt=0)]
+    random: dict[str, dict[str, Interval]]
+    algorithms: dict[str, SearchRow]
+    drafts: dict[str, DraftRow]
+    kills: SearchKills
+
+
 KINDS: dict[str, type[BaseModel]] = {
     "sparse": SparseSpeed,
     "native": Native,
@@ -440,6 +511,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "time_shift": TimeShiftStudy,
     "one_more_step": OneMoreStepStudy,
     "recipe": RecipeMeasured,
+    "search": SearchStudy,
     ZOO: Envelope,
 }
 

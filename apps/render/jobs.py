@@ -12,10 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from apps.render import strict_json
 from apps.render.naming import folded, stem_problem
+from apps.search import SearchRequest
+from samplers.search.path import read_path
 
 # Arguments of a pipeline call that the renderer sets itself, or that cannot come from a file.
 RESERVED_INPUTS = {
@@ -54,6 +63,10 @@ class Job(BaseModel):
     )
     format: Literal["auto", "png", "mp4"] = Field("auto", description="auto: png or mp4 by shape")
     fps: int = Field(16, ge=1, le=240, description="Frames per second of an mp4")
+    search: SearchRequest | None = Field(None, description="Search better noise first")
+    noise: list[dict[str, Any]] | None = Field(
+        None, description="Path to a search's winner, from its record; instead of seed"
+    )
 
     @field_validator("name")
     @classmethod
@@ -81,6 +94,19 @@ class Job(BaseModel):
                 raise ValueError(f"{key!r} holds an object; numbers, text and lists only")
         strict_json.check(inputs)
         return inputs
+
+    @field_validator("noise")
+    @classmethod
+    def _readable_noise(cls, noise: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        if noise is not None:
+            read_path(noise)
+        return noise
+
+    @model_validator(mode="after")
+    def _one_noise(self) -> Job:
+        if self.noise is not None and (self.search is not None or self.seed):
+            raise ValueError("noise is given: no seed and no search beside it")
+        return self
 
     def chooses_recipe(self) -> bool:
         """True when the job names its recipe itself, even as null."""

@@ -18,6 +18,7 @@ from apps.render.files import write_atomically
 from apps.render.identity import identity, model_folder, model_revision
 from apps.render.jobs import JobFileError, PlacedJob
 from apps.render.naming import default_stem, folded, stem_problem
+from apps.search import check_request
 
 PLAN_FILE = "plan.jsonl"
 STAGES = ("denoise", "decode", "write")
@@ -35,6 +36,7 @@ class Settings:
     strict: bool = False
     metadata: bool = True
     raw: bool = False  # videos also as exact frames, .npz: an mp4 loses some
+    trusted: bool = False  # verifiers may start commands: named on the command line, not in a file
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def _checked(task_id: str, stem: str, payload: dict[str, Any]) -> PlannedTask:
 
 def _task(index: int, placed: PlacedJob, settings: Settings, folder: Path) -> PlannedTask:
     job = placed.job
+    if job.search is not None:
+        check_request(job.search, trusted=settings.trusted)
     model = job.model or settings.model
     if model is None:
         raise ValueError("no model: give the job one, or use --model")
@@ -142,6 +146,8 @@ def _task(index: int, placed: PlacedJob, settings: Settings, folder: Path) -> Pl
         "metadata": settings.metadata,
         "raw": settings.raw,
     }
+    if job.search is not None and settings.trusted:
+        payload["trusted"] = True
     own = identity(payload)
     stem = job.name or default_stem(index, own, job.inputs)
     return PlannedTask(own, stem, payload | {"stem": stem})

@@ -107,6 +107,10 @@ class RichBars:
             return
         if kind == "step":
             self._bars.update(row, completed=event["step"], total=event["steps"])
+        elif kind == "search":
+            best = "-" if event["best"] is None else f"{event['best']:.4g}"
+            note = escape(f"best {event['verifier']} {best}")
+            self._bars.update(row, completed=round(100 * event["share"]), total=100, note=note)
         elif kind in ("stage", "loading"):
             note = "loading the model" if kind == "loading" else f"{event['stage']} done"
             self._bars.update(row, note=note)

@@ -7,6 +7,7 @@ lists are there.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,3 +99,6 @@ def _clear_latents(folder: Path, wanted: set[str]) -> None:
     for path in (folder / WORK_FOLDER).glob("*.safetensors"):
         if path.stem not in wanted:
             remove(path)
+    for path in (folder / WORK_FOLDER).glob("*.search"):
+        if path.stem not in wanted:
+            shutil.rmtree(path, ignore_errors=True)

@@ -18,6 +18,7 @@ from apps.render.naming import stem_problem
 from apps.render.outputs import read_sidecar
 from apps.render.plan import PlannedTask, recipe_sha256
 from apps.render.progress import Progress
+from samplers.search.path import read_path
 
 _PAYLOAD = {
     "job",
@@ -130,12 +131,26 @@ def _current(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if sha256 != payload["recipe_sha256"]:
             changes.append(f"recipe {payload['recipe']}")
             payload["recipe_sha256"] = sha256
+    if "search" in payload["job"]:
+        _use_found(payload, record)
     payload.setdefault("strict", False)
     payload.setdefault("metadata", True)
     stem = payload.get("stem")
     if not isinstance(stem, str) or stem_problem(stem) is not None:
         payload["stem"] = "rerender"
     return payload, changes
+
+
+def _use_found(payload: dict[str, Any], record: dict[str, Any]) -> None:
+    """Instead of searching again, begin from the noise that was found."""
+    found = record.get("search")
+    if not isinstance(found, dict) or "path" not in found:
+        raise ValueError("its record does not say which noise its search found")
+    kept = {k: v for k, v in payload["job"].items() if k not in ("search", "seed")}
+    payload["job"] = {**kept, "seed": 0, "noise": found["path"]}
+    read_path(found["path"])
+    if found.get("drafts"):  # its recipe made drafts only
+        payload["recipe"] = payload["recipe_sha256"] = None
 
 
 def _why(summary: Summary) -> str:

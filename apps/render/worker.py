@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,10 @@ from apps.render.plan import recipe_sha256
 from apps.render.sentinels import suspicion
 from apps.render.watch import Parts, watched
 from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
+from apps.search import SearchRequest, drafts, run_search, story, write_record
+from samplers.search.path import Path as NoisePath
+from samplers.search.path import read_path
+from samplers.search.player import Player
 
 Emit = Callable[[dict[str, Any]], None]
 # Tasks of other kinds: a function (worker, task id, payload) -> content of the sidecar, imported
@@ -80,6 +85,7 @@ class Worker:
             story["timings"]["total"] = time.perf_counter() - started
             content = self._write(task_id, payload, frames, story)
         remove(kept)
+        shutil.rmtree(kept.with_suffix(".search"), ignore_errors=True)
         return result_of(content)
 
     def close(self) -> None:
@@ -100,7 +106,13 @@ class Worker:
         inputs = payload["job"]["inputs"]
         stages.check_inputs(pipe, inputs)
         recipe = self._recipe(payload) if without is None else None
-        latents, story = self._call(pipe, inputs, payload, recipe)
+        found = self._search(pipe, payload, kept, recipe)
+        if found and found["drafts"]:
+            recipe = None
+        noise = found["path"] if found else payload["job"].get("noise")
+        path = None if noise is None else read_path(noise)
+        latents, story = self._call(pipe, inputs, payload, recipe, path)
+        story |= {"search": found} if found else {}
         if without is not None:
             story["fallback"] = {"reason": without, "recipe": payload["recipe_sha256"]}
         latents = latents_file.Latents(latents.mode, latents.args, latents.kwargs, story)
@@ -147,6 +159,8 @@ class Worker:
     def _write(self, task_id: str, payload: dict, frames: Any, story: dict) -> dict[str, Any]:
         job, stem = payload["job"], payload["stem"]
         record = {"identity": task_id, "stem": stem, "payload": payload, "versions": versions()}
+        if "search" in story:
+            record["search"] = story["search"]
         media = encode_all(
             frames,
             stem=stem,
@@ -157,10 +171,44 @@ class Worker:
         )
         return commit(self.out, stem, media, record | story)
 
+    def _search(
+        self, pipe: Any, payload: dict, kept: Path, recipe: accel.Recipe | None
+    ) -> dict[str, Any] | None:
+        """Search the job's noise if it asks for that; returns what the sidecar keeps of it.
+
+        Its journal lies beside the latents, so a search that is cut off goes on from there.
+        """
+        if "search" not in payload["job"]:
+            return None
+        request = SearchRequest.model_validate(payload["job"]["search"])
+
+        def observe(progress: Any) -> None:
+            self.check()
+            best = progress.best.score if progress.best else None
+            shown = {"share": round(progress.share, 4), "evaluations": progress.evaluations}
+            self.emit({"event": "search", "best": best, "verifier": request.verifier, **shown})
+
+        journal = kept.with_suffix(".search")
+        try:
+            result = run_search(
+                request,
+                pipe,
+                payload["job"]["inputs"],
+                recipe,
+                seed=payload["job"]["seed"],
+                journal=journal,
+                trusted=payload.get("trusted", False),
+                observe=observe,
+            )
+        except ValueError as error:
+            raise InvalidJob(str(error)) from error
+        write_record(self.out, payload["stem"], result)
+        return {**story(result), "drafts": drafts(request)}
+
     # the pipeline
 
     def _call(
-        self, pipe: Any, inputs: dict, payload: dict, recipe: accel.Recipe | None
+        self, pipe: Any, inputs: dict, payload: dict, recipe: accel.Recipe | None, path: Any
     ) -> tuple[latents_file.Latents, dict[str, Any]]:
         """One denoise under a recipe; returns latents and their story (report, timings, notes)."""
         marks = {"start": time.perf_counter()}
@@ -174,7 +222,7 @@ class Worker:
 
         with warnings.catch_warnings(record=True) as caught, self._watched(pipe) as parts:
             warnings.simplefilter("always")
-            latents, report = self._attached_call(pipe, inputs, payload, recipe, on_event)
+            latents, report = self._attached_call(pipe, inputs, payload, recipe, path, on_event)
         now = time.perf_counter()
         first = marks.get("run", marks["start"])
         notes = [f"{w.category.__name__}: {w.message}" for w in caught if _is_ours(w)]
@@ -190,7 +238,13 @@ class Worker:
         return watched(pipe) if self.watch else contextlib.nullcontext()
 
     def _attached_call(
-        self, pipe: Any, inputs: dict, payload: dict, recipe: Any, on_event: Callable
+        self,
+        pipe: Any,
+        inputs: dict,
+        payload: dict,
+        recipe: Any,
+        path: NoisePath | None,
+        on_event: Callable,
     ) -> tuple[latents_file.Latents, dict[str, Any] | None]:
         seed, count = payload["job"]["seed"], stages.sample_count(inputs)
         changes = recipe.call_changes() if recipe else {}
@@ -202,8 +256,9 @@ class Worker:
                 with (
                     _own_global_rng(seed),
                     _attached(recipe, pipe, payload["strict"], on_event) as live,
+                    _from_noise(pipe, inputs, recipe, live, path) as own,
                 ):
-                    latents = stages.denoise(pipe, arguments, cut=cut)
+                    latents = stages.denoise(pipe, own or arguments, cut=cut)
                 return latents, None if live is None else live.report()
             except stages.Uncut:
                 self._uncut.add(self._loaded or ())
@@ -272,6 +327,22 @@ def _own_global_rng(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def _from_noise(
+    pipe: Any, inputs: dict, recipe: Any, live: Any, path: NoisePath | None
+) -> Iterator[dict[str, Any] | None]:
+    """Arguments of a call that ends a path; ``None`` without one: the seed says the noise."""
+    if path is None:
+        yield None
+        return
+    try:
+        player = Player(pipe, inputs, live)
+    except ValueError as error:
+        raise InvalidJob(str(error)) from error
+    with player, player.ending(path, recipe or accel.Recipe(())) as arguments:
+        yield arguments
 
 
 @contextlib.contextmanager

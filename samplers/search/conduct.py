@@ -27,7 +27,8 @@ class SearchSettings:
     and never searched; ``None`` chooses one. journal: a folder; a search that was killed goes on
     from it, a finished one is only read, one with a larger budget goes on. baseline: search at
     random at equal cost, too, for comparison. patience: stop after so many gains in a row that the
-    first held-out verifier sees as losses.
+    first held-out verifier sees as losses. deliver: render the winner; without, only its path is
+    given, for a renderer.
     """
 
     seed: int = 0
@@ -36,6 +37,7 @@ class SearchSettings:
     journal: str | None = None
     baseline: bool = False
     patience: int | None = None
+    deliver: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("batch", 1), ("patience", 1)):
@@ -109,7 +111,7 @@ def conduct(
                     observe=observe,
                     patience=settings.patience,
                 )
-                winners.append(_searched(search, session, settings.baseline))
+                winners.append(_searched(search, session, settings))
             if journal is not None:
                 journal.forget_states()
     finally:
@@ -119,15 +121,15 @@ def conduct(
     return SearchResult(winners, search.to_json(), judging.verifier.name, names)
 
 
-def _searched(search: Any, session: Session, baseline: bool) -> Winner:
+def _searched(search: Any, session: Session, settings: SearchSettings) -> Winner:
     stopped = "finished"
     try:
         search.explore(session)
     except Spent as reason:
         stopped = str(reason)
-    if baseline:
+    if settings.baseline:
         session.baseline()
-    return session.deliver(stopped)
+    return session.deliver(stopped, render=settings.deliver)
 
 
 def held_out(verifier: Any, settings: SearchSettings) -> tuple[Any, ...]:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.artifact import write_atomically
 from samplers.search.leg import State
 
 FORMAT = 1
@@ -47,6 +46,7 @@ class Journal:
             if lines[-1]:
                 with path.open("r+b") as file:
                     file.truncate(sum(len(x) + 1 for x in whole))
+        self._places = self._find_states()
         self._file = path.open("ab" if whole else "wb")
         if not whole:
             self._append(head)
@@ -97,40 +97,65 @@ class Journal:
         path = self.folder / "pictures" / f"{unit}.npy"
         return np.load(path) if path.is_file() else None
 
-    def keep_state(self, name: str, state: State, seen: Tensor | None) -> None:
-        """A state, and what is predicted at it if that is known."""
-        from safetensors.torch import save
+    def keep_states(self, states: dict[str, tuple[State, Tensor | None]]) -> None:
+        """States by name, each with what is predicted at it if that is known.
 
-        tensors: dict[str, Tensor] = {"sample": state.sample}
-        if state.clean is not None:
-            tensors["clean"] = state.clean
-        if seen is not None:
-            tensors["seen"] = seen
-        tree = _flatten(state.solver, "solver", tensors)
-        head = {"step": state.step, "solver": tree}
-        data = save(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-            metadata={"state": json.dumps(head)},
-        )
-        write_atomically(self.folder / "states" / f"{name}.safetensors", data)
+        One file, not forced to the disk: one that is lost or cut off is computed again.
+        """
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        heads = {}
+        for name, (state, seen) in states.items():
+            parts = {"sample": state.sample, "clean": state.clean, "seen": seen}
+            own = {k: v for k, v in parts.items() if v is not None}
+            heads[name] = {"step": state.step, "solver": _flatten(state.solver, "solver", own)}
+            tensors |= {f"{name}/{k}": v for k, v in own.items()}
+        folder = self.folder / "states"
+        folder.mkdir(exist_ok=True)
+        target = folder / f"{len(self.units):06d}-{next(iter(states))[:16]}.safetensors"
+        data = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        temporary = target.with_suffix(".tmp")
+        save_file(data, temporary, metadata={"states": json.dumps(heads)})
+        temporary.replace(target)
+        self._places |= dict.fromkeys(states, target)
 
     def state(self, name: str, device: Any) -> tuple[State, Tensor | None] | None:
-        """What ``keep_state`` kept; ``None`` if it did not."""
-        from safetensors import safe_open
+        """What ``keep_states`` kept; ``None`` if it did not."""
+        from safetensors import SafetensorError, safe_open
 
-        path = self.folder / "states" / f"{name}.safetensors"
-        if not path.is_file():
+        path = self._places.get(name)
+        if path is None:
             return None
-        with safe_open(path, "pt", device=str(device)) as file:
-            head = json.loads(file.metadata()["state"])
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                head = json.loads(file.metadata()["states"])[name]
+                prefix = f"{name}/"
+                own = [k for k in file.keys() if k.startswith(prefix)]  # noqa: SIM118
+                tensors = {k.removeprefix(prefix): file.get_tensor(k) for k in own}
+        except (OSError, SafetensorError):
+            return None
         solver = _build(head["solver"], tensors)
         state = State(head["step"], tensors["sample"], tensors.get("clean"), solver)
         return state, tensors.get("seen")
 
+    def _find_states(self) -> dict[str, File]:
+        """Which file holds each state; of two the later one."""
+        from safetensors import SafetensorError, safe_open
+
+        places: dict[str, File] = {}
+        for path in sorted((self.folder / "states").glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    places |= dict.fromkeys(json.loads(file.metadata()["states"]), path)
+            except (OSError, SafetensorError):
+                continue
+        return places
+
     def forget_states(self) -> None:
         """An input is done: its states are not wanted again."""
         shutil.rmtree(self.folder / "states", ignore_errors=True)
+        self._places.clear()
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.method import Recipe, attached
+from accel.method import Attached, Recipe, attached
 from accel.patch import Patch
 from samplers.predictions import renoise
 from samplers.search.budget import Cost
@@ -34,15 +34,16 @@ class Player:
         ValueError: the call makes more than one sample.
     """
 
-    def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
+    def __init__(self, pipe: Any, call: dict[str, Any], live: Attached | None = None) -> None:
+        """``live``: a recipe that is attached to ``pipe`` already, and stays so."""
         check_single(call)
         self.pipe, self.call = pipe, dict(call)
         self.states: dict[str, State] = {}
         self.seen: dict[str, Tensor] = {}  # clean predictions at the end of a path
         self.recall: Callable[[str], bool] = lambda name: False  # puts a kept state into `states`
         self._grids: dict[Recipe, Leg] = {}
-        self._recipe: Recipe | None = None
-        self._live: Any = None
+        self._recipe: Any = None if live is None else live.method
+        self._live: Any = live
         self._attached, self._memo = ExitStack(), Patch()
 
     def __enter__(self) -> Player:
@@ -129,6 +130,24 @@ class Player:
         """Let all states go."""
         self.states.clear()
         self.seen.clear()
+
+    @contextmanager
+    def ending(self, path: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
+        """Arguments of the one pipeline call that ends ``path``, to be made inside.
+
+        For a renderer, which does more with a call than look at what it returns. The global
+        generator is seeded as it was in the search.
+        """
+        path = finished(path)
+        seed, last = _seed(path), path[-1]
+        leg = Leg()
+        if not is_plain(path):
+            assert isinstance(last, Run)
+            (start,) = self.reach([path[:-1]], recipe, Cost())
+            leg = Leg(start, None, last.eta, [last.key])
+        self._use(recipe)
+        with _forked(seed), leg.on(self.pipe):
+            yield self._arguments(recipe, [seed])
 
     # -- how ---------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from samplers.search.budget import Ledger
-from samplers.search.path import Path, path_json
+from samplers.search.path import Path, is_plain, path_json
 
 Purpose = Literal["render", "draft", "preview", "baseline"]
 
@@ -64,13 +64,14 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Winner:
-    """The delivered sample of one input, rendered alone. ``path`` makes it again.
+    """The delivered sample of one input, rendered alone (``frames``: uint8, None if it was not
+    asked for). ``path`` makes it again.
 
     candidates: all, in order; best: the one chosen; delivered: its scores as rendered alone;
     report: of the algorithm (lineage, effective sample sizes, ...); stopped: what ended it.
     """
 
-    frames: np.ndarray = field(repr=False)
+    frames: np.ndarray | None = field(repr=False)
     path: Path
     best: Candidate
     delivered: dict[str, float | None]
@@ -81,8 +82,8 @@ class Winner:
 
     def first_draws(self) -> list[Candidate]:
         """Plain finished candidates, else drafts: what the pipeline gives by itself."""
-        for purpose in ("render", "draft"):
-            found = [c for c in self.candidates if c.purpose == purpose and len(c.path) == 2]
+        for purposes in (("render", "baseline"), ("draft",)):
+            found = [c for c in self.candidates if c.purpose in purposes and is_plain(c.path)]
             if found:
                 return found
         return []

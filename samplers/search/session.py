@@ -233,8 +233,12 @@ class Session:
         paths = [(Draw(self.key("baseline", i)),) for i in range(count)]
         self._scored("baseline", [finished(p) for p in paths], self.recipe)
 
-    def deliver(self, stopped: str) -> Winner:
-        """The best candidate, rendered alone. Raises ``ValueError`` if nothing was scored."""
+    def deliver(self, stopped: str, *, render: bool = True) -> Winner:
+        """The best candidate, rendered alone unless ``render`` is false.
+
+        Raises:
+            ValueError: nothing was scored.
+        """
         best = self.best()
         if best is None:
             raise ValueError(
@@ -242,6 +246,16 @@ class Session:
                 + ("" if self.candidates else " within the budget")
             )
         path = finished(best.path)
+        frames, delivered = self._delivered(best, path) if render else (None, {})
+        winner = Winner(
+            None if frames is None else frames[0], path, best, delivered, self.candidates,
+            self.ledger, self.report, stopped,
+        )  # fmt: skip
+        self._tell("winner", ())
+        return winner
+
+    def _delivered(self, best: Candidate, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+        """Frames and scores of the winner alone; once, with a journal."""
         unit = digest(path, "delivery", self.place.number)
         row = self.journal.get(unit) if self.journal else None
         frames = self.journal.pictures(unit) if self.journal and row else best.frames
@@ -249,21 +263,14 @@ class Session:
             cost = Cost()
             if frames is None:
                 frames = self.player.frames([path], self.recipe, cost)
-            scores, held = self.judging.scores(
-                frames, self.place.prompt, all_of_them=True, cost=cost
-            )
-            row = {"delivered": {k: v[0] for k, v in {**scores, **held}.items()},
-                   "cost": cost.as_json()}  # fmt: skip
+            found = self.judging.scores(frames, self.place.prompt, all_of_them=True, cost=cost)
+            scores = {k: v[0] for part in found for k, v in part.items()}
+            row = {"delivered": scores, "cost": cost.as_json()}
             if self.journal:
                 self.journal.keep_pictures(unit, frames)
                 self.journal.put(unit, row)
         self.ledger.add("delivery", Cost(**row["cost"]))
-        winner = Winner(
-            frames[0], path, best, row["delivered"], self.candidates, self.ledger, self.report,
-            stopped,
-        )  # fmt: skip
-        self._tell("winner", ())
-        return winner
+        return frames, row["delivered"]
 
     # -- units -------------------------------------------------------------------------------
 
@@ -294,6 +301,8 @@ class Session:
         count = row["count"]
         pictures = row.get("pictures")
         values = self.judging.values([_row(row["scores"], i) for i in range(count)])
+        spent, own = self.ledger.spent().evaluations, row["cost"]["evaluations"]
+        own = 0 if purpose in Ledger.FREE else own
         new = [
             Candidate(
                 index=len(self.candidates) + i,
@@ -302,7 +311,7 @@ class Session:
                 score=None if np.isnan(values[i]) else float(values[i]),
                 scores=_row(row["scores"], i),
                 held_out=_row(row["held_out"], i),
-                evaluations=self.ledger.spent().evaluations,
+                evaluations=spent - own + own * (i + 1) // count,
                 picture=None if pictures is None else pictures[i],
                 frames=row.get("frames") if count == 1 and purpose == "render" else None,
             )
@@ -317,15 +326,15 @@ class Session:
         """One batch, read or computed; fewer paths than asked where the budget ends."""
         name = digest(paths, purpose, look, self.place.number, recipe.digest())
         row = self.journal.get(name) if self.journal else None
-        if row is not None:
+        if row is not None and "cost" in row:
             self._account(purpose, Cost(**row["cost"]))
             assert self.journal is not None
             return {**row, "pictures": self.journal.pictures(name)}
-        afforded = paths[: self._affordable(purpose, paths, recipe, look)]
-        if not afforded:
+        count = self._decided(name, row, purpose, paths, recipe, look)
+        if not count:
             raise Spent("the budget is spent")
-        if len(afforded) < len(paths):
-            return self._unit(purpose, afforded, recipe, look=look)
+        if count < len(paths):
+            return self._unit(purpose, paths[:count], recipe, look=look)
         cost = Cost()
         row = self._computed(purpose, paths, recipe, look, cost)
         row = {"count": len(paths), "cost": cost.as_json(), **row}
@@ -334,13 +343,33 @@ class Session:
             kept = {k: v for k, v in row.items() if k not in ("pictures", "frames")}
             if "pictures" in row:
                 self.journal.keep_pictures(name, row["pictures"])
-            for path in paths if purpose in ("preview", "advance") else ():
-                known = digest(path)
-                self.journal.keep_state(
-                    known, self.player.states[known], self.player.seen.get(known)
-                )
+            if purpose in ("preview", "advance"):
+                names = [digest(p) for p in paths]
+                player = self.player
+                self.journal.keep_states({n: (player.states[n], player.seen.get(n)) for n in names})
             self.journal.put(name, {**kept, "purpose": purpose})
         return row
+
+    def _decided(
+        self,
+        name: str,
+        row: dict[str, Any] | None,
+        purpose: str,
+        paths: list[Path],
+        recipe: Recipe,
+        look: bool,
+    ) -> int:
+        """How many of a batch are made. A cut is journalled before it is followed.
+
+        Once some of the batch are known, what the rest costs would no longer say.
+        """
+        limit = None if self.budget.seconds is not None else self.limit
+        if row is not None and row["limit"] == limit:
+            return row["afforded"]
+        count = self._affordable(purpose, paths, recipe, look)
+        if count < len(paths) and self.journal and limit is not None:
+            self.journal.put(name, {"afforded": count, "limit": limit})
+        return count
 
     def _computed(
         self, purpose: str, paths: list[Path], recipe: Recipe, look: bool, cost: Cost

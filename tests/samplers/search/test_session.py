@@ -10,6 +10,7 @@ import pytest
 import accel
 from samplers.search.budget import Budget
 from samplers.search.conduct import SearchSettings
+from samplers.search.particles import Particles
 from samplers.search.random import Random
 from samplers.search.verifiers.pixels import Brightness, Contrast, Darkness, Sharpness
 from samplers.search.verifiers.protocol import RankEnsemble
@@ -179,3 +180,18 @@ def test_sharpness_is_held_out_where_nothing_else_is_said(pipe):
 def test_calls_of_several_samples_are_refused(pipe, call):
     with pytest.raises(ValueError, match="one sample"):
         Random().run(pipe, [CALL | call], Brightness(), Budget(renders=2))
+
+
+def test_killed_behind_a_batch_that_the_budget_cut_it_ends_the_same(pipe, tmp_path, counting):
+    """What a cut batch found must not make the rest of it look cheaper when resumed."""
+    more = {"search": Particles(3, at=(0.6,)), "budget": Budget(renders=7.4), "verifier": counting}
+    seen = []
+    whole = shown(run(pipe, tmp_path / "whole", **more, observe=seen.append))
+    first = [i for i, p in enumerate(seen, start=1) if p.input == 0 and p.kind == "candidates"]
+    samples = counting.samples
+    for after in first[-2:]:
+        counting.samples = 0
+        with pytest.raises(Killed):
+            run(pipe, tmp_path / str(after), **more, observe=killing(after))
+        assert shown(run(pipe, tmp_path / str(after), **more)) == whole
+        assert counting.samples == samples

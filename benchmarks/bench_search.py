@@ -1,0 +1,411 @@
+"""Noise search on ``zoo:digits-sd``: every algorithm against random search at equal cost.
+
+    python -m benchmarks.bench_search [--prompts 64] [--keep FOLDER] [--kill] [--draw]
+
+Prompts are chosen for headroom: of many captions those whose samples a pilot (other seeds) finds
+worst, without guidance. The judge is searched; the referee, of another architecture and trained on
+other scans, is not, and says whether the gain is real. Figures are nines of certainty,
+-log10(1 - p) of what was asked; the order is the log-likelihood's, which saturates. Random search
+is exact: the mean over all choices of n of 32 draws. Drafts are judged by the gain of best-of-8
+that rendering the best of 8 drafts captures. ``--kill``: a search is killed with SIGKILL at random
+moments and resumed. With ``--keep`` an interrupted study goes on. A picture goes to
+``benchmarks/pictures/search.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import accel
+from accel.artifact import inputs_digest
+from accel.loading import zoo_path
+from accel.measure import environment, load_average
+from accel.method import Recipe, Search
+from accel.metrics.protocol import Protocol, file_sha256
+from accel.metrics.statistics import bootstrap, paired_test
+from accel.settings import Settings
+from accel.zoo.world import BACKGROUNDS, caption
+from benchmarks.digits_study import SD, weights_sha256
+from benchmarks.distil import RECIPES
+from benchmarks.results_file import RESULTS, read, write
+from benchmarks.search_picture import PICTURE, draw
+from caches.interval import IntervalCache
+from samplers.search.budget import Budget
+from samplers.search.conduct import SearchSettings
+from samplers.search.draft_commit import DraftCommit, compared
+from samplers.search.evolution import Evolution
+from samplers.search.particles import Particles
+from samplers.search.paths import Paths
+from samplers.search.random import Random
+from samplers.search.result import Candidate, Winner
+from samplers.search.rollover import Rollover
+from samplers.search.session import PLAIN
+from samplers.search.verifiers.digits import DigitsJudge
+from samplers.search.zero_order import ZeroOrder
+from samplers.swap import SwapScheduler
+
+JUDGE, REFEREE = "digits-judge", "digits-judge-b"
+STEPS, GUIDANCE = 20, 1.0
+POOL, LOOKED_AT, PILOT_SEEDS = 32, 160, 4
+POINTS = (4, 8, 16)  # renders
+MOST = 6.0  # nines: a float32 knows no more
+SEED, PILOT = 0, 900_000
+DRAFTED = 8  # draws of draft-and-commit, and of the best-of-N it is compared with
+KILLS = 10
+
+
+def algorithms() -> dict[str, Search]:
+    """What is run to 16 renders."""
+    return {
+        "zero-order, cosine 0.95": ZeroOrder(4, 0.95),
+        "zero-order, cosine 0.8, of 4": ZeroOrder(4, 0.8, starts=4),
+        "paths": Paths(2, 3, start=0.4, up=0.25, down=0.4, rounds=None),
+        "particles, 4": Particles(4),
+        "particles, 8": Particles(8),
+        "evolution": Evolution((0.0, 0.4), (8, 4, 4), elites=2),
+        "rollover": Rollover(8, 12, together=12),
+    }
+
+
+def drafts() -> dict[str, Recipe]:
+    """Recipes that make drafts."""
+    return {
+        "student, 4 steps": accel.read_recipe(RECIPES / "digits-sd-4-steps.yaml").recipe,
+        "output cache, every 3rd": Recipe((IntervalCache(3, 1, 1, "output", 1),)),
+        "output cache, every 4th": Recipe((IntervalCache(4, 1, 1, "output", 1),)),
+        "output cache, every 6th": Recipe((IntervalCache(6, 1, 1, "output", 1),)),
+        "DPM-Solver++, 6 steps": Recipe((_solver(6),)),
+        "control: DDIM, 3 steps": Recipe((SwapScheduler("DDIMScheduler", Settings(), steps=3),)),
+    }
+
+
+def _solver(steps: int) -> SwapScheduler:
+    return SwapScheduler("DPMSolverMultistepScheduler", Settings(), steps=steps)
+
+
+# -- prompts ---------------------------------------------------------------------------------
+
+
+def call_of(prompt: str) -> dict[str, Any]:
+    return {"prompt": prompt, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+
+
+def hard_prompts(pipe: Any, count: int) -> list[str]:
+    """Of captions that go round the world those with the lowest mean score over a few seeds."""
+    said = [
+        caption(i * 37 % 10, i * 37 % 100 // 10, i % len(BACKGROUNDS)) for i in range(LOOKED_AT)
+    ]
+    said = list(dict.fromkeys(said))
+    scores = []
+    for start in range(0, len(said), 8):
+        some = [p for p in said[start : start + 8] for _ in range(PILOT_SEEDS)]
+        generators = [
+            torch.Generator().manual_seed(PILOT + start * PILOT_SEEDS + i) for i in range(len(some))
+        ]
+        arguments = {**call_of(""), "prompt": some, "generator": generators, "output_type": "np"}
+        frames = (pipe(**arguments).images * 255).round().astype(np.uint8)
+        scores += DigitsJudge(JUDGE).score(frames, some).reshape(-1, PILOT_SEEDS).mean(1).tolist()
+    order = np.argsort(scores, kind="stable")[:count]
+    return [said[i] for i in sorted(order)]
+
+
+# -- figures ---------------------------------------------------------------------------------
+
+
+def nines(log_p: float) -> float:
+    """-log10(1 - p), at most MOST."""
+    return min(MOST, -math.log10(max(-math.expm1(log_p), 10**-MOST)))
+
+
+def figures_of(c: Candidate) -> tuple[float, float]:
+    """Nines by judge and referee."""
+    score, held = c.scores[JUDGE], c.held_out[REFEREE]
+    assert score is not None
+    assert held is not None
+    return nines(score), nines(held)
+
+
+def expected_best(pool: list[Candidate], count: float) -> np.ndarray:
+    """Nines (judge, referee) of the best by the judge of ``count`` of the pool, exactly.
+
+    Fractions of a draw lie on the line between whole ones.
+    """
+    if count % 1:
+        low = math.floor(count)
+        share = count - low
+        return (1 - share) * expected_best(pool, low) + share * expected_best(pool, low + 1)
+    n, k = len(pool), int(count)
+    order = sorted(pool, key=lambda c: -(c.score if c.score is not None else -math.inf))
+    chance = [math.comb(n - 1 - j, k - 1) / math.comb(n, k) for j in range(n)]
+    return np.array(chance) @ np.array([figures_of(c) for c in order])
+
+
+def best_at(winner: Winner, evaluations: float) -> Candidate | None:
+    """The best render known after so many evaluations."""
+    known = [
+        c
+        for c in winner.candidates
+        if c.purpose == "render" and c.evaluations <= evaluations and c.score is not None
+    ]
+    return max(known, key=lambda c: c.score or -math.inf, default=None)
+
+
+def compared_row(own: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+    """(prompts, 2) nines of an algorithm and of random search at its cost."""
+    row: dict[str, Any] = {"prompts": len(own)}
+    for i, name in enumerate(("judge", "referee")):
+        test = paired_test(own[:, i].tolist(), reference[:, i].tolist())
+        row[name] = {
+            "nines": bootstrap(own[:, i].tolist()).as_json(),
+            "random": bootstrap(reference[:, i].tolist()).as_json(),
+            "over_random": test.difference.as_json(),
+            "p": test.as_json()["p"],
+        }
+    return row
+
+
+# -- the study -------------------------------------------------------------------------------
+
+
+class Bench:
+    """A pipeline, its prompts, and the random pool that everything is compared with."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        torch.set_num_threads(1)
+        self.pipe = accel.load(SD)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.folder = folder
+        self.prompts = hard_prompts(self.pipe, count)
+        self.calls = [call_of(p) for p in self.prompts]
+        self.pool = self.run("random", Random(), POOL)
+
+    def run(self, name: str, search: Any, renders: float, recipe: Recipe = PLAIN) -> list[Winner]:
+        journal = self.folder / "".join(c if c.isalnum() else "-" for c in name)
+        settings = SearchSettings(seed=SEED, journal=str(journal), deliver=False)
+        began, budget = time.perf_counter(), Budget(renders=renders)
+        found = search.run(
+            self.pipe, self.calls, DigitsJudge(JUDGE), budget, recipe, settings=settings
+        ).winners  # fmt: skip
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        return found
+
+    @property
+    def price(self) -> float:
+        """Evaluations of a render."""
+        return self.pool[0].ledger.spent().evaluations / POOL
+
+    def reference(self, winners: list[int], counts: list[float]) -> np.ndarray:
+        """Random search on these prompts with these numbers of draws."""
+        pools = [self.pool[i].candidates for i in winners]
+        return np.array([expected_best(p, n) for p, n in zip(pools, counts, strict=True)])
+
+    def algorithm(self, name: str, search: Search) -> dict[str, Any]:
+        """Rows at each point of cost."""
+        winners, rows = self.run(name, search, max(POINTS)), {}
+        for renders in POINTS:
+            best = [best_at(w, renders * self.price) for w in winners]
+            here = [i for i, c in enumerate(best) if c is not None]
+            if len(here) < len(winners):  # it has not finished anything for so little
+                continue
+            own = np.array([figures_of(c) for c in best if c is not None])
+            rows[str(renders)] = compared_row(own, self.reference(here, [renders] * len(here)))
+        spent = [w.ledger.spent() for w in winners]
+        return {
+            "search": search.to_json(),
+            "at": rows,
+            "verified_per_evaluation": round(
+                sum(c.verified for c in spent) / 2 / sum(c.evaluations for c in spent), 4
+            ),
+            "decodes_per_evaluation": round(
+                sum(c.decodes for c in spent) / sum(c.evaluations for c in spent), 4
+            ),
+        }
+
+    def draft(self, name: str, recipe: Recipe) -> dict[str, Any]:
+        """One draft of best-of-8, and draft-and-commit for the cost of 8 renders."""
+        once = self.run(f"8 drafts, {name}", DraftCommit(DRAFTED), 2 * DRAFTED, recipe)
+        first = [w.candidates[:DRAFTED] for w in self.pool]
+        made = [[c for c in w.candidates if c.purpose == "draft"] for w in once]
+        assert all(
+            [c.path[0] for c in a] == [c.path[0] for c in b]
+            for a, b in zip(first, made, strict=True)
+        )
+        table = [np.array([[c.score for c in row] for row in part]) for part in (made, first)]
+        drafted = sum(w.ledger.by_purpose["draft"].evaluations for w in once)
+        price = drafted / (len(once) * DRAFTED * self.price)
+        calibration = compared(table[0], table[1], price=price)
+        more = self.run(f"drafts to 8, {name}", DraftCommit(None), 8, recipe)
+        best = [best_at(w, math.inf) for w in more]
+        own = np.array([figures_of(c) for c in best if c is not None])
+        counts = [w.ledger.spent().evaluations / self.price for w in more]
+        reference = self.reference(list(range(len(more))), counts)
+        return {
+            "methods": [m.to_json() for m in recipe.methods],
+            **calibration.as_json(),
+            "at_8": compared_row(own, reference),
+            "drafts_at_8": float(np.mean([len(w.candidates) - 1 for w in more])),
+        }
+
+    def protocol(self) -> Protocol:
+        return Protocol(
+            model={"name": SD, "weights_sha256": weights_sha256(zoo_path(SD))},
+            inputs={"sha256": inputs_digest(self.calls), "prompts": self.prompts},
+            samples=len(self.calls),
+            seeds=f"search seed {SEED}; pilot from {PILOT}",
+            steps=STEPS,
+            guidance=GUIDANCE,
+            scheduler=type(self.pipe.scheduler).__name__,
+            features=JUDGE,
+            features_sha256=file_sha256(zoo_path(f"zoo:{JUDGE}") / "model.safetensors"),
+            quantise="round(255 x)",
+            more={
+                "referee_sha256": file_sha256(zoo_path(f"zoo:{REFEREE}") / "model.safetensors"),
+                "pool": POOL,
+                "looked_at": LOOKED_AT,
+            },
+        )
+
+
+def without_folders(row: dict[str, Any]) -> dict[str, Any]:
+    """Artifacts by their files' names."""
+    for method in row["methods"]:
+        artifact = method["settings"].get("artifact")
+        if artifact:
+            artifact["path"] = Path(artifact["path"]).name
+    return row
+
+
+# -- kills -----------------------------------------------------------------------------------
+
+
+class _Noted(DigitsJudge):
+    """Notes every sample it scores in a file, so that work done before a kill is seen."""
+
+    def score(self, samples: np.ndarray, prompts: Any) -> np.ndarray:
+        with open(_NOTES, "a") as file:
+            file.write("x" * len(samples))
+        return super().score(samples, prompts)
+
+
+_NOTES = ""
+
+
+def kill_test(bench: Bench) -> dict[str, Any]:
+    """Searches in child processes, killed at random moments and resumed until they end."""
+    global _NOTES
+    rng, rows = random.Random(5), []
+    searches: dict[str, Any] = {"zero-order": ZeroOrder(4, 0.8), "particles": Particles(4)}
+    for name, search in searches.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            whole, seconds = Path(scratch) / "whole", time.perf_counter()
+            _NOTES = str(Path(scratch) / "notes")
+            expected = _in_child(bench, search, whole, Path(scratch) / "expected", None)
+            seconds = time.perf_counter() - seconds
+            scored = os.path.getsize(_NOTES)
+            for attempt in range(KILLS // len(searches)):
+                _NOTES = str(Path(scratch) / f"notes{attempt}")
+                folder, out = Path(scratch) / str(attempt), Path(scratch) / f"out{attempt}"
+                moments = []
+                delay = rng.uniform(0.05, 0.95) * seconds
+                if _in_child(bench, search, folder, out, delay) is None:
+                    moments.append(round(delay / seconds, 3))
+                found = _in_child(bench, search, folder, out, None)
+                twice = os.path.getsize(_NOTES) - scored
+                rows.append(
+                    {"search": name, "killed_at": moments, "same": found == expected,
+                     "scored_twice": twice}
+                )  # fmt: skip
+                print(rows[-1], flush=True)
+    return {
+        "tried": len(rows),
+        "killed": sum(bool(r["killed_at"]) for r in rows),
+        "same": sum(r["same"] for r in rows),
+        "batch": 4,
+        "most_scored_twice": max(r["scored_twice"] for r in rows),
+        "rows": rows,
+    }
+
+
+def _in_child(
+    bench: Bench, search: Any, journal: Path, out: Path, delay: float | None
+) -> str | None:
+    """The winner and its costs as found by a forked process; ``None`` if it was killed."""
+    out.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        settings = SearchSettings(seed=SEED, batch=4, journal=str(journal))
+        found = search.run(
+            bench.pipe, bench.calls[:2], _Noted(JUDGE), Budget(renders=12), settings=settings
+        )
+        rows = []
+        for w in found.winners:
+            costs = {k: c.evaluations for k, c in w.ledger.by_purpose.items()}
+            frames = w.frames.tobytes().hex() if w.frames is not None else ""
+            rows.append([str(w.path), w.best.scores, w.delivered, sorted(costs.items()), frames])
+        out.write_text(repr(rows))
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return out.read_text() if out.is_file() else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--keep", type=Path, help="journals are kept here, and gone on from")
+    parser.add_argument("--kill", action="store_true", help="only the kills; the rest stays")
+    parser.add_argument("--draw", action="store_true", help="only the picture")
+    given = parser.parse_args()
+    if given.draw:
+        draw(RESULTS / "search.json", PICTURE)
+        return
+    load, began = load_average(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(given.prompts, given.keep or Path(scratch))
+        if given.kill:
+            found = read("search")
+            assert found is not None, "measure the rest first"
+            write("search", "cpu", {**found, "kills": kill_test(bench)})
+            return
+        rows = {name: bench.algorithm(name, s) for name, s in algorithms().items()}
+        drafted = {name: without_folders(bench.draft(name, r)) for name, r in drafts().items()}
+        curve = {
+            str(n): compared_row(reference, reference)
+            for n in (1, 2, *POINTS, POOL)
+            if (reference := bench.reference(list(range(given.prompts)), [n] * given.prompts)).any()
+        }
+        kills = kill_test(bench)
+    content = {
+        "environment": environment("cpu", load),
+        "protocol": bench.protocol().as_json(),
+        "model": SD,
+        "prompts": given.prompts,
+        "price": bench.price,
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "random": {
+            n: {k: row[k]["nines"] for k in ("judge", "referee")} for n, row in curve.items()
+        },
+        "algorithms": rows,
+        "drafts": drafted,
+        "kills": kills,
+    }
+    write("search", "cpu", content)
+    draw(RESULTS / "search.json", PICTURE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

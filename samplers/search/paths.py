@@ -1,0 +1,80 @@
+"""Search over paths: noise promising half-finished samples again, and keep what comes out best.
+
+Ma et al. 2025 (arXiv 2501.09732, SoP). Draws are integrated down to noise share ``start``; each
+survivor is noised forward by ``up`` in several ways and integrated down by ``down``; the best by
+their clean predictions survive, until the noise is gone. Levels are shares, rounded to the grid, so
+few steps work too. The paper's steps are near the whole path: what stays are the low frequencies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accel.method import Search
+from samplers.search.conduct import Explorer
+from samplers.search.path import Path, Renoise, Run
+from samplers.search.session import Session
+
+
+@dataclass(frozen=True)
+class Paths(Explorer, Search):
+    """``survivors`` with ``copies`` each, from share ``start`` of the noise, ``up`` and ``down``.
+
+    Integrates with first-order deterministic steps (DDIM, Euler). rounds of the whole: ``None`` as
+    many as the budget pays for.
+    """
+
+    PAPER = "Ma et al. 2025, arXiv 2501.09732"
+
+    survivors: int = 2
+    copies: int = 5
+    start: float = 0.11
+    up: float = 0.78
+    down: float = 0.81
+    rounds: int | None = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.survivors < 1 or self.copies < 1 or not 0 < self.start < 1:
+            raise ValueError(f"{self}: survivors and copies from 1, start in 0..1")
+        if not 0 < self.up < self.down <= 1:
+            raise ValueError(f"{self}: up and down within 0..1, down the larger")
+
+    def explore(self, session: Session) -> None:
+        number = 0
+        while self.rounds is None or number < self.rounds:
+            self._descent(session, number)
+            number += 1
+
+    def _descent(self, session: Session, number: int) -> None:
+        levels, steps = session.levels, session.steps
+        share = self.start
+        here = min(levels.nearest(share), steps - 1)
+        pool: list[Path] = [(*p, Run(here, 0.0)) for p in session.draws(self.survivors)]
+        trace = session.report.setdefault("levels", [])
+        while True:
+            back = levels.nearest(min(share + self.up, 1.0))
+            share = share + self.up - self.down
+            target = steps if share <= 0 else levels.nearest(share)
+            if back >= here or target <= back:
+                raise ValueError(
+                    f"Paths: on a grid of {steps} steps, from {here} up to {back} and down to "
+                    f"{target} is no search; more steps, or a larger up"
+                )
+            copies = self._copies(session, pool, back, len(trace), number)
+            trace.append([here, back, target])
+            if target >= steps:
+                session.render([(*p, Run(None, 0.0)) for p in copies])
+                return
+            found = session.preview([(*p, Run(target, 0.0)) for p in copies])
+            pool = [c.path for c in session.ranked(found)[: self.survivors]]
+            here = target
+
+    def _copies(
+        self, session: Session, pool: list[Path], back: int, round_: int, number: int
+    ) -> list[Path]:
+        return [
+            (*p, Renoise(back, session.key("copy", number, round_, i, j)))
+            for i, p in enumerate(pool)
+            for j in range(self.copies)
+        ]
