@@ -15,6 +15,7 @@ moments and resumed. With ``--keep`` an interrupted study goes on. A picture goe
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import random
@@ -64,18 +65,18 @@ MOST = 6.0  # nines: a float32 knows no more
 SEED, PILOT = 0, 900_000
 DRAFTED = 8  # draws of draft-and-commit, and of the best-of-N it is compared with
 KILLS = 10
+BEST_DRAFT = "output cache, every 4th"  # the one that is also given as much as best-of-8 takes
 
 
-def algorithms() -> dict[str, Search]:
-    """What is run to 16 renders."""
+def algorithms() -> dict[str, tuple[Search, float]]:
+    """What is run to 16 renders, and on what share of the prompts (all that scores costs)."""
     return {
-        "zero-order, cosine 0.95": ZeroOrder(4, 0.95),
-        "zero-order, cosine 0.8, of 4": ZeroOrder(4, 0.8, starts=4),
-        "paths": Paths(2, 3, start=0.4, up=0.25, down=0.4, rounds=None),
-        "particles, 4": Particles(4),
-        "particles, 8": Particles(8),
-        "evolution": Evolution((0.0, 0.4), (8, 4, 4), elites=2),
-        "rollover": Rollover(8, 12, together=12),
+        "zero-order, cosine 0.95": (ZeroOrder(4, 0.95), 1),
+        "zero-order, cosine 0.8, of 4": (ZeroOrder(4, 0.8, starts=4), 1),
+        "paths": (Paths(2, 3, start=0.4, up=0.25, down=0.4, rounds=None), 1),
+        "particles": (Particles(4), 1),
+        "evolution": (Evolution((0.0, 0.4), (8, 4, 4), elites=2), 0.5),
+        "rollover": (Rollover(8, 12, together=12), 0.375),
     }
 
 
@@ -83,16 +84,10 @@ def drafts() -> dict[str, Recipe]:
     """Recipes that make drafts."""
     return {
         "student, 4 steps": accel.read_recipe(RECIPES / "digits-sd-4-steps.yaml").recipe,
-        "output cache, every 3rd": Recipe((IntervalCache(3, 1, 1, "output", 1),)),
         "output cache, every 4th": Recipe((IntervalCache(4, 1, 1, "output", 1),)),
         "output cache, every 6th": Recipe((IntervalCache(6, 1, 1, "output", 1),)),
-        "DPM-Solver++, 6 steps": Recipe((_solver(6),)),
         "control: DDIM, 3 steps": Recipe((SwapScheduler("DDIMScheduler", Settings(), steps=3),)),
     }
-
-
-def _solver(steps: int) -> SwapScheduler:
-    return SwapScheduler("DPMSolverMultistepScheduler", Settings(), steps=steps)
 
 
 # -- prompts ---------------------------------------------------------------------------------
@@ -187,17 +182,27 @@ class Bench:
         self.pipe = accel.load(SD)
         self.pipe.set_progress_bar_config(disable=True)
         self.folder = folder
-        self.prompts = hard_prompts(self.pipe, count)
+        chosen = folder / f"prompts-{count}.json"
+        if not chosen.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            chosen.write_text(json.dumps(hard_prompts(self.pipe, count)))
+        self.prompts = json.loads(chosen.read_text())
         self.calls = [call_of(p) for p in self.prompts]
         self.pool = self.run("random", Random(), POOL)
 
-    def run(self, name: str, search: Any, renders: float, recipe: Recipe = PLAIN) -> list[Winner]:
+    def run(
+        self,
+        name: str,
+        search: Any,
+        renders: float,
+        recipe: Recipe = PLAIN,
+        prompts: int | None = None,
+    ) -> list[Winner]:
         journal = self.folder / "".join(c if c.isalnum() else "-" for c in name)
         settings = SearchSettings(seed=SEED, journal=str(journal), deliver=False)
-        began, budget = time.perf_counter(), Budget(renders=renders)
-        found = search.run(
-            self.pipe, self.calls, DigitsJudge(JUDGE), budget, recipe, settings=settings
-        ).winners  # fmt: skip
+        began, budget, calls = time.perf_counter(), Budget(renders=renders), self.calls[:prompts]
+        judge = DigitsJudge(JUDGE)
+        found = search.run(self.pipe, calls, judge, budget, recipe, settings=settings).winners
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
         return found
 
@@ -211,9 +216,10 @@ class Bench:
         pools = [self.pool[i].candidates for i in winners]
         return np.array([expected_best(p, n) for p, n in zip(pools, counts, strict=True)])
 
-    def algorithm(self, name: str, search: Search) -> dict[str, Any]:
-        """Rows at each point of cost."""
-        winners, rows = self.run(name, search, max(POINTS)), {}
+    def algorithm(self, name: str, search: Search, share: float) -> dict[str, Any]:
+        """Rows at each point of cost, on the first ``share`` of the prompts."""
+        count = max(1, round(share * len(self.calls)))
+        winners, rows = self.run(name, search, max(POINTS), prompts=count), {}
         for renders in POINTS:
             best = [best_at(w, renders * self.price) for w in winners]
             here = [i for i, c in enumerate(best) if c is not None]
@@ -246,17 +252,23 @@ class Bench:
         drafted = sum(w.ledger.by_purpose["draft"].evaluations for w in once)
         price = drafted / (len(once) * DRAFTED * self.price)
         calibration = compared(table[0], table[1], price=price)
-        more = self.run(f"drafts to 8, {name}", DraftCommit(None), 8, recipe)
-        best = [best_at(w, math.inf) for w in more]
-        own = np.array([figures_of(c) for c in best if c is not None])
-        counts = [w.ledger.spent().evaluations / self.price for w in more]
-        reference = self.reference(list(range(len(more))), counts)
+        more = None
+        if name == BEST_DRAFT:
+            more = self._at_own_cost(self.run(f"drafts to 8, {name}", DraftCommit(None), 8, recipe))
         return {
             "methods": [m.to_json() for m in recipe.methods],
             **calibration.as_json(),
-            "at_8": compared_row(own, reference),
-            "drafts_at_8": float(np.mean([len(w.candidates) - 1 for w in more])),
+            "at_own_cost": self._at_own_cost(once),
+            "at_8": more,
         }
+
+    def _at_own_cost(self, winners: list[Winner]) -> dict[str, Any]:
+        """Against random search for what each took, commit included."""
+        best = [best_at(w, math.inf) for w in winners]
+        own = np.array([figures_of(c) for c in best if c is not None])
+        counts = [w.ledger.spent().evaluations / self.price for w in winners]
+        reference = self.reference(list(range(len(winners))), counts)
+        return {"renders": float(np.mean(counts)), **compared_row(own, reference)}
 
     def protocol(self) -> Protocol:
         return Protocol(
@@ -381,14 +393,14 @@ def main() -> None:
             assert found is not None, "measure the rest first"
             write("search", "cpu", {**found, "kills": kill_test(bench)})
             return
-        rows = {name: bench.algorithm(name, s) for name, s in algorithms().items()}
         drafted = {name: without_folders(bench.draft(name, r)) for name, r in drafts().items()}
+        kills = kill_test(bench)
+        rows = {name: bench.algorithm(name, *s) for name, s in algorithms().items()}
         curve = {
             str(n): compared_row(reference, reference)
             for n in (1, 2, *POINTS, POOL)
             if (reference := bench.reference(list(range(given.prompts)), [n] * given.prompts)).any()
         }
-        kills = kill_test(bench)
     content = {
         "environment": environment("cpu", load),
         "protocol": bench.protocol().as_json(),

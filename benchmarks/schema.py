@@ -438,6 +438,12 @@ class SearchPoint(_Strict):
     referee: SearchFigure
 
 
+class DraftPoint(SearchPoint):
+    """renders: mean cost of drafts and commit."""
+
+    renders: Annotated[float, Field(gt=0)]
+
+
 class SearchRow(_Strict):
     """at: by cost in renders."""
 
@@ -449,7 +455,7 @@ class SearchRow(_Strict):
 
 class DraftRow(_Strict):
     """captured: share of best-of-N's gain; price: of a draft in renders; cost: of drafts and commit
-    in best-of-N's; at_8: draft-and-commit for the cost of 8 renders."""
+    in best-of-N's; at_8: more drafts, for the cost of 8 renders."""
 
     methods: list[MethodRecord]
     rank: Interval
@@ -459,8 +465,8 @@ class DraftRow(_Strict):
     cost: Annotated[float, Field(gt=0)]
     inputs: Positive
     candidates: Positive
-    at_8: SearchPoint
-    drafts_at_8: Annotated[float, Field(gt=0)]
+    at_own_cost: DraftPoint
+    at_8: DraftPoint | None
 
 
 class SearchKill(_Strict):

@@ -52,5 +52,7 @@ def _panel(axes: Any, found: dict[str, Any], who: str) -> None:
         points = [(int(n), r[who]["nines"]["estimate"]) for n, r in row["at"].items()]
         axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1, color=colour, label=name)
     for name, row in found["drafts"].items():
-        if not name.startswith("control"):
-            axes.plot(8, row["at_8"][who]["nines"]["estimate"], "D", ms=5, label=f"drafts: {name}")
+        points = [row["at_own_cost"], *([row["at_8"]] if row["at_8"] else [])]
+        cost = [p["renders"] for p in points]
+        axes.plot(cost, [p[who]["nines"]["estimate"] for p in points], "D", ms=5,
+                  label=f"drafts: {name}")  # fmt: skip
