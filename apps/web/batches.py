@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.web.device import Device, OnDevice
+from apps.web.imports import once
 from apps.web.models import asks
 from apps.web.site import BATCHES, PLAIN, Refused, Site
 
@@ -196,6 +197,7 @@ class Batches:
                 run.thread.join(10)
 
     def _start(self, name: str, work: Callable[[_Run], Any]) -> None:
+        once()
         folder = self._site.out / BATCHES / name
         with self._lock:
             before = self._runs.get(name)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apps.web.imports import LOCK, once
 from apps.web.models import folder_of
 
 if TYPE_CHECKING:
@@ -42,20 +42,20 @@ class Offer:
 
 
 class Checks:
-    """Keeps the copy of the model that was asked about last. Calls wait for each other."""
+    """Keeps the copy of the model that was asked about last; one call at a time."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._model: str | None = None
         self._pipe: Any = None
         self._fits: dict[tuple[str, Method], str | None] = {}
 
     def problem(self, model: str, methods: Sequence[Method]) -> str | None:
         """Why methods cannot run together on a model, in a sentence; None if they can."""
+        once()
         import accel
 
         key = (model, accel.Recipe(tuple(methods)))
-        with self._lock:
+        with LOCK:
             if key not in self._fits:
                 self._fits[key] = self._try(*key)
             return self._fits[key]
@@ -97,6 +97,7 @@ def offers(recipes: Iterable[Path]) -> list[Offer]:
 
     A recipe that cannot be read offers nothing.
     """
+    once()
     import accel
     from accel.methods import index, resolve
 

@@ -151,10 +151,10 @@ class EvaluateTab:
 def standing_view(now: Standing) -> str:
     """How an evaluation stands, in words, with a bar."""
     state = "finished" if now.finished else "running" if now.running else "paused"
-    parts = []
+    words = PHASES.get(now.phase, "Starting") if now.running else "Not finished"
+    words = "Finished" if now.finished else words
+    parts = [f"<p class='ac-batch-state'>{markup.text(words)}</p>"]
     if not now.finished:
-        words = PHASES.get(now.phase, "Starting") if now.running else "Not finished"
-        parts.append(f"<p class='ac-batch-state'>{markup.text(words)}</p>")
         parts.append(markup.bar(now.done, now.total, f"{now.done} of {now.total or '?'} tasks"))
     if now.said:
         parts.append(markup.notice(now.said, "warning"))

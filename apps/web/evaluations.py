@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.web.device import Device, OnDevice
+from apps.web.imports import once
 from apps.web.site import REPORTS, Refused, Site
 
 MAX_SAMPLES = 50_000
@@ -83,6 +84,7 @@ class Evaluations:
         from apps.render.files import write_atomically
         from apps.render.naming import stem_problem
 
+        once()
         name = name.strip() or time.strftime("evaluation-%Y%m%d-%H%M%S")
         if problem := stem_problem(name):
             raise Refused(f"The name {name[:60]!r} {problem}.")

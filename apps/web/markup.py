@@ -96,11 +96,11 @@ def slider(pair: Pair) -> str:
     below = medium(pair.baseline, f"{pair.baseline.label}, baseline")
     above = medium(pair.other, f"{pair.other.label}, accelerated")
     return (
-        '<div class="ac-slider" data-slider style="--cut:50%">'
+        '<div><div class="ac-slider" data-slider style="--cut:50%">'
         f'{below}<div class="ac-over">{above}</div><span class="ac-line" aria-hidden="true"></span>'
         '<input type="range" min="0" max="100" value="50" '
         'aria-label="Divider: baseline left of it, accelerated right of it"></div>'
-        '<p class="ac-ends"><span>Baseline</span><span>Accelerated</span></p>'
+        '<p class="ac-ends"><span>Baseline</span><span>Accelerated</span></p></div>'
     )
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-import threading
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from apps.render.jobs import RESERVED_INPUTS
+from apps.web.imports import LOCK
 from apps.web.site import Refused
 
 SIZES = ("width", "height", "num_frames")
 FIELDS = ("num_inference_steps", "guidance_scale", *SIZES)
-_IMPORTING = threading.Lock()  # diffusers' lazy modules do not like two first imports at once
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def asks(model: str) -> Asks:
     """
     index = json.loads((folder_of(model) / "model_index.json").read_text("utf-8"))
     kind = index["_class_name"]
-    with _IMPORTING:
+    with LOCK:
         import diffusers
 
         pipeline = getattr(diffusers, kind, None) if isinstance(kind, str) else None

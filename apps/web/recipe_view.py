@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from apps.web import markup
 from apps.web.checks import settings_in_words
+from apps.web.imports import once
 from apps.web.site import PLAIN
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ GOOD = 30.0  # dB of PSNR that the recipe proposed first keeps, if one does
 
 def read(path: Path) -> RecipeFile:
     """Read a recipe file; ValueError says what is wrong with it."""
+    once()
     import accel
 
     return accel.read_recipe(path)

@@ -119,9 +119,11 @@ def serve(
 
 def _warm(app: App) -> None:
     """Import what the first click needs, and load the first model for checks."""
+    from apps.web.imports import once
     from apps.web.models import asks
     from apps.web.site import Refused
 
+    once()
     try:
         asks(app.site.models[0])
         app.checks.problem(app.site.models[0], [])

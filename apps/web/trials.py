@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.web.device import FIRST, Device, Work
+from apps.web.imports import once
 from apps.web.site import CREATE, PLAIN, Refused, Site
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Trials:
         Raises:
             Refused: the job cannot be rendered.
         """
+        once()
         folder = self._site.out / CREATE
         names = [BASELINE] + ([recipe.stem] if recipe is not None else [])
         sides = [
