@@ -217,7 +217,7 @@ def gallery(files: list[Path], page: int, last: int, done: int) -> str:
             )
         cells.append(f"<li>{inside}<span>{alt}</span></li>")
     where = f"{done} finished" + (f", page {page + 1} of {last + 1}" if last else "")
-    return f'<h3>{where}</h3><ul class="ac-gallery">{"".join(cells)}</ul>'
+    return f'<h2>{where}</h2><ul class="ac-gallery">{"".join(cells)}</ul>'
 
 
 def _uploaded(path: str) -> bytes:

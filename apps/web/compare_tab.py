@@ -141,7 +141,7 @@ def _costs(pair: Pair) -> str:
         )
         for title, one in (("Baseline", pair.baseline), ("Accelerated", pair.other))
     ]
-    head = ("", "time", "network evaluations", "recipe")
+    head = ("render", "time", "network evaluations", "recipe")
     return figures(pair) + markup.table(head, rows, "Recorded with each, not measured in turn")
 
 

@@ -12,6 +12,7 @@ import itertools
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,13 +104,13 @@ class Device:
             self._waiting.queue[:] = [e for e in self._waiting.queue if not e[2].asked]
             self._waiting.queue.sort()
         for _, _, work in gone:
-            work.sink({"event": work.asked, "task": work.task})
+            _tell(work, {"event": work.asked, "task": work.task})
 
     def _work(self, work: Work) -> None:
         if work.asked or (work.warm_up and self._loaded == _model_key(work.payload)):
             self._finish(work, {"event": work.asked or "skipped", "task": work.task})
             return
-        work.sink({"event": "start", "task": work.task})
+        _tell(work, {"event": "start", "task": work.task})
         (work.out / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
         self._executor.submit(work.task, work.payload, out=str(work.out), watch=work.watch)
         told = False
@@ -135,7 +136,7 @@ class Device:
         if work is None or event.get("task") != work.task:
             return
         if event["event"] not in ENDS:
-            work.sink(event)
+            _tell(work, event)
             return
         if event["event"] == "lost":
             self._loaded = None
@@ -147,7 +148,7 @@ class Device:
 
     def _finish(self, work: Work, event: Event) -> None:
         self.current = None
-        work.sink(event)
+        _tell(work, event)
 
 
 class OnDevice:
@@ -191,6 +192,14 @@ class OnDevice:
 
     def close(self) -> None:
         self.stop()
+
+
+def _tell(work: Work, event: Event) -> None:
+    """One listener that fails must not end the thread that all others wait for."""
+    try:
+        work.sink(event)
+    except Exception:  # noqa: BLE001  the boundary between tasks, as in `executors.outcome`
+        traceback.print_exc()
 
 
 def _model_key(payload: dict[str, Any]) -> tuple[Any, ...]:

@@ -149,7 +149,7 @@ def _effect(found: RecipeFile) -> str:
     )
     cells = [(markup.text(name), markup.text(value)) for name, value in rows]
     return (
-        markup.table(("", "accelerated against unmodified"), cells, "Measured effect")
+        markup.table(("figure", "accelerated against unmodified"), cells, "Measured effect")
         + f'<p class="ac-note">{markup.text(words)}</p>'
         + markup.details("Everything that was measured", markup.data(measured))
     )

@@ -23,13 +23,14 @@ def view(trial: Trial | None, ahead: int = 0) -> str:
     """The whole result area."""
     if trial is None:
         return NOTHING_YET
-    parts = [_status(trial, ahead), _pictures(trial)]
-    if trial.pair is not None:
+    pair = trial.pair if trial.finished and len(trial.sides) == 2 else None
+    parts = [_status(trial, ahead), _pictures(trial, pair)]
+    if pair is not None:
         fresh = all(side.state == "done" for side in trial.sides)
-        parts.append(figures(trial.pair, work_share(trial), speed=fresh))
+        parts.append(figures(pair, work_share(trial), speed=fresh))
     parts.append(_map(trial))
-    if trial.pair is not None:
-        parts.append(side_by_side_or_over(trial.pair))
+    if pair is not None:
+        parts.append(side_by_side_or_over(pair))
     parts += [_reports(trial)] if trial.over else []
     return f'<section class="ac-trial" data-state="{_state(trial)}">{"".join(parts)}</section>'
 
@@ -48,7 +49,7 @@ def side_by_side_or_over(pair: Pair) -> str:
     """A slider for pictures, players in step for videos."""
     if pair.baseline.is_video:
         return ""  # the players stand above, in place of the pictures
-    title = "<h3>Compare with the divider</h3>"
+    title = "<h2>Compare with the divider</h2>"
     return f'<div class="ac-over-each-other">{title}{markup.slider(pair)}</div>'
 
 
@@ -81,8 +82,7 @@ def _status(trial: Trial, ahead: int) -> str:
     return ""
 
 
-def _pictures(trial: Trial) -> str:
-    pair = trial.pair
+def _pictures(trial: Trial, pair: Pair | None) -> str:
     if pair is not None and pair.baseline.is_video:
         below = "".join(_facts_of(side) for side in trial.sides)
         words = markup.difference(pair)

@@ -55,7 +55,6 @@ class Trial:
     loading: bool = False
     error: str | None = None
     cancelled: bool = False
-    pair: Pair | None = None
     version: int = 0
     works: list[Work] = field(default_factory=list)
 
@@ -66,6 +65,16 @@ class Trial:
     @property
     def finished(self) -> bool:
         return all(side.rendered is not None for side in self.sides)
+
+    @functools.cached_property
+    def pair(self) -> Pair:
+        """Both results, compared. Only of a finished trial with two sides."""
+        from apps.pairs import pair
+
+        one, two = (side.rendered for side in self.sides)
+        assert one is not None
+        assert two is not None
+        return pair([one], [two])[0]
 
 
 class Trials:
@@ -102,12 +111,11 @@ class Trials:
                 self._known.popitem(last=False)
         warm = self._warm_up(trial)
         if keep:
-            _adopt(sides[0])
+            _adopt(sides[0], "kept")
         waiting = [side for side in sides if side.rendered is None]
         trial.works = [warm, *(self._work(trial, side) for side in waiting)]
         for work in trial.works if waiting else []:
             self._device.submit(work)
-        _compare(trial)
         return trial
 
     def cancel(self, trial_id: object) -> None:
@@ -173,10 +181,7 @@ class Trials:
         elif kind == "stage":
             side.state = "decoding" if event["stage"] == "denoise" else "writing"
         elif kind == "done":
-            _adopt(side)
-            side.state = "done"
-            if not trial.over or trial.finished:
-                _compare(trial)
+            _adopt(side, "done")
         elif kind in ("failed", "lost"):
             _fail(trial, event["fault"]["message"], self._device)
         elif kind in ("cancelled", "stopped"):
@@ -208,7 +213,7 @@ def _told(message: str) -> str:
     return sentence(message.removeprefix("ValueError: "))
 
 
-def _adopt(side: Side) -> None:
+def _adopt(side: Side, state: str) -> None:
     """Take over the finished files of a side, if they are there and of this very job."""
     from apps.pairs import Rendered
     from apps.render.outputs import is_complete, read_sidecar
@@ -218,17 +223,7 @@ def _adopt(side: Side) -> None:
         return
     if not is_complete(side.folder, content):
         return
-    side.state = "kept"
-    side.rendered = Rendered(side.folder, content)
     ran = content.get("ran") or {}
     side.parts, side.rows = ran.get("parts", []), ran.get("rows", [])
-
-
-def _compare(trial: Trial) -> None:
-    from apps.pairs import pair
-
-    if trial.finished and len(trial.sides) == 2:
-        one, two = (side.rendered for side in trial.sides)
-        assert one is not None
-        assert two is not None
-        trial.pair = pair([one], [two])[0]
+    side.state = state
+    side.rendered = Rendered(side.folder, content)
