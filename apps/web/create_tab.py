@@ -46,7 +46,7 @@ class CreateTab:
         self.how = gr.Radio([BY_RECIPE, BY_METHODS], value=BY_RECIPE, label="Accelerate with")
         self.recipe = gr.Dropdown([("nothing", PLAIN)], value=PLAIN, label="Recipe")
         self.recipe_note = gr.HTML()
-        self.methods = gr.CheckboxGroup([], label="Methods", visible=False)
+        self.methods = gr.CheckboxGroup([], label="Methods", visible=False, elem_classes="ac-list")
         self.conflict = gr.HTML()
         with gr.Accordion("More settings", open=False):
             self.job.build_more()

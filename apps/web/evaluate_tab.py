@@ -45,7 +45,9 @@ class EvaluateTab:
             with gr.Column(scale=3, min_width=280, elem_classes="ac-form"):
                 self.name = gr.Textbox(label="Name", placeholder="made from the date")
                 self.model = gr.Dropdown(models, value=models[0], label="Model")
-                self.recipes = gr.CheckboxGroup([], label="Recipes", elem_id="evaluate-recipes")
+                self.recipes = gr.CheckboxGroup(
+                    [], label="Recipes", elem_id="evaluate-recipes", elem_classes="ac-list"
+                )
                 self.kinds = gr.CheckboxGroup(
                     list(KINDS.items()), value=["fidelity", "judge"], label="Measure"
                 )

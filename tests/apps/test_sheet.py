@@ -97,3 +97,24 @@ def test_what_is_said_of_speed(folders):
 def test_times_for_people():
     assert sheet.shown(0.0854) == "85 ms"
     assert sheet.shown(1.254) == "1.25 s"
+
+
+def test_a_video_is_compared_over_all_its_frames(tmp_path):
+    import numpy as np
+
+    from apps.pairs import Rendered, middle, pair
+    from apps.render.outputs import commit, encode_all
+
+    pytest.importorskip("av")
+    rendered = []
+    frames = np.full((1, 5, 32, 32, 3), 100, np.uint8)
+    for name, last in (("a", 100), ("b", 220)):
+        frames[0, 4] = last  # only the last frame differs: the middle one says nothing
+        media = encode_all(list(frames.copy()), stem=name, kind="auto", fps=8, record=None)
+        job = {"inputs": {"prompt": "x"}, "seed": 0}
+        record = {"identity": name, "stem": name, "payload": {"job": job}, "timings": {}}
+        rendered.append(Rendered(tmp_path, commit(tmp_path, name, media, record)))
+    one = pair(rendered[:1], rendered[1:])[0]
+    assert rendered[0].is_video
+    assert one.psnr < 15
+    assert middle(rendered[0].frames()).shape == (32, 32, 3)

@@ -1,0 +1,106 @@
+"""A trial is the renderer's work, told as it goes; with a device that works at once, in place."""
+
+import pytest
+
+from apps.render.executors import outcome
+from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
+from apps.web.batches import Batches
+from apps.web.site import Refused, Site
+from apps.web.trial_view import view, work_share
+from apps.web.trials import Trials
+
+RECIPE = """accel_recipe: 1
+name: cached
+methods:
+- method: caches.interval:IntervalCache
+  settings: {interval: 2}
+"""
+JOB = {"seed": 3, "inputs": {"class_labels": [1], "num_inference_steps": 4}}
+
+
+class Inline:
+    """Runs work when it is submitted."""
+
+    def __init__(self):
+        from apps.render.worker import Worker
+
+        self.worker = Worker(WorkerSettings("."))
+        self.ran = []
+
+    def submit(self, work):
+        if work.asked:
+            work.sink({"event": work.asked})
+            return
+        self.ran.append(work)
+        (work.out / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+        self.worker.out, self.worker.watch = work.out, work.watch
+        self.worker.emit = work.sink
+        work.sink({"event": "start"})
+        work.sink(outcome(self.worker, work.task, work.payload))
+
+    def end(self, work, how):
+        work.asked = how
+
+    def ahead_of(self, work):
+        return 0
+
+
+@pytest.fixture
+def site(tmp_path, tiny_model):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "cached.yaml").write_text(RECIPE)
+    return Site(tmp_path / "out", (tiny_model,), (tmp_path / "recipes",))
+
+
+def test_both_sides_are_rendered_watched_and_compared(site, tiny_model):
+    device = Inline()
+    trial = Trials(site, device).start(tiny_model, site.recipe("cached"), JOB)
+    assert trial.finished
+    assert [w.warm_up for w in device.ran] == [True, False, False]
+    assert [len(side.rows) for side in trial.sides] == [4, 4]
+    assert 0 < work_share(trial) < 1
+    assert trial.pair.baseline.content["payload"]["recipe"] is None
+    assert trial.pair.psnr is not None
+    page = view(trial)
+    for words in ("Baseline", "Accelerated", "Difference", "Speed", "Map of what was computed"):
+        assert words in page
+
+
+def test_a_kept_baseline_is_not_rendered_again_and_shows_no_speed(site, tiny_model):
+    device = Inline()
+    trials = Trials(site, device)
+    trials.start(tiny_model, None, JOB)
+    device.ran.clear()
+    trial = trials.start(tiny_model, site.recipe("cached"), JOB, keep=True)
+    assert [w.warm_up for w in device.ran] == [True, False]
+    assert trial.sides[0].state == "kept"
+    assert work_share(trial) < 1, "what ran is remembered with the file"
+    assert "Speed" not in view(trial)
+
+
+def test_what_cannot_be_rendered_is_said(site, tiny_model):
+    trials = Trials(site, Inline())
+    bad = {"seed": 1, "inputs": {"class_labels": [1], "nothing": 2}}
+    trial = trials.start(tiny_model, None, bad)
+    assert trial.over
+    assert "takes no argument 'nothing'" in trial.error
+    assert "takes no argument" in view(trial)
+    with pytest.raises(Refused, match="cannot be given here"):
+        trials.start(tiny_model, None, {"inputs": {"output_type": "pt"}})
+
+
+def test_words_of_a_job_are_no_markup(site, tiny_model):
+    trial = Trials(site, Inline()).start(tiny_model, None, JOB | {"name": "a&b <i>"[:3]})
+    trial.error = "<script>alert(1)</script>"
+    page = view(trial)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_batch_name_is_no_path(site, tiny_model):
+    batches = Batches(site, Inline())
+    line = b'{"inputs": {"class_labels": [1]}}'
+    for name in ("../x", "a/b", ".hidden", "con"):
+        with pytest.raises(Refused, match="The name"):
+            batches.create(name, line, tiny_model, "none")
+    assert batches.names() == []
