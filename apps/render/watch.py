@@ -1,4 +1,5 @@
-"""Which parts of a denoiser really ran in each step, counted at the modules themselves.
+"""Which parts of a denoiser really ran in each step, counted at the modules themselves; and what a
+search sees.
 
 The layers lie under whatever is attached later, so they see what a cache lets through: what a
 method says it reused is not asked. Costs one Python call a module; waits for nothing.
@@ -6,14 +7,21 @@ method says it reused is not asked. Costs one Python call a module; waits for no
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accel.denoiser import Denoiser, denoisers
 from accel.patch import Patch
 from caches.schedule import block_columns, is_unet, module_columns
+from samplers.search.path import path_json
 
+if TYPE_CHECKING:
+    from samplers.search.result import Candidate
+
+THUMBNAIL = 160  # pixels of the longer side of a candidate's picture
 MAX_PARTS = 64  # above, whole blocks stand for their attentions and feed-forwards
 
 
@@ -61,6 +69,22 @@ def watched(pipe: Any) -> Iterator[Parts | None]:
         yield parts
     finally:
         patch.undo()
+
+
+def seen(candidate: Candidate) -> dict[str, Any]:
+    """A candidate of a search as plain JSON, with a small picture of it."""
+    from PIL import Image
+
+    kept = {key: getattr(candidate, key) for key in ("index", "purpose", "score", "evaluations")}
+    found = kept | {"path": path_json(candidate.path), "png": None}
+    if candidate.picture is not None:
+        pixels = candidate.picture
+        picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        target = io.BytesIO()
+        picture.save(target, format="PNG")
+        found["png"] = base64.b64encode(target.getvalue()).decode()
+    return found
 
 
 def columns(denoiser: Denoiser) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from apps.render.identity import model_revision
 from apps.render.outputs import commit, encode_all, result_of
 from apps.render.plan import recipe_sha256
 from apps.render.sentinels import suspicion
-from apps.render.watch import Parts, watched
+from apps.render.watch import Parts, seen, watched
 from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
 from apps.search import SearchRequest, drafts, run_search, story, write_record
 from samplers.search.path import Path as NoisePath
@@ -49,7 +49,7 @@ class Worker:
         emit: gets events while a task runs.
         check: called between two steps; may raise Stopped.
         out: the folder of the next task's files.
-        watch: step events also say which parts of the denoiser ran (`watch.py`).
+        watch: events also say which parts of the denoiser ran, and what a search sees (`watch.py`).
     """
 
     def __init__(self, settings: WorkerSettings):
@@ -186,6 +186,8 @@ class Worker:
             self.check()
             best = progress.best.score if progress.best else None
             shown = {"share": round(progress.share, 4), "evaluations": progress.evaluations}
+            if self.watch:
+                shown["candidates"] = [seen(candidate) for candidate in progress.candidates]
             self.emit({"event": "search", "best": best, "verifier": request.verifier, **shown})
 
         journal = kept.with_suffix(".search")

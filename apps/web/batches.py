@@ -21,7 +21,7 @@ from apps.web.site import BATCHES, PLAIN, Refused, Site
 
 if TYPE_CHECKING:
     from apps.render.driver import RunOptions, Summary
-    from apps.render.jobs import PlacedJob
+    from apps.render.jobs import Job, PlacedJob
     from apps.render.ledger import Task
 
 MAX_BYTES = 4 << 20  # of an uploaded job file
@@ -249,6 +249,7 @@ def read_jobs(raw: bytes, site: Site, model: str) -> list[PlacedJob]:
                 changes["model"] = site.model(job.model)
             if job.recipe is not None:
                 changes["recipe"] = str(site.recipe(job.recipe).resolve())
+            _check_search(job)
             asks(changes.get("model", model)).check(job.inputs)
             steps = job.inputs.get("num_inference_steps")
             if isinstance(steps, int) and steps > MAX_STEPS:
@@ -260,6 +261,19 @@ def read_jobs(raw: bytes, site: Site, model: str) -> list[PlacedJob]:
     if problems:
         raise Refused(_few(problems))
     return known
+
+
+def _check_search(job: Job) -> None:
+    """Refused: a verifier that loads files of somebody's choosing."""
+    from samplers.search.verifiers.pixels import PIXELS
+
+    if job.search is None:
+        return
+    for name in (job.search.verifier, *(job.search.held_out or ())):
+        for part in name.split("+"):
+            if part not in (*PIXELS, "judge", "referee"):
+                known = ", ".join((*PIXELS, "judge", "referee"))
+                raise Refused(f"the verifier {name[:80]!r} is not allowed here; {known} are.")
 
 
 def _planned(jobs: Sequence[PlacedJob], settings: Any, plan: Callable) -> Any:

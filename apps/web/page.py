@@ -16,6 +16,8 @@ from apps.web.device import Device
 from apps.web.evaluate_tab import EvaluateTab
 from apps.web.evaluations import Evaluations
 from apps.web.recipes_tab import RecipesTab
+from apps.web.search_tab import SearchTab
+from apps.web.searches import Searches
 from apps.web.site import Site
 from apps.web.trials import Trials
 
@@ -35,11 +37,13 @@ class App:
     trials: Trials = field(init=False)
     batches: Batches = field(init=False)
     evaluations: Evaluations = field(init=False)
+    searches: Searches = field(init=False)
 
     def __post_init__(self) -> None:
         self.trials = Trials(self.site, self.device)
         self.batches = Batches(self.site, self.device)
         self.evaluations = Evaluations(self.site, self.device)
+        self.searches = Searches(self.site, self.device)
 
     def close(self) -> None:
         """Pause what runs, and end the worker."""
@@ -53,6 +57,7 @@ def build(app: App) -> gr.Blocks:
     tabs = {
         "Create": CreateTab(app),
         "Compare": CompareTab(app),
+        "Search": SearchTab(app),
         "Batch": BatchTab(app),
         "Evaluate": EvaluateTab(app),
         "Recipes": RecipesTab(app),

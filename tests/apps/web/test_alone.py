@@ -37,7 +37,7 @@ def test_killing_the_server_loses_nothing(serving, tab, digits, wait_until):
     first = serving()
     one = tab(first.address)
     one.start_batch(digits(8, steps=100), "killed")
-    one.page.get_by_text(re.compile(r"[2-5] of 8 done")).wait_for()
+    one.page.get_by_text(re.compile(r"[2-5] of 8 done")).wait_for(timeout=240_000)
     worker = _child(first.process.pid)
     first.kill()
     wait_until(lambda: not Path(f"/proc/{worker}").exists() or _is_zombie(worker))
@@ -147,7 +147,7 @@ def test_axe_finds_nothing(app, tab, digits, scheme):
     one.state("#batch-status", "finished")
     page.evaluate(Path(AXE).read_text())
     found = {}
-    for name in ("Create", "Compare", "Batch", "Evaluate", "Recipes"):
+    for name in ("Create", "Compare", "Search", "Batch", "Evaluate", "Recipes"):
         one.go(name)
         page.wait_for_timeout(2000)
         violations = page.evaluate("axe.run().then(r => r.violations)")

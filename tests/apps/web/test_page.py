@@ -116,6 +116,8 @@ HOSTILE = {
     "argument": (b'{"inputs": {"cross_attention_kwargs": 1}}', "takes no argument"),
     "steps": (b'{"inputs": {"class_labels": [1], "num_inference_steps": 99999999}}', "at most"),
     "deep": (b'{"inputs": {"a": ' + b"[" * 5000 + b"]" * 5000 + b"}}", "nested deeper"),
+    "verifier": (b'{"search": {"verifier": "clip:/etc"}}', "is not allowed here"),
+    "command": (b'{"search": {"verifier": "worker:touch /tmp/x"}}', "is not allowed here"),
     "markup": (b'{"<img src=x onerror=document.title=1>": 1}', "unknown field"),
 }
 
@@ -212,6 +214,27 @@ def test_the_whole_path_works_with_keys_alone(app, tab):
     one.state("#trial", "done")
 
 
+def test_candidates_appear_with_their_scores_and_one_is_picked(app, tab):
+    one = tab(app.address)
+    page = one.page
+    one.go("Search")
+    page.wait_for_function("document.querySelector('#search-class input')?.value")
+    page.get_by_role("spinbutton", name="Steps").last.fill("6")
+    page.get_by_role("spinbutton", name="Budget, in renders").fill("6")
+    page.locator("#start-search").click()
+    assert one.state("#search", "done", "failed") == "done"
+    cells = page.locator("#search .ac-gallery li")
+    assert cells.count() == 6
+    scores = [float(words.split(": ")[1]) for words in cells.all_inner_texts()]
+    best = page.locator("#search .ac-best").inner_text()
+    assert float(best.split(": ")[1]) == max(scores)
+    assert page.locator("#search figcaption", has_text="Winner").count() == 1
+    page.locator("#pick input").click()
+    page.get_by_role("option").nth(1).click()
+    page.get_by_role("button", name="Render this one").click()
+    page.locator("#search figcaption", has_text="Candidate 1, rendered").wait_for()
+
+
 @pytest.mark.slow
 def test_no_tab_is_wider_than_a_phone(app, tab):
     one = tab(app.address, viewport={"width": 360, "height": 740}, has_touch=True)
@@ -219,7 +242,7 @@ def test_no_tab_is_wider_than_a_phone(app, tab):
     page.get_by_label("Steps").fill("10")
     page.locator("#generate").click()
     one.state("#trial", "done")
-    for name in ("Create", "Compare", "Batch", "Evaluate", "Recipes"):
+    for name in ("Create", "Compare", "Search", "Batch", "Evaluate", "Recipes"):
         one.go(name)
         page.wait_for_timeout(1000)
         wide = page.evaluate("document.documentElement.scrollWidth")
