@@ -33,6 +33,12 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_caches --steps 20
 	$(PY) -m benchmarks.bench_caches --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_robustness
+	$(PY) -m benchmarks.bench_evaluate
+	$(VENV)/bin/accel evaluate all --model zoo:digits-dit --samples 500 --out out/evaluate-dit \
+		$(addprefix --recipe ,$(filter-out recipes/digits-sd-%,$(wildcard recipes/*.yaml)))
+	$(VENV)/bin/accel evaluate all --model zoo:digits-sd --samples 200 --out out/evaluate-sd \
+		$(addprefix --recipe ,$(wildcard recipes/digits-sd-*.yaml))
+	$(PY) -m benchmarks.recipe_cards out/evaluate-dit out/evaluate-sd
 	$(PY) -m benchmarks.tables
 
 # Speeds and qualities of the methods, of peers and of the core: about a quarter of an hour.

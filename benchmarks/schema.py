@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from accel.metrics.protocol import Protocol
 
+REPORT = "report"  # files report_NAME.json: reports of `accel evaluate`
 ZOO = "zoo"  # files zoo_NAME.json: written by bench_zoo.py, which has its own content
 
 
@@ -500,8 +501,75 @@ class SearchStudy(_Strict):
     kills: SearchKills
 
 
+class AgreementRow(_Strict):
+    """One figure, ours and another's of the same data. relative: |ours - theirs| / |theirs|."""
+
+    figure: str
+    of: str
+    ours: float
+    theirs: float
+    relative: Annotated[float, Field(ge=0)]
+
+
+class CostRow(_Strict):
+    """Frechet distance of two sets. peak_mb: resident memory beyond the imports."""
+
+    how: Literal["streamed", "at_once"]
+    features: Positive
+    cpu_seconds: Annotated[float, Field(ge=0)]
+    peak_mb: Annotated[float, Field(ge=0)]
+    frechet: float
+
+
+class WholeEvaluation(_Strict):
+    model: str
+    samples: Positive
+    rounds: Count
+    seconds: Annotated[float, Field(gt=0)]
+    cpu_seconds: Annotated[float, Field(gt=0)]
+    page_kb: Positive
+
+
+class Evaluation(_Strict):
+    """``evaluate.json``: the evaluation's own agreement with others, and its cost."""
+
+    environment: Environment
+    protocol: ProtocolRecord | None
+    agreement: list[AgreementRow]
+    samples: Positive
+    costs: list[CostRow]
+    whole: WholeEvaluation
+
+
+class ReportRow(BaseModel):
+    """One recipe of a report of `accel evaluate`, without its values of each sample."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    label: str
+    recipe: str
+    sha256: Sha256
+    speedup: Interval
+    figures: dict[str, dict[str, Any]]
+    worst: list[dict[str, Any]]
+
+
+class Report(BaseModel):
+    """``report_MODEL.json``: a report of `accel evaluate`; cards of recipes are made from it."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    environment: dict[str, Any]
+    protocol: ProtocolRecord
+    kinds: list[str]
+    samples: Positive
+    recipes: list[ReportRow]
+    warnings: list[str]
+
+
 KINDS: dict[str, type[BaseModel]] = {
     "sparse": SparseSpeed,
+    "evaluate": Evaluation,
     "native": Native,
     "caches": Caches,
     "caches_20": Caches,
@@ -519,12 +587,14 @@ KINDS: dict[str, type[BaseModel]] = {
     "recipe": RecipeMeasured,
     "search": SearchStudy,
     ZOO: Envelope,
+    REPORT: Report,
 }
 
 
 def kind_of(name: str) -> str:
     """The kind of a results file by its name. Raises ``ValueError`` for an unknown one."""
-    kind = ZOO if name.startswith(f"{ZOO}_") else name
+    many = name.partition("_")[0]
+    kind = many if many in (ZOO, REPORT) else name
     if kind not in KINDS:
         raise ValueError(f"no kind of results is called {name!r}; known: {', '.join(KINDS)}")
     return kind

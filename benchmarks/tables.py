@@ -23,7 +23,7 @@ from typing import Any
 
 from accel.method import Method, Recipe
 from accel.methods import INDEX_FILE, packages
-from benchmarks import cache_tables, quant_tables, sampler_tables
+from benchmarks import cache_tables, quant_tables, recipe_cards, sampler_tables
 from benchmarks.results_file import DEVICES, path, read
 from benchmarks.sampler_tables import measured_by_distance
 from benchmarks.waterfall_picture import PICTURE, drawn_from
@@ -295,8 +295,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "robustness": lambda: _every_device("robustness", cache_tables.robustness),
     "temporal_cache": lambda: _every_device("temporal_cache", quant_tables.temporal_cache),
     "leap": lambda: _every_device("leap", _leaps_on),
+    "evaluate": lambda: _every_device("evaluate", recipe_cards.evaluation),
+    "recipe_cards": recipe_cards.cards,
 }
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "benchmarks/README.md", "recipes/README.md")
 
 
 def render_page(text: str) -> str:

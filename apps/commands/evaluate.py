@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands import vbench
 from apps.commands.render import Dtype, ProgressKind, ProgressOption, Trust, Workers
 from apps.commands.say import fail, told
 
@@ -56,6 +57,7 @@ def register(app: typer.Typer) -> None:
         group.command(kind, help=text)(_command(kind))
     group.command("compare")(compare)
     group.command("page")(page)
+    vbench.register(group)
     app.add_typer(group, name="evaluate")
 
 

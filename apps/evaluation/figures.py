@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from apps.evaluation.tasks import Arrays, read_arrays
 
 KEPT = 5000  # samples of which kernel distance, precision and coverage are taken at most
 GROUPS = 10  # of the jackknife
+HALVES = 40  # random halves, for the interval of a kernel distance
 BOOTSTRAP_WORK = 2e8  # n d^2 up to which a Frechet distance is resampled; beyond, jackknife
 FEW = 30  # samples below which a percentile bootstrap holds the truth less often than it says
 WORST = 6
@@ -161,8 +163,7 @@ def _distances(base: Looked, ours: Looked, real: Arrays) -> dict[str, Figure]:
         if min(len(x) for x in looks) >= SAMPLES_PER_FEATURE * looks[0].shape[1]:
             floor = _floor(looks[2], real.get("looks_1", np.empty(0)))
             found["looks"] = _set_figure("Frechet distance of looks (untrained)", looks, floor)
-    size = min(1000, len(a), len(first))
-    found["kid"] = _kid(a, b, first, other, size)
+    found["kid"] = _kid(a, b, first[:KEPT], other[:KEPT])
     found |= _covered(a, b, first[:KEPT], other[:KEPT])
     if "probabilities" in ours.values:
         found["inception_score"] = _inception(base, ours)
@@ -188,12 +189,23 @@ def _set_figure(label: str, sets: list[np.ndarray], floor: float | None) -> Figu
     before, after, real = sets
     width = before.shape[1]
     both = np.concatenate([before, after], axis=1)
+    seen: list[tuple[float, float]] = []
 
     def change(pair: np.ndarray, rows: np.ndarray) -> float:
-        return _any_count(pair[:, width:], rows) - _any_count(pair[:, :width], rows)
+        seen.append((_any_count(pair[:, :width], rows), _any_count(pair[:, width:], rows)))
+        return seen[-1][1] - seen[-1][0]
 
-    a, b = (bootstrap_sets([x, real], _any_count) for x in (before, after))
-    return _distance(label, a, b, bootstrap_sets([both, real], change), floor)
+    difference = bootstrap_sets([both, real], change)
+    *draws, estimate = np.asarray(seen)  # the sets themselves come last
+    a, b = (_of_draws(np.asarray(draws)[:, i], estimate[i]) for i in (0, 1))
+    return _distance(label, a, b, difference, floor)
+
+
+def _of_draws(draws: np.ndarray, estimate: float) -> SetInterval:
+    """As `bootstrap_sets`: percentiles, moved down by what resampling adds."""
+    bias = float(draws.mean()) - float(estimate)
+    low, high = np.percentile(draws, [2.5, 97.5]) - bias
+    return SetInterval(float(estimate), float(low), float(high), bias)
 
 
 def _distance(
@@ -219,22 +231,34 @@ def _floor(first: np.ndarray, other: np.ndarray) -> float | None:
     return _round(frechet(other, first)) if len(other) == len(first) else None
 
 
-def _kid(a: np.ndarray, b: np.ndarray, first: np.ndarray, other: np.ndarray, size: int) -> Figure:
-    """Kernel distance x 1000, with the spread of its subsets' mean as interval."""
-    before, after = (kid(x, first, subset_size=size) for x in (a, b))
-    floor = kid(other, first, subset_size=size).mean if len(other) >= size else None
+def _kid(a: np.ndarray, b: np.ndarray, first: np.ndarray, other: np.ndarray) -> Figure:
+    """Kernel distance of all pairs, with an interval from random halves of samples and real ones.
 
-    def spread(value: Any) -> dict[str, float]:
-        # one subset's deviation: what a set of this size varies by; subsets overlap, so no 1/sqrt
-        scaled = [1000 * (value.mean + sign * 1.96 * value.deviation) for sign in (0, -1, 1)]
-        return dict(zip(("estimate", "low", "high"), (_round(x) for x in scaled), strict=True))
-
+    A half drawn without replacement varies about the whole as the whole does about the truth (the
+    variance is s^2 (2 / n - 1 / n)); before and after take the same halves, so they pair.
+    """
+    rng = np.random.default_rng(0)
+    halves = []
+    for _ in range(HALVES):
+        rows, real = (rng.permutation(len(x))[: len(x) // 2] for x in (a, first))
+        halves.append([kid(x[rows], first[real], subsets=None).mean for x in (a, b)])
+    whole = [kid(x, first, subsets=None).mean for x in (a, b)]
+    spread = np.asarray(halves)
+    changes = spread[:, 1] - spread[:, 0]
+    floor = kid(other, first, subsets=None).mean if len(other) > 1 else None
     return {
-        "label": "kernel distance (KID) x 1000", "unit": "", "better": "lower",
-        "value": spread(after), "baseline": spread(before), "difference": None,
-        "floor": None if floor is None else _round(1000 * floor),
-        "note": f"interval: the spread of one subset of {size}",
+        "label": "kernel distance (KID)", "unit": "", "better": "lower",
+        "value": _around(whole[1], spread[:, 1]), "baseline": _around(whole[0], spread[:, 0]),
+        "difference": _around(whole[1] - whole[0], changes),
+        "floor": None if floor is None else _round(floor),
+        "note": "of independent samples unbiased; sets that go round the same classes fall below 0",
     }  # fmt: skip
+
+
+def _around(estimate: float, values: np.ndarray) -> dict[str, float]:
+    width = NormalDist().inv_cdf(0.975) * float(np.std(values, ddof=1))
+    ends = (estimate, estimate - width, estimate + width)
+    return dict(zip(("estimate", "low", "high"), map(_round, ends), strict=True))
 
 
 def _covered(a: np.ndarray, b: np.ndarray, first: np.ndarray, other: np.ndarray) -> dict:

@@ -64,20 +64,23 @@ def page(found: Report, folder: Path) -> str:
 
 
 def number(x: float) -> str:
-    """Three digits or so, never an exponent."""
+    """Two or three digits."""
     if x == 0:
         return "0"
     size = abs(x)
     if size >= 100:
         return f"{x:.0f}"
-    return f"{x:.1f}" if size >= 10 else f"{x:.2f}" if size >= 1 else f"{x:.3f}"
+    if size >= 1:
+        return f"{x:.1f}" if size >= 10 else f"{x:.2f}"
+    return f"{x:.3f}" if size >= 0.1 else f"{x:.2g}"
 
 
 def interval(value: dict[str, float] | None, unit: str = "", *, signed: bool = False) -> str:
     """An estimate with its interval, as text."""
     if value is None:
         return "-"
-    form = (lambda x: ("+" if x > 0 else "") + number(x)) if signed else number
+    plain = (lambda x: f"{x:.1f}") if unit in ("%", "points", "dB") else number
+    form = (lambda x: ("+" if x > 0 else "") + plain(x)) if signed else plain
     unit = f"\u202f{unit}" if unit and unit != "x" else unit
     return f"{form(value['estimate'])}{unit} ({form(value['low'])} to {form(value['high'])})"
 

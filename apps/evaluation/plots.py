@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 WIDTH = 460
 COLOURS = 8  # classes c0 .. c7 of the page's style
-LETTER = 6.4  # mean width of a letter of 12 units
+LETTER, BOLD = 6.4, 7.4  # mean width of a letter of 12 units
 
 
 class Point(NamedTuple):
@@ -66,7 +66,7 @@ def bars(rows: Sequence[Bar], label: str) -> str:
     """Horizontal bars with whiskers, and words after each."""
     step, top = 38, 6
     height = top + step * len(rows) + 26
-    room = max(len(row.words) for row in rows) * LETTER + 12
+    room = max(len(row.words) for row in rows) * BOLD + 14
     scale = _Scale(0.0, max(row.value["high"] for row in rows) or 1.0, 2, WIDTH - room)
     parts = []
     for i, (name, value, words, colour) in enumerate(rows):

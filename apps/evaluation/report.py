@@ -251,8 +251,8 @@ def _warnings_of(row: dict[str, Any], count: int) -> list[str]:
     distance = row["figures"].get("frechet")
     if distance and distance["difference"] and distance["difference"]["high"] < 0:
         told.append(
-            f"{name}: its Frechet distance is below the baseline's. Caching can do that without "
-            "making anything better; read it beside the paired figures."
+            f"{name}: its Frechet distance is below the baseline's. That can be without "
+            "anything being better; read it beside the paired figures."
         )
     right = row["figures"].get("right_all")
     if right:

@@ -32,7 +32,8 @@ table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-num
 th,td{text-align:left;padding:6px 16px 6px 0;border-bottom:1px solid var(--rule);vertical-align:top}
 th{font-weight:600;color:var(--faint)}
 td{white-space:nowrap}
-td:first-child{white-space:normal;min-width:9em}
+td:first-child{white-space:normal;min-width:9em;position:sticky;left:0;background:var(--paper)}
+.pictures td:first-child{position:static;min-width:72px}
 figure{margin:0}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}
 svg.plot{width:100%;max-width:600px;height:auto;display:block}

@@ -37,6 +37,7 @@ class Settings:
     metadata: bool = True
     raw: bool = False  # videos also as exact frames, .npz: an mp4 loses some
     trusted: bool = False  # verifiers may start commands: named on the command line, not in a file
+    native: bool = False  # judge videos while their raw frames are there, without any network
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def _task(index: int, placed: PlacedJob, settings: Settings, folder: Path) -> Pl
         "strict": settings.strict,
         "metadata": settings.metadata,
         "raw": settings.raw,
+        "native": settings.native,
     }
     if job.search is not None and settings.trusted:
         payload["trusted"] = True

@@ -161,6 +161,10 @@ class Worker:
         record = {"identity": task_id, "stem": stem, "payload": payload, "versions": versions()}
         if "search" in story:
             record["search"] = story["search"]
+        if payload.get("native") and frames[0].ndim == 4:
+            from apps.evaluation.vbench.native import native
+
+            story["native"] = native(frames[0])
         media = encode_all(
             frames,
             stem=stem,

@@ -39,7 +39,8 @@ def copy_of_root(tmp_path, monkeypatch):
     for package in tables.OWN:
         (tmp_path / package).mkdir()
         shutil.copy(tables.ROOT / package / INDEX_FILE, tmp_path / package)
-    (tmp_path / "benchmarks").mkdir()
+    for folder in ("benchmarks", "recipes"):
+        (tmp_path / folder).mkdir()
     for page in tables.PAGES:
         shutil.copy(tables.ROOT / page, tmp_path / page)
     monkeypatch.setattr(tables, "ROOT", tmp_path)

@@ -1,0 +1,42 @@
+"""Cards come from reports: their figures, their pictures, and what has changed since."""
+
+from __future__ import annotations
+
+import pytest
+
+import accel
+from benchmarks import recipe_cards
+from benchmarks.results_file import RESULTS, read
+
+
+def test_every_shipped_recipe_has_a_card_and_every_picture_is_there():
+    text = recipe_cards.cards()
+    names = [path.stem for path in sorted(recipe_cards.RECIPES.glob("*.yaml"))]
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == names
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (recipe_cards.RECIPES / line.partition("(")[2].rstrip(")")).is_file()
+
+
+def test_a_card_says_what_the_report_says():
+    found = read("report_digits-dit")
+    assert found is not None
+    row = found["recipes"][0]
+    card = recipe_cards._card(recipe_cards.RECIPES / row["recipe"], found, row)
+    assert f"{row['figures']['psnr']['value']['estimate']:.1f}\u202fdB" in card
+    assert f"{row['speedup']['estimate']:.2f}x" in card
+    assert found["protocol"]["sha256"][:12] in card
+    assert "was changed" not in card
+    assert "was changed" in recipe_cards._card(
+        recipe_cards.RECIPES / row["recipe"], found, row | {"sha256": "0" * 64}
+    )
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("report_*.json")), ids=lambda p: p.stem)
+def test_a_kept_report_is_whole_and_names_shipped_recipes(path):
+    found = read(path.stem)
+    assert found is not None
+    for row in found["recipes"]:
+        assert accel.read_recipe(recipe_cards.RECIPES / row["recipe"]).name == row["label"]
+        assert "per_sample" not in row
+        assert row["worst"]
