@@ -77,4 +77,6 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [x for x in tree_iter(tree) if isinstance(x, torch.Tensor)]
+    """Of those that have a storage; weights in oneDNN's own layout have none that can be seen."""
+    found = (x for x in tree_iter(tree) if isinstance(x, torch.Tensor))
+    return [x for x in found if torch._C._has_storage(x)]

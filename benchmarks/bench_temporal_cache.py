@@ -27,7 +27,7 @@ from apps.digits_referee import NAME
 from benchmarks.bench_overhead import dit_xl
 from benchmarks.digits_study import head, row, study
 from benchmarks.public_models import PUBLIC, PublicModel
-from benchmarks.results_file import DEVICES, read, write
+from benchmarks.results_file import DEVICES, write
 from quant._dataflow import program, small_enough, table_bytes, watch
 from quant.temporal_cache import MOST_DIMENSIONS, TemporalCache
 
@@ -119,18 +119,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     given = parser.parse_args()
-    content = read("temporal_cache", given.device) or {"grid": STEPS}
     torch.set_num_threads(1)
+    device, load = given.device, load_average()
     if "counts" in given.parts:
-        content["counts"] = {name: counts(model) for name, model in PUBLIC.items()}
-        content["bit_equal"] = {name: bit_equal(name) for name in TINY_NAMES}
+        counted = {name: counts(model) for name, model in PUBLIC.items()}
+        equal = {name: bit_equal(name) for name in TINY_NAMES}
+        block = environment(device, load)
+        found = {"environment": block, "grid": STEPS, "counts": counted, "bit_equal": equal}
+        write("temporal_counts", device, found)
     if "times" in given.parts:
-        load = load_average()
-        timed = times(given.device, given.rounds)
-        content["times"] = {**timed, "environment": environment(given.device, load)}
+        timed = times(device, given.rounds)
+        write("temporal_times", device, {"environment": environment(device, load), **timed})
     if "rows" in given.parts:
-        content |= rows(given.device, given.samples, given.rounds)
-    write("temporal_cache", given.device, content)
+        write("temporal_cache", device, rows(device, given.samples, given.rounds))
 
 
 if __name__ == "__main__":

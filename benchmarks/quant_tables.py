@@ -7,20 +7,24 @@ from typing import Any
 HOLDS = ("timestep", "pooled", "text")
 
 
-def temporal_cache(result: dict[str, Any]) -> str:
+def temporal_times(result: dict[str, Any]) -> str:
+    """Speed-ups in one sentence."""
+    env = result["environment"]
+    spans = [
+        f"{s['estimate']:.3f}x ({s['low']:.3f} to {s['high']:.3f}) with the table {case}"
+        for case, s in result["speedup"].items()
+    ]
+    where = f"{result['steps']} steps, {env['hardware']}, {env['threads']} thread(s)"
+    return f"{result['model']}, {where}: {', '.join(spans)}."
+
+
+def temporal_counts(result: dict[str, Any]) -> str:
     """What leaves each architecture, and what the table takes instead."""
     equal = result["bit_equal"]
-    spans = [
-        f"{s['estimate']:.3f}x ({s['low']:.3f} to {s['high']:.3f}) {case}"
-        for case, s in result["times"]["speedup"].items()
-    ]
-    env, times = result["times"]["environment"], result["times"]
     lines = [
         f"Output bit-equal with the weights gone, in {sum(equal.values())} of {len(equal)} tiny "
-        f"pipelines ({', '.join(equal)}). Time, {times['model']}, {times['steps']} steps, "
-        f"{env['hardware']}, {env['threads']} thread(s), with the table {'; '.join(spans)}. "
-        f"Share of all weights that leave (bfloat16; table of one condition, {result['grid']} "
-        "steps), by what is taken to be fixed in a run:",
+        f"pipelines ({', '.join(equal)}). Share of all weights that leave (bfloat16; table of one "
+        f"condition, {result['grid']} steps), by what is taken to be fixed in a run:",
         "",
         "| architecture | parameters | timestep alone | + class, guidance, pooled text | + text | "
         "weights that go | table |",

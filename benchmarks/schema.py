@@ -363,20 +363,49 @@ class TemporalCounts(_Strict):
     text: RemovedWeights
 
 
-class TemporalTimes(_Strict):
-    model: str
-    steps: Positive
-    speedup: dict[str, Interval]
+class TemporalCountsFile(_Strict):
+    """``temporal_counts.json``: in bfloat16 over ``grid`` steps; bit_equal: by tiny pipeline."""
+
     environment: Environment
-
-
-class TemporalCacheStudy(Study):
-    """``temporal_cache.json``. counts: in bfloat16 over ``grid`` steps; bit_equal: by pipeline."""
-
     grid: Positive
     counts: dict[str, TemporalCounts]
     bit_equal: dict[str, bool]
-    times: TemporalTimes
+
+
+class TemporalTimes(_Strict):
+    """``temporal_times.json``: by when the table was filled."""
+
+    environment: Environment
+    model: str
+    steps: Positive
+    speedup: dict[str, Interval]
+
+
+class TemporalCacheStudy(Study):
+    """``temporal_cache.json``."""
+
+
+class QuantFacts(_Strict):
+    """bytes_on_disk: of the model's weights without, and with what stays whole beside the artifact.
+    temporal_error: relative, of what depends on the timestep, by its weights alone."""
+
+    calibration_seconds: Annotated[float, Field(ge=0)] | None = None
+    temporal_error: Annotated[float, Field(ge=0)] | None = None
+    quantised_layers: Count | None = None
+    bytes_on_disk: Pair | None = None
+    weights_bytes: Count | None = None
+    quantised_bytes: Count | None = None
+
+
+class QuantRow(Row):
+    facts: QuantFacts
+
+
+class QuantStudy(Study):
+    """``quant.json`` (digits-dit), ``quant_sd.json``, ``quant_ddpm.json``."""
+
+    rows: dict[str, QuantRow]  # type: ignore[assignment]  # pydantic fields are covariant here
+    guidance: float | None  # type: ignore[assignment]  # a model without a question has none
 
 
 Seconds = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -580,7 +609,12 @@ KINDS: dict[str, type[BaseModel]] = {
     "leap": Leaps,
     "waterfall": Waterfall,
     "overhead": Overhead,
+    "quant": QuantStudy,
+    "quant_sd": QuantStudy,
+    "quant_ddpm": QuantStudy,
     "temporal_cache": TemporalCacheStudy,
+    "temporal_counts": TemporalCountsFile,
+    "temporal_times": TemporalTimes,
     "kill": Kill,
     "time_shift": TimeShiftStudy,
     "one_more_step": OneMoreStepStudy,

@@ -96,7 +96,8 @@ class _Recorder(TorchDispatchMode):
     def _know(self, tensor: Tensor, ref: Ref, labels: frozenset[str]) -> None:
         self._alive.append(tensor)
         self._refs[id(tensor)], self._labels[id(tensor)] = ref, labels
-        self._of_storage.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
+        if torch._C._has_storage(tensor):
+            self._of_storage.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
 
     def _forget_storage(self, tensor: Tensor) -> None:
         for key in self._of_storage.pop(tensor.untyped_storage()._cdata, set()):
@@ -307,9 +308,20 @@ def small_enough(
 
 
 def table_bytes(call: ModuleCall, steps: int, timestep: str = "timestep") -> int:
-    """Of one module's outputs, one row of the batch, once a step if they depend on it."""
-    row = sum(t.nbytes // max(t.shape[0] if t.ndim else 1, 1) for t in call.tensors)
-    return row * (steps if timestep in call.labels else 1)
+    """Of one module's outputs, once a step if they depend on it; rows that are alike count once."""
+    one = sum(t.nbytes // (t.shape[0] if rows_alike(t) else 1) for t in call.tensors)
+    return one * (steps if timestep in call.labels else 1)
+
+
+def rows_alike(tensor: Tensor) -> bool:
+    """Whether all rows of a batch have the same bits."""
+    rows = tensor.shape[0] if tensor.ndim else 0
+    if rows < 2 or not tensor.is_contiguous():
+        return False
+    if tensor.is_meta:
+        return True
+    bits = tensor.view(torch.uint8) if tensor.ndim > 1 else tensor
+    return torch.equal(bits, bits[:1].expand_as(bits))
 
 
 def program(

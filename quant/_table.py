@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from quant._dataflow import PLAIN, ModuleCall, Program
+from quant._dataflow import PLAIN, ModuleCall, Program, rows_alike
 from quant._grid import TIMESTEP, Time
 
 
@@ -18,22 +18,35 @@ from quant._grid import TIMESTEP, Time
 class Entry:
     """One module's output: its tensors, with the batch they are spread over (0: as they are)."""
 
-    leaves: tuple[tuple[Tensor, int], ...]
+    leaves: tuple[tuple[Tensor, int, int], ...]  # (tensor, rows it is spread over, version)
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> Entry:
         """Rows that are all alike are kept once."""
-        return cls(tuple(_one_row(t) for t in tensors))
+        held = [(t[:1].clone(), len(t)) if rows_alike(t) else (_own(t), 0) for t in tensors]
+        return cls(tuple((t, rows, version(t)) for t, rows in held))
+
+    def intact(self) -> bool:
+        """Whether nobody has written into what was given out."""
+        return all(version(t) == seen for t, _, seen in self.leaves)
 
     def tensors(self) -> list[Tensor]:
-        return [t.expand(n, *t.shape[1:]).contiguous() if n else t.clone() for t, n in self.leaves]
+        """The output's tensors: not to be written into, which ``intact`` would tell."""
+        return [_spread(*leaf) for leaf in self.leaves]
 
 
-def _one_row(tensor: Tensor) -> tuple[Tensor, int]:
-    rows = tensor.shape[0] if tensor.ndim else 0
-    if rows > 1 and tensor.is_contiguous() and torch.equal(tensor, tensor[:1].expand_as(tensor)):
-        return tensor[:1].clone(), rows
-    return tensor.clone(), 0
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it is a part of a larger one."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.preserve_format)
+
+
+def _spread(tensor: Tensor, rows: int, seen: int) -> Tensor:
+    if rows:
+        return tensor.expand(rows, *tensor.shape[1:]).contiguous()
+    if seen < 0:
+        return tensor.clone()
+    return tensor
 
 
 @dataclass
@@ -79,7 +92,8 @@ class Plan:
         return path, timed, id(self.conditions[condition]) if labels - {TIMESTEP} else None
 
     def has(self, time: Time, condition: int) -> bool:
-        return all(self.key(p, time, condition) in self.table for p in self.program.needed)
+        places = (self.key(p, time, condition) for p in self.program.needed)
+        return all(p in self.table and self.table[p].intact() for p in places)
 
 
 def rebuilt(call: ModuleCall, tensors: list[Tensor]) -> Any:

@@ -286,7 +286,7 @@ class _Served:
         for key, outputs in zip(missing, made, strict=True):
             for path, tensors in outputs.items():
                 place = plan.key(path, key, condition)
-                if place not in plan.table:
+                if place not in plan.table or not plan.table[place].intact():
                     plan.table[place] = Entry.of(tensors)
                     self.live.count("computed")
 
@@ -356,7 +356,7 @@ class _Served:
 
     def table_bytes(self) -> int:
         plans = filter(None, self.plans.values())
-        return sum(t.nbytes for p in plans for e in p.table.values() for t, _ in e.leaves)
+        return sum(t.nbytes for p in plans for e in p.table.values() for t, *_ in e.leaves)
 
     @property
     def device(self) -> torch.device:

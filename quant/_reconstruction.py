@@ -1,0 +1,158 @@
+"""Weights in few bits, part by part, so that each part's output stays what it was.
+
+The paper's temporal-information-aware reconstruction (what depends on the timestep is one part,
+rounded for its own outputs at all timesteps, without data) and block reconstruction (arXiv
+2102.05426): inputs from the part quantised so far, outputs of the unquantised model as the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten
+
+from quant._dataflow import Program
+from quant._recording import Call, inputs_and_outputs
+from quant._rounding import (
+    WARMUP,
+    beta_at,
+    first_rounding,
+    gptq,
+    rounding_loss,
+    soft_codes,
+    soft_weight,
+)
+
+LAMBDA = 0.01
+TRAVEL = 20.0  # learning rate times iterations: the original's 1e-3 in 20,000
+TIMES = 8  # of one TIAR minibatch
+
+Weights = Mapping[str, Tensor]
+
+
+class Rounding:
+    """AdaRound variables of some layers, by name of the weight."""
+
+    def __init__(self, weights: Weights, scales: Weights, bits: int) -> None:
+        self.weights, self.scales, self.bits = dict(weights), dict(scales), bits
+        self.v = {n: first_rounding(w, scales[n]).requires_grad_() for n, w in weights.items()}
+
+    def soft(self) -> dict[str, Tensor]:
+        return {
+            n: soft_weight(w, self.scales[n], self.v[n], self.bits) for n, w in self.weights.items()
+        }
+
+    def codes(self) -> dict[str, Tensor]:
+        return {
+            n: soft_codes(w, self.scales[n], v.detach(), self.bits, hard=True)
+            for (n, w), v in zip(self.weights.items(), self.v.values(), strict=True)
+        }
+
+    def fit(self, error: Callable[[dict[str, Tensor], int], Tensor], steps: int) -> list[float]:
+        """Minimise ``error(soft weights, step)`` and the rounding loss; the errors on the way."""
+        optimiser = torch.optim.Adam(self.v.values(), lr=TRAVEL / steps)
+        seen = []
+        for step in range(steps):
+            with torch.enable_grad():
+                loss = error(self.soft(), step)
+                seen.append(float(loss.detach()))
+                if step >= WARMUP * steps:
+                    beta = beta_at(step, steps)
+                    loss = loss + LAMBDA * sum(rounding_loss(v, beta) for v in self.v.values())
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        return seen
+
+
+def reconstruct(
+    student: nn.Module,
+    teacher: nn.Module,
+    path: str,
+    rounding: Rounding,
+    calls: list[Call],
+    steps: int,
+) -> list[float]:
+    """Round the layers of the part at ``path`` for its outputs; ``rounding`` names start there."""
+    given = inputs_and_outputs(student, path, calls)
+    wanted = inputs_and_outputs(teacher, path, calls)
+    part = student.get_submodule(path)
+    order = torch.Generator().manual_seed(0)
+
+    def error(soft: dict[str, Tensor], step: int) -> Tensor:
+        i = int(torch.randint(len(given), (1,), generator=order))
+        args, kwargs, _ = given[i]
+        return distance(functional_call(part, soft, args, dict(kwargs)), wanted[i][2])
+
+    return rounding.fit(error, steps)
+
+
+def reconstruct_temporal(
+    plan: Program,
+    sources: Mapping[str, Tensor],
+    times: list[Tensor],
+    rounding: Rounding,
+    everything: Weights,
+    steps: int,
+) -> list[float]:
+    """TIAR: sum over embeddings of their squared errors, at random timesteps of the grid."""
+    with torch.no_grad():
+        wanted = plan.play(everything.__getitem__, sources, times)
+    order = torch.Generator().manual_seed(0)
+
+    def error(soft: dict[str, Tensor], step: int) -> Tensor:
+        chosen = torch.randperm(len(times), generator=order)[:TIMES].tolist()
+        weights = {**everything, **soft}
+        made = plan.play(weights.__getitem__, sources, [times[i] for i in chosen])
+        total = torch.zeros(())
+        for i, outputs in zip(chosen, made, strict=True):
+            for path, tensors in outputs.items():
+                for a, b in zip(tensors, wanted[i][path], strict=True):
+                    total = total + (a - b).pow(2).sum(-1).mean()
+        return total / len(chosen)
+
+    return rounding.fit(error, steps)
+
+
+def distance(output: Any, wanted: Any) -> Tensor:
+    """Squared error summed over channels, mean over everything else; over all tensors."""
+    pairs = zip(_tensors(output), _tensors(wanted), strict=True)
+    total = torch.zeros(())
+    for a, b in pairs:
+        total = total + (a - b).pow(2).sum(1 if a.ndim == 4 else -1).mean()
+    return total
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = tree_flatten(output)[0]
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+@torch.no_grad()
+def rounded_by_gptq(
+    student: nn.Module, path: str, scale: Tensor, bits: int, calls: list[Call]
+) -> Tensor:
+    """Codes of one layer from the inputs that the model quantised so far gives it."""
+    layer: Any = student.get_submodule(path)
+    columns = layer.weight[0].numel()
+    groups = getattr(layer, "groups", 1)
+    hessian = torch.zeros(columns, columns, dtype=torch.float64)
+    for args, kwargs, _ in inputs_and_outputs(student, path, calls):
+        x = (args[0] if args else kwargs["input"]).float()
+        if x.ndim == 4:
+            x = F.unfold(
+                x[:, : x.shape[1] // groups],
+                layer.kernel_size,
+                layer.dilation,
+                layer.padding,
+                layer.stride,
+            )
+            x = x.transpose(1, 2)  # (b, places, c * k * k)
+        rows = x.reshape(-1, columns).double()
+        hessian += rows.t() @ rows
+    return gptq(layer.weight.flatten(1), scale, bits, hessian).view_as(layer.weight)

@@ -1,0 +1,140 @@
+"""What a calibration sees: calls of the denoiser on the sampler's own way, and layers' inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from accel.clock import clock_of
+from accel.denoiser import Denoiser
+from accel.measure import pipeline_samples
+from accel.method import Recipe, attached
+from accel.patch import Patch
+from quant._layers import quantisable
+
+ROWS = 256  # of one layer's inputs at one call that are kept, to choose among activation schemes
+
+
+@dataclass
+class Call:
+    """One call of a denoiser, with copies of its arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    time: float
+
+
+@dataclass
+class LayerInputs:
+    """What one layer was given: ranges at every timestep, and rows of some calls."""
+
+    low: dict[float, Tensor] = field(default_factory=dict)
+    high: dict[float, Tensor] = field(default_factory=dict)
+    rows: list[tuple[float, Tensor]] = field(default_factory=list)  # (time, (n, k))
+    shape: tuple[int, ...] = ()  # of the input, of one call
+    order: int = 0  # in which layers are first called
+
+    def see(self, time: float, x: Tensor) -> None:
+        low, high = torch.aminmax(x.detach().float())
+        self.low[time] = torch.minimum(low, self.low.get(time, low))
+        self.high[time] = torch.maximum(high, self.high.get(time, high))
+
+
+@dataclass
+class Recording:
+    """All that was seen of one denoiser."""
+
+    calls: list[Call] = field(default_factory=list)
+    layers: dict[str, LayerInputs] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)  # of the grid, in order, each once
+
+
+def record(
+    pipe: Any, denoiser: Denoiser, inputs: list[dict[str, Any]], recipe: Recipe, *, calls: int
+) -> Recording:
+    """Run the pipeline with ``recipe`` on ``inputs`` and look.
+
+    ``calls``: denoiser calls to keep of each run, evenly over its steps (the later for texts' two
+    branches alike).
+    """
+    seen, patch = Recording(), Patch()
+    now: dict[str, Any] = {"time": None, "keep": False}
+    clock = clock_of(pipe)
+
+    def on_denoiser(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        time = float(torch.as_tensor(denoiser.argument("timestep", args, kwargs)).flatten()[0])
+        if time not in seen.times:
+            seen.times.append(time)
+        run = clock.run
+        steps = len(run.timesteps) if run is not None else 1
+        stride = max(1, steps // calls)
+        place = clock.now.step if clock.now is not None else 0
+        now["time"], now["keep"] = time, place % stride == stride // 2
+        if now["keep"]:
+            copies = tree_map(_copied, (args, kwargs))
+            seen.calls.append(Call(*copies, time))
+        return call_next(*args, **kwargs)
+
+    def on_layer(path: str) -> Callable[..., Any]:
+        def layer(call_next: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if now["time"] is None:
+                return call_next(x, *args, **kwargs)
+            found = seen.layers.setdefault(path, LayerInputs(order=len(seen.layers)))
+            found.see(now["time"], x)
+            found.shape = tuple(x.shape)
+            if now["keep"]:
+                found.rows.append((now["time"], _some_rows(x)))
+            return call_next(x, *args, **kwargs)
+
+        return layer
+
+    with attached(recipe, pipe):
+        patch.around_call(denoiser.module, on_denoiser)
+        for path, part in denoiser.module.named_modules():
+            if quantisable(part):
+                patch.around_call(part, on_layer(path))
+        try:
+            for seed, call in enumerate(inputs):
+                pipeline_samples(pipe, {**call, **recipe.call_changes()}, seed)
+                now["time"] = None
+        finally:
+            patch.undo()
+    return seen
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _some_rows(x: Tensor) -> Tensor:
+    """Rows (n, k) of a linear layer's input, or values of a convolution's by channel, evenly."""
+    rows = x.detach().flatten(0, -2) if x.ndim < 4 else x.detach().movedim(1, -1).flatten(0, -2)
+    return rows[:: max(1, len(rows) // ROWS)][:ROWS].float().clone()
+
+
+@torch.no_grad()
+def inputs_and_outputs(
+    module: nn.Module, path: str, calls: Iterable[Call]
+) -> list[tuple[tuple[Any, ...], Mapping[str, Any], Any]]:
+    """What the part at ``path`` is given and returns in each call: ``(args, kwargs, output)``."""
+    found: list[tuple[tuple[Any, ...], Mapping[str, Any], Any]] = []
+    patch = Patch()
+
+    def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        given = tree_map(_copied, (args, kwargs))
+        output = call_next(*args, **kwargs)
+        found.append((*given, tree_map(_copied, output)))
+        return output
+
+    patch.around_call(module.get_submodule(path), layer)
+    try:
+        for call in calls:
+            module(*call.args, **call.kwargs)
+    finally:
+        patch.undo()
+    return found

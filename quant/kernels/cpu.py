@@ -1,0 +1,128 @@
+"""8-bit linear layers and convolutions on CPUs, through the oneDNN operators that torch ships.
+
+u8 x s8 with static scales (a tensor, so that each timestep may have its own) and, for linear
+layers, a scale for each row. Written for AVX512-VNNI and tested there; right on any
+CPU, but without VNNI neither fast nor, on old oneDNN paths, safe from 16-bit saturation: ``fast``
+tells. Weights are packed once; the packing does not depend on the activations' scale. Each is one
+custom operator, so that a compiled graph holds it as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+NAMESPACE = "accel_quant"
+GEOMETRY = tuple[list[int], list[int], list[int], int]
+
+
+@functools.cache
+def fast() -> bool:
+    """Whether this CPU has the instructions that the kernels are written for."""
+    return torch.cpu._is_vnni_supported()
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """s8 (n, k) in oneDNN's own layout."""
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def pack_conv(weight: Tensor, scales: Tensor, geometry: GEOMETRY) -> Tensor:
+    """s8 (o, c / groups, ...) in oneDNN's own layout."""
+    return torch.ops.onednn.qconv_prepack(weight, scales, 1.0, 0, *geometry, None)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_static", mutates_args=())
+def linear_static(
+    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, scale: Tensor, zero: Tensor
+) -> Tensor:
+    """x (m, k) float, packed weight, scales (n), scale (1) float32, zero (1) int32 -> (m, n)."""
+    return _linear(_quantised(x, scale, zero), packed, scales, bias, scale, zero)
+
+
+@linear_static.register_fake
+def _(x, packed, scales, bias, scale, zero):
+    return x.new_empty((x.shape[0], scales.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_token", mutates_args=())
+def linear_token(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x (m, k) float, packed weight, scales (n) -> (m, n)."""
+    rows = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_(min=1e-12).div_(127)
+    q = (x / rows).add_(128.5).to(torch.uint8)
+    out = _linear(q, packed, scales, None, _ONE, _MIDDLE)
+    return out.mul_(rows) if bias is None else torch.addcmul(bias, out, rows)
+
+
+@linear_token.register_fake
+def _(x, packed, scales, bias):
+    return x.new_empty((x.shape[0], scales.shape[0]), dtype=torch.float32)
+
+
+_ONE, _MIDDLE = torch.ones(1), torch.full((1,), 128, dtype=torch.int32)
+
+
+def _quantised(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """``reference.quantise_static`` in as few passes as eager operations allow."""
+    shifted = torch.add(torch.tensor(float(zero) + 0.5), x, alpha=float(1 / scale))
+    return shifted.clamp_(0, 255).to(torch.uint8)
+
+
+def _linear(
+    q: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, scale: Tensor, zero: Tensor
+) -> Tensor:
+    zeros = torch.zeros(scales.shape[0], dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise.tensor(
+        q, scale, zero, packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::conv_static", mutates_args=())
+def conv_static(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """x (b, c, h, w) float -> (b, o, h', w'), channels last in memory."""
+    q = _quantised(x, scale, zero)
+    zeros = torch.zeros(scales.shape[0], dtype=torch.int64)
+    return torch.ops.onednn.qconv_pointwise.tensor(
+        q, scale, zero, packed, scales, zeros, bias, stride, padding, dilation, groups,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+
+
+@conv_static.register_fake
+def _(x, packed, scales, bias, scale, zero, stride, padding, dilation, groups):
+    kernel = packed.shape[2:]  # logical sizes survive packing
+    sides = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
+    ]
+    out = x.new_empty((x.shape[0], scales.shape[0], *sides), dtype=torch.float32)
+    return out.to(memory_format=torch.channels_last) if x.ndim == 4 else out
+
+
+# Work, as for the layers that these stand for.
+
+
+@register_flop_formula([torch.ops.accel_quant.linear_static, torch.ops.accel_quant.linear_token])
+def _(x_shape, packed_shape, scales_shape, *args, **kwargs) -> int:
+    return 2 * x_shape[0] * x_shape[1] * scales_shape[0]
+
+
+@register_flop_formula(torch.ops.accel_quant.conv_static)
+def _(x_shape, packed_shape, scales_shape, *args, out_shape=None, **kwargs) -> int:
+    inside = x_shape[1] // args[-1]  # channels of one group
+    return 2 * math.prod(out_shape) * inside * math.prod(packed_shape[2:])

@@ -1,0 +1,165 @@
+"""Quantisation that knows the timestep: weights in 8 or 4 bits, activations in 8, real kernels.
+
+TFMQ-DM (CVPR 2024, arXiv 2407.19547): modules of the timestep alone are kept apart from the rest
+(temporal-information-aware reconstruction; or left whole, for ``TemporalCache`` to remove), static
+activation scales for groups of timesteps (finite set calibration), weights by block reconstruction
+with AdaRound along the sampler's own trajectory. Ours: symmetric weights, no attention products,
+for each linear layer the activation scheme that does best on held-out samples, dynamic rows among
+them, because static scales by timestep help UNets and not transformers. First and last layer stay
+whole, as in the paper. Costs: packed weights beside the model's own (``weights="disk"`` maps them).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from accel.artifact import Artifact, ArtifactRef
+from accel.clock import Run
+from accel.denoiser import Denoiser, denoisers
+from accel.method import Attached, Claim, Method
+from accel.patch import at_home
+from quant._layers import Bins, Kernel, layer_for
+from quant._rounding import floats_of
+from quant._shelf import Shelved
+
+
+@dataclass(frozen=True)
+class TFMQ(Method):
+    """Run a calibrated artifact (``quant.calibrate``): quantised layers for the model's own.
+
+    kernel: "auto" uses integers where this CPU is fast at them and the reference elsewhere,
+    "int8" always, "reference" never. weights: the model's own, meanwhile: in place, or mapped from
+    disk. An output that is not finite is computed again with the model's own weights.
+    """
+
+    SLOTS = ("linear", "denoiser.call")
+    PAPER = "TFMQ-DM, arXiv 2407.19547"
+
+    artifact: ArtifactRef
+    kernel: Kernel = "auto"
+    weights: Literal["keep", "disk"] = "keep"
+
+    def claims(self, pipe: Any) -> frozenset[Claim]:
+        artifact = Artifact.load(self.artifact)
+        paths = frozenset(artifact.settings["layers"])
+        slots = frozenset(d.slot for d in denoisers(pipe))
+        return frozenset({("linear", paths), ("denoiser.call", slots)})
+
+    def new_live(self, pipe: Any) -> Attached:
+        return _Live(self, pipe)
+
+    def build(self, pipe: Any, live: Attached) -> None:
+        assert isinstance(live, _Live)
+        artifact = Artifact.load(self.artifact)
+        if artifact.method != self.name():
+            raise ValueError(f"{self.artifact.path} is for {artifact.method}, not {self.name()}")
+        found = {d.slot: d for d in denoisers(pipe)}
+        asked = {path.partition(".")[0] for path in artifact.settings["layers"]}
+        if not asked <= found.keys():
+            raise ValueError(f"{self.artifact.path} is for {sorted(asked)}, here are {list(found)}")
+        for slot in sorted(asked):
+            artifact.check_model(found[slot].module)
+            live.put_on(found[slot], artifact)
+
+
+class _Live(Attached):
+    method: TFMQ
+
+    def __init__(self, method: Method, pipe: Any) -> None:
+        super().__init__(method, pipe)
+        self.layers: dict[str, Any] = {}
+        self.bins: dict[str, Bins] = {}
+        self.homes: list[Shelved] = []
+        self.whole = False  # whether layers compute with the model's own weights now
+        self.replaced = 0  # bytes of the model's own weights
+
+    def put_on(self, denoiser: Denoiser, artifact: Artifact) -> None:
+        """Layers around the model's own, which stay in the module tree."""
+        module: nn.Module = denoiser.module
+        self.bins[denoiser.slot] = bins = bins_of(artifact, denoiser.slot)
+        bins.to(next(module.parameters()).device)
+        for path, how in artifact.settings["layers"].items():
+            slot, _, inner = path.partition(".")
+            if slot != denoiser.slot:
+                continue
+            own = module.get_submodule(inner)
+            own = getattr(own, "base_layer", own)  # beside an adapter, which stays as it is
+            layer = quantised(own, artifact, path, how)
+            layer.kernel, layer.bins = self.method.kernel, [bins]
+            self.layers[path] = layer
+            self.patch.around_call(own, self._around(layer, own))
+            self.replaced += own.weight.nbytes  # type: ignore[union-attr, operator]
+            if self.method.weights == "disk":
+                self.homes.append(Shelved(own.weight, "disk"))  # type: ignore[arg-type]
+                self.patch.lend(own.weight, self.homes[-1])
+        self.patch.around_call(denoiser.module, self._around_model(denoiser, bins))
+
+    def _around(self, layer: Any, own: nn.Module) -> Callable[..., Any]:
+        def run(call_next: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self.whole:
+                self.counts["changed"] += 1
+                return layer(x)
+            with at_home([own.weight] if self.homes else []):
+                return call_next(x, *args, **kwargs)
+
+        return run
+
+    def _around_model(self, denoiser: Denoiser, bins: Bins) -> Callable[..., Any]:
+        def call(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+            bins.set(denoiser.argument("timestep", args, kwargs))
+            output = call_next(*args, **kwargs)
+            if torch.compiler.is_compiling() or _finite(output):
+                return output
+            self.fallback("an output was not finite")
+            self.whole = True
+            try:
+                return call_next(*args, **kwargs)
+            finally:
+                self.whole = False
+
+        return call
+
+    def on_run_end(self, run: Run) -> None:
+        kinds = Counter(f"{x.scheme}, {x.bits} bits" for x in self.layers.values())
+        self.detail["layers"] = dict(kinds)
+        self.detail["weights_bytes"] = self.replaced
+        self.detail["quantised_bytes"] = sum(x.memory() for x in self.layers.values())
+
+    def memory(self) -> dict[str, int]:
+        held = sum(layer.memory() for layer in self.layers.values())
+        on_host = all(b.index.device.type == "cpu" for b in self.bins.values())  # type: ignore
+        return {"bytes_device": 0 if on_host else held, "bytes_host": held if on_host else 0}
+
+
+def _finite(output: Any) -> bool:
+    leaves = [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
+    return all(bool(x.isfinite().all()) for x in leaves if x.is_floating_point())
+
+
+def bins_of(artifact: Artifact, slot: str) -> Bins:
+    """Groups of timesteps as calibrated."""
+    times = floats_of(artifact.tensors[f"{slot}:times"])
+    return Bins(len(times)).fill(times, artifact.tensors[f"{slot}:groups"])
+
+
+def quantised(own: nn.Module, artifact: Artifact, path: str, how: dict[str, Any]) -> Any:
+    """The layer that an artifact has for a module of the model."""
+    tensors = {n: artifact.tensors.get(f"{path}:{n}") for n in ("q", "wscale", "ascale", "azero")}
+    groups = 1 if tensors["ascale"] is None else len(tensors["ascale"])
+    layer: Any = layer_for(own, bits=how["bits"], scheme=how["scheme"], groups=groups)
+    layer.qweight.copy_(tensors["q"])
+    layer.wscale.copy_(tensors["wscale"])
+    if tensors["ascale"] is not None:
+        layer.ascale.copy_(tensors["ascale"])
+        layer.azero.copy_(tensors["azero"])
+    bias: Any = own.bias
+    if bias is not None:
+        layer.bias = bias.detach().clone()
+    return layer.to(own.weight.device)  # type: ignore[union-attr, arg-type]
