@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from quant.tfmq import TFMQ
 DDPM = "zoo:digits-ddpm"
 NAMES = {MODEL: "quant", SD: "quant_sd", DDPM: "quant_ddpm"}
 STEPS, SAMPLES = 20, 100
-ROUNDING_STEPS = 200
+ROUNDING_STEPS = 100
 EIGHT = ("plain", "+ scales by timestep", "+ scheme by layer", "+ GPTQ")  # parts that 8 bits need
 
 
@@ -96,7 +96,7 @@ def _zero(name: str) -> str:
 
 
 def rows(
-    pipe: Any, calls: list[dict[str, Any]], folder: Path, only: str
+    pipe: Any, calls: list[dict[str, Any]], folder: Path, only: Container[str]
 ) -> Iterator[tuple[str, Method, dict[str, Any]]]:
     """Label, method, and what the calibration says of itself."""
     eight = {k: v for k, v in calibrations(8).items() if k in EIGHT}
@@ -105,21 +105,22 @@ def rows(
     for width, found in widths.items():
         for label, how in found.items():
             name = f"{width}: {label}"
-            if only in name:
+            if not only or name in only:
                 place = folder / name.replace(" ", "_").replace(":", "")
                 artifact = how.fit(pipe, calls, str(place), say=lambda _: None)
                 last = artifact.save(f"{place}.safetensors")
                 yield name, TFMQ(last), facts(pipe, artifact, last)
-        if last is not None and only in f"control: {width}, scales shuffled" and width != "W4A16":
+        control = f"control: {width}, scales shuffled"
+        if last is not None and (not only or control in only) and width != "W4A16":
             mixed = shuffled(Artifact.load(last)).save(folder / f"{width}-shuffled.safetensors")
-            yield f"control: {width}, scales shuffled", TFMQ(mixed), {}
+            yield control, TFMQ(mixed), {}
     for name, peer in (
         ("torchao: int8 dynamic", TorchAO("int8 dynamic")),
         ("torchao: int8 weight-only", TorchAO("int8 weight-only")),
         ("quanto: int8 weights", Quanto(8)),
         ("quanto: int4 weights", Quanto(4)),
     ):
-        if only in name:
+        if not only or name in only:
             yield name, peer, {}
 
 
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=DEVICES)
-    parser.add_argument("--only", default="", help="rows whose name holds this; the others stay")
+    parser.add_argument("--only", nargs="*", default=[], help="rows to measure; the others stay")
     given = parser.parse_args()
     load = load_average()
     if given.model == DDPM:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,30 +38,25 @@ def pack_conv(weight: Tensor, scales: Tensor, geometry: GEOMETRY) -> Tensor:
     return torch.ops.onednn.qconv_prepack(weight, scales, 1.0, 0, *geometry, None)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_static", mutates_args=())
-def linear_static(
+def _linear_static(
     x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, scale: Tensor, zero: Tensor
 ) -> Tensor:
     """x (m, k) float, packed weight, scales (n), scale (1) float32, zero (1) int32 -> (m, n)."""
     return _linear(_quantised(x, scale, zero), packed, scales, bias, scale, zero)
 
 
-@linear_static.register_fake
-def _(x, packed, scales, bias, scale, zero):
+def _linear_static_form(x, packed, scales, bias, scale, zero):
     return x.new_empty((x.shape[0], scales.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_token", mutates_args=())
-def linear_token(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_token(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x (m, k) float, packed weight, scales (n) -> (m, n)."""
-    rows = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_(min=1e-12).div_(127)
-    q = (x / rows).add_(128.5).to(torch.uint8)
-    out = _linear(q, packed, scales, None, _ONE, _MIDDLE)
+    rows = x.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(127)
+    out = _linear(_bytes((x / rows).add_(128.5)), packed, scales, None, _ONE, _MIDDLE)
     return out.mul_(rows) if bias is None else torch.addcmul(bias, out, rows)
 
 
-@linear_token.register_fake
-def _(x, packed, scales, bias):
+def _linear_token_form(x, packed, scales, bias):
     return x.new_empty((x.shape[0], scales.shape[0]), dtype=torch.float32)
 
 
@@ -69,7 +66,12 @@ _ONE, _MIDDLE = torch.ones(1), torch.full((1,), 128, dtype=torch.int32)
 def _quantised(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """``reference.quantise_static`` in as few passes as eager operations allow."""
     shifted = torch.add(torch.tensor(float(zero) + 0.5), x, alpha=float(1 / scale))
-    return shifted.clamp_(0, 255).to(torch.uint8)
+    return _bytes(shifted.clamp_(0, 255))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """float -> u8 by way of int32: both conversions are vectorised, the direct one is not."""
+    return x.to(torch.int32).to(torch.uint8)
 
 
 def _linear(
@@ -81,8 +83,7 @@ def _linear(
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv_static", mutates_args=())
-def conv_static(
+def _conv_static(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -103,8 +104,7 @@ def conv_static(
     )  # fmt: skip
 
 
-@conv_static.register_fake
-def _(x, packed, scales, bias, scale, zero, stride, padding, dilation, groups):
+def _conv_static_form(x, packed, scales, bias, scale, zero, stride, padding, dilation, groups):
     kernel = packed.shape[2:]  # logical sizes survive packing
     sides = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -114,15 +114,34 @@ def _(x, packed, scales, bias, scale, zero, stride, padding, dilation, groups):
     return out.to(memory_format=torch.channels_last) if x.ndim == 4 else out
 
 
+# Each as one operator for compiled graphs; called directly elsewhere, which saves the dispatch.
+
+
+def _operator(name: str, compute: Callable[..., Tensor], form: Callable[..., Tensor]) -> Any:
+    operator: Any = torch.library.custom_op(f"{NAMESPACE}::{name}", compute, mutates_args=())
+    operator.register_fake(form)
+
+    @functools.wraps(compute)
+    def call(*args: Any) -> Tensor:
+        return (operator if torch.compiler.is_compiling() else compute)(*args)
+
+    return call
+
+
+linear_static = _operator("linear_static", _linear_static, _linear_static_form)
+linear_token = _operator("linear_token", _linear_token, _linear_token_form)
+conv_static = _operator("conv_static", _conv_static, _conv_static_form)
+
+
 # Work, as for the layers that these stand for.
 
 
-@register_flop_formula([torch.ops.accel_quant.linear_static, torch.ops.accel_quant.linear_token])
-def _(x_shape, packed_shape, scales_shape, *args, **kwargs) -> int:
+@register_flop_formula(torch.ops.onednn.qlinear_pointwise)
+def _(x_shape, x_scale, x_zero, packed_shape, scales_shape, *args, **kwargs) -> int:
     return 2 * x_shape[0] * x_shape[1] * scales_shape[0]
 
 
-@register_flop_formula(torch.ops.accel_quant.conv_static)
-def _(x_shape, packed_shape, scales_shape, *args, out_shape=None, **kwargs) -> int:
-    inside = x_shape[1] // args[-1]  # channels of one group
+@register_flop_formula(torch.ops.onednn.qconv_pointwise)
+def _(x_shape, x_scale, x_zero, packed_shape, *args, out_shape=None, **kwargs) -> int:
+    inside = packed_shape[1]  # channels of one group
     return 2 * math.prod(out_shape) * inside * math.prod(packed_shape[2:])

@@ -1,0 +1,236 @@
+"""``quant_method: "tfmq"`` for stock diffusers: save_pretrained and from_pretrained, bit for bit.
+
+Import this module, and diffusers knows the method: ``Model.from_pretrained(folder)`` of a folder
+that ``save_quantised`` wrote, ``PipelineQuantizationConfig(quant_mapping={"transformer":
+TFMQConfig()})`` for 8- or 4-bit weights on the fly (rounded to the nearest, without calibration).
+Without the import, diffusers says that it does not know "tfmq". Integers are what they are in the
+file, 4-bit ones two to a byte; scales are stored as the bits of float32, because the loader casts
+every float to the type that was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from accel.artifact import Artifact
+from accel.denoiser import denoisers
+from quant._layers import Bins, layer_for, quantisable
+from quant._rounding import bits_of, nearest, pack4, searched_scale
+from quant.tfmq import bins_of, quantised
+
+NAME = "tfmq"
+BINS = "timestep_groups"  # the submodule that knows which group of timesteps is being computed
+
+
+class QuantizationMethod(StrEnum):
+    """diffusers reads ``quant_method.value``."""
+
+    TFMQ = NAME
+
+
+class TFMQConfig(QuantizationConfigMixin):
+    """What stands in ``config.json``: each layer's form. Tables are in the safetensors file.
+
+    bits: of weights that are quantised while a checkpoint in floating point is loaded. skip:
+    beginnings of names of modules that stay whole then. activations: of linear layers then, "token"
+    (dynamic rows, integer kernels) or "whole". layers, steps: of a calibrated checkpoint.
+    """
+
+    def __init__(
+        self,
+        bits: int = 8,
+        skip: list[str] | None = None,
+        activations: Literal["token", "whole"] = "token",
+        layers: dict[str, dict[str, Any]] | None = None,
+        steps: int = 0,
+        **ignored: Any,
+    ) -> None:
+        if bits not in (4, 8):
+            raise ValueError(f"TFMQConfig.bits = {bits}: 4 or 8")
+        self.quant_method = QuantizationMethod.TFMQ
+        if activations not in ("token", "whole"):
+            raise ValueError(f"TFMQConfig.activations = {activations!r}: 'token' or 'whole'")
+        self.bits, self.skip, self.activations = bits, list(skip or []), activations
+        self.layers, self.steps = layers or {}, steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "quant_method": NAME,
+            "bits": self.bits,
+            "skip": self.skip,
+            "activations": self.activations,
+            "layers": self.layers,
+            "steps": self.steps,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What ``__repr__`` prints; the mixin calls it and has none."""
+        return self.to_dict()
+
+
+class TFMQQuantizer(DiffusersQuantizer):
+    """Swaps layers before the weights come."""
+
+    requires_calibration = False
+    required_packages = None
+    use_keep_in_fp32_modules = False
+
+    def __init__(self, quantization_config: TFMQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.config = quantization_config
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
+        """The list is kept: names change in it once the model is there to be looked at."""
+        self._keys = loaded_keys
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self.config.layers = chosen(model, self.config)
+            made = [
+                f"{path}.{name}" for path in self.config.layers for name in ("qweight", "wscale")
+            ]
+            gone = {f"{path}.weight" for path in self.config.layers}
+            self._keys[:] = [k for k in self._keys if k not in gone] + made
+        model.register_to_config(quantization_config=self.config)
+        put_in(model, self.config)
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Weights of a checkpoint in floating point, rounded to the nearest; biases stay."""
+        if self.pre_quantized:
+            return state_dict
+        found = dict(state_dict)
+        for path, how in self.config.layers.items():
+            weight = found.pop(f"{path}.weight", None)
+            if weight is not None:  # else it is in another shard
+                scale = searched_scale(weight.float(), how["bits"])
+                codes = nearest(weight.float(), scale, how["bits"]).to(torch.int8)
+                found[f"{path}.qweight"] = pack4(codes) if how["bits"] == 4 else codes
+                found[f"{path}.wscale"] = bits_of(scale)
+        return found
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        connect(model)
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make diffusers know the method; done when this module is imported."""
+    AUTO_QUANTIZER_MAPPING[NAME] = TFMQQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = TFMQConfig
+
+
+def chosen(model: nn.Module, config: TFMQConfig) -> dict[str, dict[str, Any]]:
+    """Layers that are quantised on the fly: all linear ones and convolutions but the skipped."""
+    skip = tuple(config.skip)
+    named = {
+        n: m for n, m in model.named_modules() if quantisable(m) and not n.startswith(skip or " ")
+    }
+    token = config.activations == "token"
+    return {
+        path: {
+            "bits": config.bits,
+            "scheme": "token" if token and isinstance(part, nn.Linear) else "weight",
+            "groups": 1,
+        }
+        for path, part in named.items()
+    }
+
+
+def put_in(model: nn.Module, config: TFMQConfig) -> None:
+    """Empty quantised layers in place of the model's own, on the device that those are on."""
+    for path, how in config.layers.items():
+        own: Any = model.get_submodule(path)
+        with torch.device(own.weight.device):
+            layer = layer_for(own, **how)
+            if own.bias is not None:
+                layer.bias = torch.zeros_like(own.bias)
+        model.set_submodule(path, layer)
+    if config.steps:
+        model.add_module(BINS, Bins(config.steps))
+
+
+def connect(model: Any) -> None:
+    """Layers hear of the timestep: the model writes its group once a call."""
+    bins = getattr(model, BINS, None)
+    if bins is None:
+        return
+    for part in model.modules():
+        if hasattr(part, "qweight"):
+            part.bins = [bins]
+
+    def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bins.set(kwargs["timestep"] if "timestep" in kwargs else args[1])
+
+    model.register_forward_pre_hook(tell, with_kwargs=True)
+
+
+def save_quantised(pipe: Any, artifact: Artifact, folder: str | os.PathLike[str]) -> None:
+    """Write a pipeline whose denoisers are quantised as ``artifact`` says; ``pipe`` stays whole.
+
+    The folder loads through stock ``from_pretrained`` once this module is imported.
+    """
+    import copy
+
+    pipe.save_pretrained(folder)
+    for denoiser in denoisers(pipe):
+        paths = {p for p in artifact.settings["layers"] if p.startswith(f"{denoiser.slot}.")}
+        if not paths:
+            continue
+        model: Any = copy.deepcopy(denoiser.module)
+        layers: dict[str, dict[str, Any]] = {}
+        for path in sorted(paths):
+            inner, how = path.partition(".")[2], artifact.settings["layers"][path]
+            layer = quantised(model.get_submodule(inner), artifact, path, how)
+            groups = len(layer.ascale) if how["scheme"] == "static" else 1
+            layers[inner] = {**how, "groups": groups}
+            model.set_submodule(inner, layer)
+        bins = bins_of(artifact, denoiser.slot)
+        model.add_module(BINS, bins)
+        config = TFMQConfig(layers=layers, steps=len(bins.times))  # type: ignore[arg-type]
+        _mark(model, config)
+        target = Path(folder) / denoiser.slot
+        for old in target.glob("*.safetensors*"):
+            old.unlink()
+        model.save_pretrained(target)
+        _check_written(target)
+
+
+def _mark(model: Any, config: TFMQConfig) -> None:
+    """What diffusers wants of a model before it saves it as quantised."""
+    quantizer = TFMQQuantizer(config, pre_quantized=True)
+    marks = {
+        "hf_quantizer": quantizer,
+        "is_quantized": True,
+        "quantization_method": config.quant_method,
+    }
+    vars(model).update(marks)
+    model.register_to_config(quantization_config=config)
+
+
+def _check_written(folder: Path) -> None:
+    written = json.loads((folder / "config.json").read_text("utf-8"))
+    found = written.get("quantization_config", {}).get("quant_method")
+    assert found == NAME, f"{folder}: diffusers wrote quant_method {found!r}"
+
+
+register()

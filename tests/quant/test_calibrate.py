@@ -1,0 +1,153 @@
+"""Calibration: what each part does, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accel.method import Recipe
+from accel.testing import tiny
+from caches.interval import IntervalCache
+from quant._dataflow import program, watch
+from quant._reconstruction import Rounding, distance, reconstruct_temporal
+from quant._recording import LayerInputs
+from quant._rounding import nearest, per_channel, searched_scale
+from quant.calibrate import TFMQCalibration, static_grids
+
+
+def test_first_and_last_layer_stay_whole(calibrated):
+    layers = calibrated("dit", temporal="plain")[0].settings["layers"]
+    assert "transformer.pos_embed.proj" not in layers
+    assert "transformer.proj_out_2" not in layers
+    assert "transformer.transformer_blocks.0.ff.net.2" in layers
+
+
+def test_temporal_modules_stay_whole_for_the_cache(calibrated):
+    layers = calibrated("dit", temporal="cache")[0].settings["layers"]
+    assert not any("norm1" in path for path in layers)
+    assert any(
+        "norm1" in path for path in calibrated("dit", temporal="plain")[0].settings["layers"]
+    )
+
+
+class Temporal(torch.nn.Module):
+    """Two projections of one embedding of the time, as in a UNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(8, 16)
+        self.first, self.second = torch.nn.Linear(16, 12), torch.nn.Linear(16, 12)
+
+    def forward(self, x, timestep):
+        base = torch.exp(-torch.arange(4.0))
+        wave = timestep[:, None] * base
+        h = torch.nn.functional.silu(self.embed(torch.cat((wave.sin(), wave.cos()), 1)))
+        return x * self.first(h) + self.second(h)
+
+
+def test_reconstruction_of_temporal_modules_lowers_their_error():
+    torch.manual_seed(0)
+    module = Temporal().requires_grad_(False)
+    sources, x = {"timestep": torch.tensor([3.0])}, torch.randn(1, 12)
+    plan = program(watch(module, lambda: module(x, **sources), sources), module)
+    assert plan.needed == {"first", "second"}
+    weights = {n: p for n, p in module.named_parameters() if n.endswith("weight")}
+    scales = {n: searched_scale(w, 4) for n, w in weights.items()}
+    times = [torch.tensor([float(t)]) for t in range(0, 20, 2)]
+    everything = dict(module.named_parameters())
+    wanted = plan.play(everything.__getitem__, {}, times)
+
+    def error(codes):
+        made = {n: c * per_channel(scales[n], 2) for n, c in codes.items()}
+        outputs = plan.play({**everything, **made}.__getitem__, {}, times)
+        pairs = ((a[p][0], b[p][0]) for a, b in zip(outputs, wanted, strict=True) for p in a)
+        return float(sum((a - b).pow(2).sum() for a, b in pairs))
+
+    rounding = Rounding(weights, scales, 4)
+    reconstruct_temporal(plan, {}, times, rounding, everything, 150)
+    plain = {n: nearest(w, scales[n], 4) for n, w in weights.items()}
+    assert error(rounding.codes()) < 0.7 * error(plain)
+
+
+def test_rounding_learns_from_outputs():
+    torch.manual_seed(0)
+    weight = torch.randn(8, 16)
+    mixing = torch.randn(16, 16) / 4 + torch.eye(16)
+    inputs = torch.randn(256, 16) @ mixing
+    scale = searched_scale(weight, 4)
+    rounding = Rounding({"w": weight}, {"w": scale}, 4)
+    wanted = inputs @ weight.t()
+    rounding.fit(lambda soft, step: distance(inputs @ soft["w"].t(), wanted), 300)
+    codes = rounding.codes()["w"]
+    error = distance(inputs @ (codes * scale[:, None]).t(), wanted)
+    plain = distance(inputs @ (nearest(weight, scale, 4) * scale[:, None]).t(), wanted)
+    assert float(error) < 0.8 * float(plain)
+    assert (codes - (weight / scale[:, None])).abs().max() < 1.5  # a neighbour on the grid
+
+
+def test_resumes_where_it_stopped(tmp_path, fit):
+    class Stopped(Exception):
+        pass
+
+    said = []
+
+    def stop(line):
+        said.append(line)
+        if "2/3" in line:
+            raise Stopped
+
+    how = TFMQCalibration(rounding="gptq", calls=1)
+    whole = fit(how, tiny("dit"), tmp_path / "whole")
+    with pytest.raises(Stopped):
+        fit(how, tiny("dit"), tmp_path / "parts", stop)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.safetensors")}
+    assert len(before) == 2
+    again = fit(how, tiny("dit"), tmp_path / "parts")
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.safetensors")}
+    assert {k: after[k] for k in before} == before
+    assert whole.tensors.keys() == again.tensors.keys()
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(tensor, again.tensors[name]), name
+
+
+def test_a_folder_of_another_calibration_is_refused(tmp_path, fit):
+    fit(TFMQCalibration(rounding="nearest", calls=1), tiny("dit"), tmp_path)
+    with pytest.raises(ValueError, match="another calibration"):
+        fit(TFMQCalibration(rounding="nearest", calls=1, bits=4), tiny("dit"), tmp_path)
+    fit(TFMQCalibration(rounding="nearest", calls=1, activations="static"), tiny("dit"), tmp_path)
+
+
+def test_calibrates_under_the_cache_that_it_is_for(tmp_path, fit):
+    how, recipe = TFMQCalibration(rounding="nearest", calls=4), Recipe((IntervalCache(2),))
+    whole = fit(how, tiny("dit"), tmp_path / "whole")
+    cached = fit(how, tiny("dit"), tmp_path / "cached", recipe=recipe)
+    static = [n for n in whole.tensors if n.endswith(":ascale") and n in cached.tensors]
+    assert whole.settings["layers"].keys() == cached.settings["layers"].keys()
+    assert static or whole.tensors.keys() != cached.tensors.keys()
+
+
+def test_adapters_are_refused(tmp_path, fit):
+    from peft import LoraConfig
+
+    host = tiny("wan")
+    host.pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="fuse"):
+        TFMQCalibration().fit(host.pipe, [{}], str(tmp_path))
+
+
+def test_groups_cover_their_steps_and_a_neighbour():
+    times = torch.tensor([9.0, 7.0, 5.0, 3.0])
+    seen = LayerInputs()
+    for time, width in zip(times.tolist(), (1.0, 2.0, 3.0, 4.0), strict=True):
+        seen.see(time, torch.tensor([-width, width]))
+    scale, zero = static_grids(seen, times, torch.tensor([0, 0, 1, 1]))
+    assert scale.tolist() == pytest.approx([2 * 3 / 255, 2 * 4 / 255])  # 0: 9, 7 and next 5
+    assert all(abs(z - 127.5) <= 0.5 for z in zero.tolist())
+
+
+@pytest.mark.parametrize("name", ["groups", "steps", "calls"])
+def test_bad_settings(name):
+    with pytest.raises(ValueError, match=name):
+        TFMQCalibration(**{name: 0})
+    with pytest.raises(ValueError, match="no inputs"):
+        TFMQCalibration().fit(tiny("dit").pipe, [], "nowhere")

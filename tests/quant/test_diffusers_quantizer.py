@@ -1,0 +1,98 @@
+"""quant_method "tfmq" through stock from_pretrained and save_pretrained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, PipelineQuantizationConfig
+from diffusers.quantizers import auto
+
+from accel.method import attached
+from accel.testing import assert_equal, tiny
+from quant.diffusers_quantizer import TFMQConfig, save_quantised
+from quant.tfmq import TFMQ
+
+
+@pytest.mark.parametrize(("name", "bits"), [("dit", 4), ("dit", 8), ("ddim", 4)])
+def test_saved_and_loaded_it_gives_the_same_bits(name, bits, calibrated, tmp_path):
+    artifact, ref = calibrated(name, bits=bits)
+    host = tiny(name)
+    with attached(TFMQ(ref), host.pipe):
+        wanted = host.run()
+    save_quantised(host.pipe, artifact, tmp_path)
+    slot = "transformer" if name == "dit" else "unet"
+    own = getattr(host.pipe, slot)
+    loaded = type(own).from_pretrained(tmp_path / slot)
+    setattr(host.pipe, slot, loaded)
+    assert_equal(wanted, host.run(), "loaded")
+    loaded.save_pretrained(tmp_path / "again")
+    again = type(own).from_pretrained(tmp_path / "again")
+    assert loaded.state_dict().keys() == again.state_dict().keys()
+    for key, value in loaded.state_dict().items():
+        assert_equal(value, again.state_dict()[key], key)
+    written = json.loads((tmp_path / slot / "config.json").read_text())
+    assert written["quantization_config"]["quant_method"] == "tfmq"
+
+
+def test_a_whole_pipeline_loads(calibrated, tmp_path):
+    artifact, ref = calibrated("dit")
+    host = tiny("dit")
+    with attached(TFMQ(ref), host.pipe):
+        wanted = host.run()
+    save_quantised(host.pipe, artifact, tmp_path)
+    host.pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    host.pipe.set_progress_bar_config(disable=True)
+    assert_equal(wanted, host.run(), "the pipeline")
+
+
+def test_scales_are_exact_in_half_precision(calibrated, tmp_path):
+    host = tiny("dit")
+    save_quantised(host.pipe, calibrated("dit")[0], tmp_path)
+    place, load = tmp_path / "transformer", DiTTransformer2DModel.from_pretrained
+    whole, half = load(place), load(place, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    compared = 0
+    for key, value in whole.state_dict().items():
+        if not value.is_floating_point():
+            assert_equal(value, half.state_dict()[key], key)
+            compared += key.endswith("wscale")
+    assert compared > 0
+    host.pipe.transformer = half
+    host.pipe.vae.to(torch.bfloat16)
+    assert host.run().isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_on_the_fly(bits, tmp_path):
+    host = tiny("dit")
+    plain = host.run()
+    host.pipe.save_pretrained(tmp_path)
+    asked = PipelineQuantizationConfig(
+        quant_mapping={"transformer": TFMQConfig(bits=bits, skip=["proj_out", "pos_embed"])}
+    )
+    pipe = DiffusionPipeline.from_pretrained(tmp_path, quantization_config=asked)
+    pipe.set_progress_bar_config(disable=True)
+    layers = [m for m in pipe.transformer.modules() if hasattr(m, "qweight")]
+    assert len(layers) > 20
+    assert all(m.qweight.nbytes == m.shape[0] * m.shape[1] * bits // 8 for m in layers)
+    host.pipe = pipe
+    error = float((host.run() - plain).abs().max())
+    assert 0 < error < {4: 0.3, 8: 0.03}[bits]
+
+
+def test_without_the_import_diffusers_says_what_is_missing(calibrated, tmp_path, monkeypatch):
+    save_quantised(tiny("dit").pipe, calibrated("dit")[0], tmp_path)
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "tfmq")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "tfmq")
+    with pytest.raises(ValueError, match="tfmq"):
+        DiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="bits"):
+        TFMQConfig(bits=3)
+    with pytest.raises(ValueError, match="activations"):
+        TFMQConfig(activations="static")
+    assert "tfmq" in repr(TFMQConfig())
