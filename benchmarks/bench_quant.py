@@ -184,13 +184,10 @@ def main() -> None:
             detail = result.report["members"][0]["runs"][-1]["detail"]
             sizes = {k: detail[k] for k in ("weights_bytes", "quantised_bytes") if k in detail}
             measured[label] = {**row(recipe, result, folder), "facts": {**found, **sizes}}
-            print(
-                label,
-                *(measured[label][k] for k in ("speedup", "psnr", "judged", "facts")),
-                flush=True,
-            )
-    content = {**head(bench, given.samples, environment_of(given.device, load)), "rows": measured}
-    write(name, given.device, content)
+            print(label, *(measured[label][k] for k in ("speedup", "psnr", "facts")), flush=True)
+            block = environment_of(given.device, load)
+            content = {**head(bench, given.samples, block), "rows": measured}
+            write(name, given.device, content)  # after each: a stopped run has not been for nothing
 
 
 def environment_of(device: str, load: float | None) -> dict[str, Any]:

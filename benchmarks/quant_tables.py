@@ -38,3 +38,43 @@ def temporal_counts(result: dict[str, Any]) -> str:
             f"{most['weights_bytes'] / 2**20:,.0f} MiB | {most['table_bytes'] / 2**20:,.1f} MiB |"
         )
     return "\n".join(lines)
+
+
+def kernels(result: dict[str, Any]) -> str:
+    """Speed-ups of integer layers by shape."""
+    env = result["environment"]
+    names = list(dict.fromkeys(k for row in result["layers"].values() for k in row))
+    lines = [
+        "Speed-up over the float32 layer, quantising the input included "
+        f"({env['hardware']}, {env['threads']} thread(s), torchao {env['versions']['torchao']}):",
+        "",
+        f"| layer | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+    ]
+    rows = result["layers"] | {"DiT-XL/2 256, whole transformer": result["dit_xl_256"]}
+    for label, row in rows.items():
+        cells = [_speed(row[n]) if n in row else "-" for n in names]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _speed(span: dict[str, float]) -> str:
+    return f"{span['estimate']:.2f}x ({span['low']:.2f} to {span['high']:.2f})"
+
+
+def facts(result: dict[str, Any]) -> str:
+    """What is beside a study's rows: time to calibrate, sizes, error of temporal modules."""
+    lines = [
+        "| what is on | layers | calibration | error of temporal features | weights on disk |",
+        "|---|---|---|---|---|",
+    ]
+    for label, row in result["rows"].items():
+        own = row["facts"]
+        if own.get("calibration_seconds") is None:
+            continue
+        whole, packed = own["bytes_on_disk"]
+        lines.append(
+            f"| {label} | {own['quantised_layers']} | {own['calibration_seconds']:.0f} s | "
+            f"{own['temporal_error']:.4f} | {packed / whole:.0%} |"
+        )
+    return "\n".join(lines)

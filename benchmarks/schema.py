@@ -596,6 +596,14 @@ class Report(BaseModel):
     warnings: list[str]
 
 
+class QuantKernels(_Strict):
+    """``quant_kernels.json``: speed-ups over the floating-point layer, by layer and kernel."""
+
+    environment: Environment
+    layers: dict[str, dict[str, Interval]]
+    dit_xl_256: dict[str, Interval]
+
+
 KINDS: dict[str, type[BaseModel]] = {
     "sparse": SparseSpeed,
     "evaluate": Evaluation,
@@ -612,6 +620,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "quant": QuantStudy,
     "quant_sd": QuantStudy,
     "quant_ddpm": QuantStudy,
+    "quant_kernels": QuantKernels,
     "temporal_cache": TemporalCacheStudy,
     "temporal_counts": TemporalCountsFile,
     "temporal_times": TemporalTimes,

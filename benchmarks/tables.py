@@ -30,7 +30,15 @@ from benchmarks.waterfall_picture import PICTURE, drawn_from
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
-RESULTS_WITH_METHODS = ("native", "caches", "caches_20", "caches_sd", "leap", "temporal_cache")
+RESULTS_WITH_METHODS = (
+    "native",
+    "caches",
+    "caches_20",
+    "caches_sd",
+    "leap",
+    "temporal_cache",
+    "quant",
+)
 PEERS = "benchmarks.peers:"
 
 
@@ -242,6 +250,14 @@ def _caches_on(result: dict[str, Any]) -> str:
     return f"{cache_tables.matched(result)}\n\n{_rows_on(result, said)}"
 
 
+def _quant_on(result: dict[str, Any]) -> str:
+    said = (
+        "Weights and activations in fewer bits, one part more in each row, beside peers; the "
+        f"controls have their scales shuffled; {result['steps']} steps"
+    )
+    return f"{_rows_on(result, said)}\n\n{quant_tables.facts(result)}"
+
+
 def _waterfall_on(result: dict[str, Any]) -> str:
     bars = [f"{k} {r['speedup']['estimate']:.2f}x" for k, r in result["rows"].items()]
     device = "cpu" if result == read("waterfall") else "cuda"
@@ -293,6 +309,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "caches_20": lambda: _every_device("caches_20", _caches_on),
     "caches_sd": lambda: _every_device("caches_sd", _caches_on),
     "robustness": lambda: _every_device("robustness", cache_tables.robustness),
+    "quant": lambda: _every_device("quant", _quant_on),
+    "quant_kernels": lambda: _every_device("quant_kernels", quant_tables.kernels),
     "temporal_counts": lambda: _every_device("temporal_counts", quant_tables.temporal_counts),
     "temporal_times": lambda: _every_device("temporal_times", quant_tables.temporal_times),
     "leap": lambda: _every_device("leap", _leaps_on),

@@ -76,8 +76,7 @@ def record(
         place = clock.now.step if clock.now is not None else 0
         now["time"], now["keep"] = time, place % stride == stride // 2
         if now["keep"]:
-            copies = tree_map(_copied, (args, kwargs))
-            seen.calls.append(Call(*copies, time))
+            seen.calls.append(Call(tree_map(_copied, args), tree_map(_copied, kwargs), time))
         return call_next(*args, **kwargs)
 
     def on_layer(path: str) -> Callable[..., Any]:

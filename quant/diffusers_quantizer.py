@@ -26,7 +26,7 @@ from accel.artifact import Artifact
 from accel.denoiser import denoisers
 from quant._layers import Bins, layer_for, quantisable
 from quant._rounding import bits_of, nearest, pack4, searched_scale
-from quant.tfmq import bins_of, quantised
+from quant._stored import bins_of, quantised
 
 NAME = "tfmq"
 BINS = "timestep_groups"  # the submodule that knows which group of timesteps is being computed
@@ -57,7 +57,7 @@ class TFMQConfig(QuantizationConfigMixin):
     ) -> None:
         if bits not in (4, 8):
             raise ValueError(f"TFMQConfig.bits = {bits}: 4 or 8")
-        self.quant_method = QuantizationMethod.TFMQ
+        self.quant_method = QuantizationMethod.TFMQ  # type: ignore[assignment]
         if activations not in ("token", "whole"):
             raise ValueError(f"TFMQConfig.activations = {activations!r}: 'token' or 'whole'")
         self.bits, self.skip, self.activations = bits, list(skip or []), activations

@@ -25,9 +25,9 @@ from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
 from accel.patch import at_home
-from quant._layers import Bins, Kernel, layer_for
-from quant._rounding import floats_of
+from quant._layers import Bins, Kernel
 from quant._shelf import Shelved
+from quant._stored import bins_of, quantised
 
 
 @dataclass(frozen=True)
@@ -141,25 +141,3 @@ class _Live(Attached):
 def _finite(output: Any) -> bool:
     leaves = [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
     return all(bool(x.isfinite().all()) for x in leaves if x.is_floating_point())
-
-
-def bins_of(artifact: Artifact, slot: str) -> Bins:
-    """Groups of timesteps as calibrated."""
-    times = floats_of(artifact.tensors[f"{slot}:times"])
-    return Bins(len(times)).fill(times, artifact.tensors[f"{slot}:groups"])
-
-
-def quantised(own: nn.Module, artifact: Artifact, path: str, how: dict[str, Any]) -> Any:
-    """The layer that an artifact has for a module of the model."""
-    tensors = {n: artifact.tensors.get(f"{path}:{n}") for n in ("q", "wscale", "ascale", "azero")}
-    groups = 1 if tensors["ascale"] is None else len(tensors["ascale"])
-    layer: Any = layer_for(own, bits=how["bits"], scheme=how["scheme"], groups=groups)
-    layer.qweight.copy_(tensors["q"])
-    layer.wscale.copy_(tensors["wscale"])
-    if tensors["ascale"] is not None:
-        layer.ascale.copy_(tensors["ascale"])
-        layer.azero.copy_(tensors["azero"])
-    bias: Any = own.bias
-    if bias is not None:
-        layer.bias = bias.detach().clone()
-    return layer.to(own.weight.device)  # type: ignore[union-attr, arg-type]

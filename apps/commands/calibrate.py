@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands.calibrate_tfmq import tfmq
 from apps.commands.say import told
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ commands = typer.Typer(no_args_is_help=True, help="Measure what a method needs t
 def register(app: typer.Typer) -> None:
     app.add_typer(commands, name="calibrate")
     commands.command()(sparse)
+    commands.command()(tfmq)
 
 
 @commands.callback()

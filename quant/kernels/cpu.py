@@ -142,6 +142,6 @@ def _(x_shape, x_scale, x_zero, packed_shape, scales_shape, *args, **kwargs) -> 
 
 
 @register_flop_formula(torch.ops.onednn.qconv_pointwise)
-def _(x_shape, x_scale, x_zero, packed_shape, *args, out_shape=None, **kwargs) -> int:
+def _(x_shape, x_scale, x_zero, packed_shape, *args, out_shape: Any, **kwargs) -> int:
     inside = packed_shape[1]  # channels of one group
     return 2 * math.prod(out_shape) * inside * math.prod(packed_shape[2:])

@@ -9,10 +9,11 @@ from accel.method import Recipe
 from accel.testing import tiny
 from caches.interval import IntervalCache
 from quant._dataflow import program, watch
+from quant._quantise import static_grids
 from quant._reconstruction import Rounding, distance, reconstruct_temporal
 from quant._recording import LayerInputs
 from quant._rounding import nearest, per_channel, searched_scale
-from quant.calibrate import TFMQCalibration, static_grids
+from quant.calibrate import TFMQCalibration
 
 
 def test_first_and_last_layer_stay_whole(calibrated):

@@ -1,0 +1,92 @@
+"""`calibrate tfmq`: a quantised form of a model, from some calls of it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apps.commands.say import told
+
+
+class Rounding(StrEnum):
+    nearest = "nearest"
+    gptq = "gptq"
+    adaround = "adaround"
+
+
+class Temporal(StrEnum):
+    cache = "cache"
+    tiar = "tiar"
+    plain = "plain"
+
+
+class Activations(StrEnum):
+    auto = "auto"
+    static = "static"
+    groups = "groups"
+    token = "token"
+    whole = "whole"
+
+
+def tfmq(
+    model: Annotated[str, typer.Option(help="Model: zoo:NAME, a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Recipe file to write; its artifact goes beside it.")],
+    jobs: Annotated[
+        Path | None,
+        typer.Option(help="Job file whose inputs are used; zoo models have their own."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pipeline calls to calibrate on.")] = 2,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe that the quantised model will be used with.")
+    ] = None,
+    bits: Annotated[int, typer.Option(min=4, max=8, help="Of weights: 4 or 8.")] = 8,
+    activations: Annotated[Activations, typer.Option(help="8 bits, or whole.")] = Activations.auto,
+    rounding: Annotated[Rounding, typer.Option(help="Of weights.")] = Rounding.gptq,
+    temporal: Annotated[
+        Temporal, typer.Option(help="What depends on the timestep: whole, apart, or like the rest.")
+    ] = Temporal.cache,
+    save_model: Annotated[
+        Path | None, typer.Option(help="Also write the model, for diffusers' from_pretrained.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """Quantised weights and activations, part by part; a stopped calibration goes on where it was.
+
+    The recipe that is written quantises, removes what depends on the timestep alone (unless told
+    otherwise), and holds the methods of the recipe that was given.
+    """
+    with told():
+        import torch
+
+        import accel
+        from accel.method import Recipe
+        from accel.recipe_file import write_recipe
+        from apps.commands.calibrate import _pipeline
+        from quant.calibrate import TFMQCalibration
+        from quant.temporal_cache import TemporalCache
+        from quant.tfmq import TFMQ
+
+        if bits not in (4, 8):
+            raise ValueError(f"--bits {bits}: 4 or 8")
+        torch.set_num_threads(threads)
+        how = TFMQCalibration(
+            bits=bits,
+            activations=activations.value,
+            rounding=rounding.value,
+            temporal=temporal.value,
+        )
+        pipe, inputs, _ = _pipeline(model, jobs, None, count)
+        others = accel.read_recipe(recipe).recipe if recipe is not None else Recipe(())
+        artifact = how.fit(pipe, inputs, str(out.with_suffix(".parts")), others, say=typer.echo)
+        ref = artifact.save(out.with_suffix(".safetensors"))
+        cache = (TemporalCache(),) if temporal is Temporal.cache else ()
+        write_recipe(out, Recipe((TFMQ(ref), *cache, *others.methods)), name=out.stem)
+        typer.echo(f"wrote {out}; measure it with: accel measure {out} --model {model}")
+        if save_model is not None:
+            from quant.diffusers_quantizer import save_quantised
+
+            save_quantised(pipe, artifact, save_model)
+            typer.echo(f"wrote {save_model}; it loads once quant.diffusers_quantizer is imported")
