@@ -31,13 +31,7 @@ from benchmarks.waterfall_picture import PICTURE, drawn_from
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
 RESULTS_WITH_METHODS = (
-    "native",
-    "caches",
-    "caches_20",
-    "caches_sd",
-    "leap",
-    "temporal_cache",
-    "quant",
+    *("native", "caches", "caches_20", "caches_sd", "leap", "temporal_cache", "quant"),
 )
 PEERS = "benchmarks.peers:"
 
