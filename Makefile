@@ -29,6 +29,9 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_tdm --model zoo:digits-sd --samples 300
 	$(PY) -m benchmarks.bench_one_more_step
 	$(PY) -m benchmarks.bench_time_shift
+	$(PY) -m benchmarks.bench_temporal_cache
+	$(PY) -m benchmarks.bench_quant
+	$(PY) -m benchmarks.bench_quant_kernels
 	$(PY) -m benchmarks.bench_caches
 	$(PY) -m benchmarks.bench_caches --steps 20
 	$(PY) -m benchmarks.bench_caches --model zoo:digits-sd
@@ -56,8 +59,9 @@ figures: $(READY)
 gpu: $(READY)
 	$(PY) -c "import torch, sys; sys.exit(not torch.cuda.is_available())"
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
-	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers
+	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers tests/quant/test_temporal_cache.py
 	$(PY) -m benchmarks.bench_native --device cuda
+	$(PY) -m benchmarks.bench_temporal_cache --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_tdm --device cuda

@@ -75,7 +75,7 @@ class OneDenoiser:
         )
 
     def _to_be_cached(self, path: str) -> bool:
-        """The disturbance-aware selection with an exact cache, whose error is zero: by memory."""
+        """The paper's selection by error; with an exact cache, what is left to weigh is memory."""
 
         def worth(path: str) -> bool:
             call = self.plan.served[path]
@@ -155,10 +155,8 @@ class OneDenoiser:
         for path, weight in weights.items():
             self.codes[path], self.scales[path] = found[f"{path}:codes"], found[f"{path}:scale"]
             made = self.codes[path].float() * per_channel(self.scales[path], weight.ndim)
-            off, total = (
-                off + float((made - weight).pow(2).sum()),
-                total + float(weight.pow(2).sum()),
-            )
+            off += float((made - weight).pow(2).sum())
+            total += float(weight.pow(2).sum())
             self.student.get_submodule(path).weight.copy_(made)  # type: ignore[operator, union-attr]
         return f"relative weight error {(off / max(total, 1e-30)) ** 0.5:.4f},"
 
@@ -212,12 +210,11 @@ class OneDenoiser:
         off, total = 0.0, 0.0
         for whole, rounded in zip(*made, strict=True):
             for path, tensors in whole.items():
+                if "timestep" not in self.plan.served[path].labels:
+                    continue
                 for a, b in zip(tensors, rounded[path], strict=True):
-                    if "timestep" in self.plan.served[path].labels:
-                        off, total = (
-                            off + float((a - b).pow(2).sum()),
-                            total + float(a.pow(2).sum()),
-                        )
+                    off += float((a - b).pow(2).sum())
+                    total += float(a.pow(2).sum())
         return (off / max(total, 1e-30)) ** 0.5
 
     # -- activations ---------------------------------------------------------------------------

@@ -108,6 +108,16 @@ def test_scales_follow_the_timestep(calibrated):
     assert seen == [0, 1, 2, 3]  # four steps, a group each
 
 
+def test_two_denoisers(calibrated):
+    artifact, ref = calibrated("wan22")
+    slots = {path.partition(".")[0] for path in artifact.settings["layers"]}
+    assert slots == {"transformer", "transformer_2"}
+    host = tiny("wan22")
+    with attached(TFMQ(ref), host.pipe) as live:
+        host.run()
+        assert live.report()["runs"][0]["fallbacks"] == {}
+
+
 def test_another_model_is_refused(calibrated):
     with pytest.raises(ValueError, match="calibrate again"):
         TFMQ(calibrated("dit")[1]).attach(tiny("dit", seed=1).pipe)
