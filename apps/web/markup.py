@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SMALL = 160  # pixels: pictures up to here are enlarged as they are, without smoothing
 COMPUTED, REUSED, AHEAD = (31, 78, 121), (223, 230, 238), (246, 247, 249)
 CELL = 8  # pixels of a cell of the map, with its gap
+MAX_GAPS = 100  # steps up to which cells have gaps between them
 AMPLIFIED = 4  # differences are shown so many times as strong
 
 
@@ -144,7 +145,8 @@ def heat_map(rows: Sequence[Sequence[int]], steps: int, full: int, alt: str) -> 
         share = np.clip(np.asarray(row, dtype=np.float64) / max(full, 1), 0, 1)[:, None]
         cells[:, i] = share * np.asarray(COMPUTED) + (1 - share) * np.asarray(REUSED)
     big = cells.repeat(CELL, axis=0).repeat(CELL, axis=1)
-    big[CELL - 1 :: CELL], big[:, CELL - 1 :: CELL] = 255, 255
+    if cells.shape[1] <= MAX_GAPS:  # finer than the screen shows, gaps would only hide cells
+        big[CELL - 1 :: CELL], big[:, CELL - 1 :: CELL] = 255, 255
     return picture(big.astype(np.uint8), alt, "ac-map")
 
 
