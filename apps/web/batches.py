@@ -163,6 +163,8 @@ class Batches:
 
     def status(self, name: object) -> Status:
         """How a batch stands."""
+        from apps.render.lock import is_held
+
         folder = self.folder(name)
         run = self._runs.get(str(name))
         running = run is not None and run.thread is not None and run.thread.is_alive()
@@ -173,7 +175,7 @@ class Batches:
                 held = ledger.tasks("running", count=1)
         except sqlite3.Error:  # it is being made
             counts, failed, held = _none_yet(), [], []
-        elsewhere = not running and any((t.lease_until or 0) > time.time() for t in held)
+        elsewhere = not running and bool(held) and is_held(folder)
         doing = run.doing if run is not None and running else None
         said = tuple(run.said) if run is not None else ()
         return Status(str(name), counts, running, elsewhere, failed, doing, said)

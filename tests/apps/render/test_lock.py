@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from apps.render.lock import FolderBusy, folder_lock
+from apps.render.lock import FolderBusy, folder_lock, is_held
 
 HOLDER = """
 import sys, time
@@ -49,3 +49,12 @@ def test_wait(tmp_path):
 def _wait_for(folder, order):
     with folder_lock(folder, wait=True):
         order.append("second")
+
+
+def test_one_can_look_whether_it_is_held(tmp_path):
+    assert not is_held(tmp_path)
+    with folder_lock(tmp_path):
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path), "looking holds nothing, and a lock file alone is no lock"
+    with folder_lock(tmp_path):
+        pass
