@@ -110,12 +110,6 @@ class Plan:
     def samples(self) -> int:
         return sum(call["samples"] for call in self.calls)
 
-    def digest(self) -> str:
-        """Of everything that decides what is compared."""
-        ids = {name: [task.id for task in tasks] for name, tasks in self.renders.items()}
-        text = strict_json.canonical([ids, self.request.as_json() | {"rounds": None}])
-        return hashlib.sha256(text.encode()).hexdigest()
-
 
 def make_plan(request: Request) -> Plan:
     """Check a request and resolve everything in it; nothing is rendered.
