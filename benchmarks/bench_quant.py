@@ -43,7 +43,7 @@ from quant.tfmq import TFMQ
 DDPM = "zoo:digits-ddpm"
 NAMES = {MODEL: "quant", SD: "quant_sd", DDPM: "quant_ddpm"}
 STEPS, SAMPLES = 20, 100
-FIRST = "W8A8: + GPTQ"  # stands for the method where one row does
+FIRST = ("W8A8: + GPTQ", "W4A8: + GPTQ")  # stand for the method where one row does
 ROUNDING_STEPS = 100
 EIGHT = ("plain", "+ scales by timestep", "+ scheme by layer", "+ GPTQ")  # parts that 8 bits need
 
@@ -187,7 +187,7 @@ def main() -> None:
             measured[label] = {**row(recipe, result, folder), "facts": {**found, **sizes}}
             print(label, *(measured[label][k] for k in ("speedup", "psnr", "facts")), flush=True)
             block = environment_of(given.device, load)
-            first = {k: measured[k] for k in (FIRST,) if k in measured}
+            first = {k: measured[k] for k in FIRST if k in measured}
             content = {**head(bench, given.samples, block), "rows": first | measured}
             write(name, given.device, content)  # after each: a stopped run has not been for nothing
 
