@@ -42,6 +42,8 @@ bench: $(READY) figures
 	$(VENV)/bin/accel evaluate all --model zoo:digits-sd --samples 200 --out out/evaluate-sd \
 		$(addprefix --recipe ,$(wildcard recipes/digits-sd-*.yaml))
 	$(PY) -m benchmarks.recipe_cards out/evaluate-dit out/evaluate-sd
+	$(PY) -m benchmarks.bench_sparse
+	$(PY) -m benchmarks.bench_sparse_quality
 	$(PY) -m benchmarks.tables
 
 # Speeds and qualities of the methods, of peers and of the core: about a quarter of an hour.
@@ -59,7 +61,7 @@ figures: $(READY)
 gpu: $(READY)
 	$(PY) -c "import torch, sys; sys.exit(not torch.cuda.is_available())"
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
-	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers tests/quant/test_temporal_cache.py
+	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers tests/quant/test_temporal_cache.py tests/sparse_attn
 	$(PY) -m benchmarks.bench_native --device cuda
 	$(PY) -m benchmarks.bench_temporal_cache --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda
@@ -67,6 +69,8 @@ gpu: $(READY)
 	$(PY) -m benchmarks.bench_tdm --device cuda
 	$(PY) -m benchmarks.waterfall --device cuda
 	$(PY) -m benchmarks.bench_overhead --device cuda
+	$(PY) -m benchmarks.bench_sparse --device cuda
+	$(PY) -m benchmarks.bench_sparse_quality --device cuda
 	$(PY) -m benchmarks.tables
 
 $(READY): pyproject.toml constraints.txt

@@ -1,11 +1,13 @@
 """Attention to kept blocks against dense attention and FlexAttention, selection included.
 
     python -m benchmarks.bench_sparse [--rounds 5] [--device cuda] [--only attention|model]
+                                      [--shape TOKENSxHEAD]
 
 `attention`: random q, k, v; every round runs dense attention, this project's default policy
 (scores, selection, kernel), its kernel alone, and compiled FlexAttention over the same blocks.
 `model`: a block of Wan 2.1 1.3B's shape with random weights, whole, without and with the method.
 Speeds do not depend on what weights say; what is kept here says nothing about quality.
+On a CPU seconds are the processor's, of one thread, so that a busy machine changes them little.
 On a GPU every dense backend of torch that runs takes part, and xformers, SageAttention and
 SpargeAttn where installed.
 """
@@ -29,16 +31,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from accel.clock import clock_of
 from accel.counting import synchronize
 from accel.environment import environment, load_average
-from accel.measure import PairedTime, paired_time
-from accel.method import attached
+from accel.method import Method, attached
 from accel.metrics.statistics import bootstrap
-from benchmarks.results_file import DEVICES, write
+from benchmarks.results_file import DEVICES, read, write
 from sparse_attn.block_map import BlockMap, keep_share
 from sparse_attn.estimators import block_scores, complement, subblock_mass
 from sparse_attn.kernels import dispatch
 from sparse_attn.subblock_lse import SubblockLSE
 
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
+MODEL_DENSITIES = (0.25, 0.1)
 # (tokens, head size, heads): as many heads as a core computes in seconds, as models have
 SHAPES = {
     "cpu": ((4096, 64, 3), (4096, 128, 3), (16384, 64, 1), (16384, 128, 1)),
@@ -114,28 +116,34 @@ def flex() -> Callable[[Tensor, Tensor, Tensor, BlockMap], Tensor]:
 
 
 def timed_in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, one after the other in every round, after one round that does not count."""
+    """Seconds of each, one after the other in every round, after one round that does not count.
+
+    Of the processor on a CPU (one thread), else of the clock.
+    """
+    now = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 1):
         for name, run in runs.items():
             synchronize()
-            begin = time.perf_counter()
+            begin = now()
             run()
             synchronize()
             if round_:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(now() - begin)
     return seconds
 
 
-def attention_rows(device: str, rounds: int) -> list[dict[str, Any]]:
+def attention_rows(device: str, rounds: int, shape: str | None) -> list[dict[str, Any]]:
     rows = []
     for tokens, width, heads in SHAPES[device]:
+        if shape not in (None, f"{tokens}x{width}"):
+            continue
         torch.compiler.reset()
         over_blocks = flex()
         g = torch.Generator(device).manual_seed(0)
-        shape = (1, tokens, heads, width)  # as pipelines have them
+        size = (1, tokens, heads, width)  # as pipelines have them
         q, k, v = (
-            torch.randn(shape, generator=g, device=device, dtype=TYPES[device]).transpose(1, 2)
+            torch.randn(size, generator=g, device=device, dtype=TYPES[device]).transpose(1, 2)
             for _ in "qkv"
         )
         # The flash kernel of torch's CPU and FlexAttention want one piece; it is made untimed.
@@ -255,15 +263,18 @@ def model_rows(device: str, rounds: int) -> list[dict[str, Any]]:
             pipe.transformer(latents, timestep, text)
 
     rows = []
-    for density in (d for d in DENSITIES if d < 1):
+    for density in MODEL_DENSITIES:
         method = SubblockLSE((0.0, 0.0), BLOCKS[device], density=density)
-        plain = SubblockLSE(density=1.0)
-        around = tuple(lambda m=m: attached(m, pipe) for m in (plain, method))
-        found: PairedTime = paired_time(run, run, rounds=rounds, around=(around[0], around[1]))
-        with attached(method, pipe) as live:
-            run()
-            live.clock.end()
-            report = live.report()["runs"][0]
+        report: dict[str, Any] = {}
+
+        def under(chosen: Method, found: dict[str, Any]) -> None:
+            with attached(chosen, pipe) as live:
+                run()
+                live.clock.end()
+                found |= live.report()["runs"][0]
+
+        sides = {"dense": SubblockLSE(density=1.0), "sparse": method}
+        seconds = timed_in_turn({n: _bound(under, m, report) for n, m in sides.items()}, rounds)
         rows.append({
             "tokens": math.prod((frames, height // 2, width // 2)),
             "layers": LAYERS[device],
@@ -271,28 +282,39 @@ def model_rows(device: str, rounds: int) -> list[dict[str, Any]]:
             "density": density,
             "executed": report["detail"]["density"],
             "fallbacks": report["fallbacks"],
-            "seconds": [list(found.seconds_a), list(found.seconds_b)],
-            "speedup": found.speedup.as_json(),
+            "seconds": [[round(x, 6) for x in seconds[name]] for name in sides],
+            "speedup": _ratio(seconds["dense"], seconds["sparse"]),
         })  # fmt: skip
-        print(f"block, density {density}: {found.speedup.estimate:.2f}x", flush=True)
+        print(f"block, density {density}: {rows[-1]['speedup']['estimate']:.2f}x", flush=True)
     return rows
+
+
+def renewed(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of before, but for those measured again; by shape and density."""
+
+    def key(row: dict[str, Any]) -> tuple[int, int, float]:
+        return row["tokens"], row["head_dim"], -row["density"]
+
+    rows = {key(row): row for row in (*old, *new)}
+    return [rows[k] for k in sorted(rows)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--shape", help="one of the shapes, TOKENSxHEAD; others stay as they were")
     parser.add_argument("--only", choices=("attention", "model"))
     parser.add_argument("--dry", action="store_true", help="one round, nothing written")
     args = parser.parse_args()
     torch.set_num_threads(1)
     before = load_average()
     rounds = 1 if args.dry else args.rounds
-    from benchmarks.results_file import read
-
     old = read("sparse", args.device) or {}
     with torch.no_grad():
-        attention = attention_rows(args.device, rounds) if args.only != "model" else None
+        attention = (
+            attention_rows(args.device, rounds, args.shape) if args.only != "model" else None
+        )
         model = model_rows(args.device, rounds) if args.only != "attention" else None
     if args.dry:
         return
@@ -300,7 +322,7 @@ def main() -> None:
         "environment": environment(args.device, load_before=before),
         "protocol": None,
         "rounds": rounds,
-        "attention": attention if attention is not None else old.get("attention", []),
+        "attention": renewed(old.get("attention", []), attention or []),
         "model": model if model is not None else old.get("model", []),
     }
     write("sparse", args.device, content)

@@ -604,7 +604,38 @@ class QuantKernels(_Strict):
     dit_xl_256: dict[str, Interval]
 
 
+class SparseQualityRow(_Strict):
+    """A policy against dense attention. density: counted in the last video."""
+
+    methods: list[MethodRecord]
+    density: Share
+    psnr: Interval
+    per_video: list[float]
+    output_error: Annotated[float, Field(ge=0)]
+    fallbacks: dict[str, Count]
+
+
+class SparseVerdict(_Strict):
+    videos: Positive
+    psnr: Interval
+    judged: Judged
+
+
+class SparseQuality(_Strict):
+    """``sparse_quality.json``: rows are called POLICY @ DENSITY asked for."""
+
+    environment: Environment
+    protocol: ProtocolRecord
+    model: str
+    steps: Positive
+    guidance: float
+    videos: Positive
+    rows: dict[str, SparseQualityRow]
+    judged: dict[str, SparseVerdict]
+
+
 KINDS: dict[str, type[BaseModel]] = {
+    "sparse_quality": SparseQuality,
     "sparse": SparseSpeed,
     "evaluate": Evaluation,
     "native": Native,

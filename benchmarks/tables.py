@@ -23,7 +23,7 @@ from typing import Any
 
 from accel.method import Method, Recipe
 from accel.methods import INDEX_FILE, packages
-from benchmarks import cache_tables, quant_tables, recipe_cards, sampler_tables
+from benchmarks import cache_tables, quant_tables, recipe_cards, sampler_tables, sparse_tables
 from benchmarks.results_file import DEVICES, path, read
 from benchmarks.sampler_tables import measured_by_distance
 from benchmarks.waterfall_picture import PICTURE, drawn_from
@@ -307,6 +307,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quant_kernels": lambda: _every_device("quant_kernels", quant_tables.kernels),
     "temporal_counts": lambda: _every_device("temporal_counts", quant_tables.temporal_counts),
     "temporal_times": lambda: _every_device("temporal_times", quant_tables.temporal_times),
+    "sparse": lambda: _every_device("sparse", sparse_tables.speed),
+    "sparse_quality": lambda: _every_device("sparse_quality", sparse_tables.quality),
     "leap": lambda: _every_device("leap", _leaps_on),
     "evaluate": lambda: _every_device("evaluate", recipe_cards.evaluation),
     "recipe_cards": recipe_cards.cards,

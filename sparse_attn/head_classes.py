@@ -2,7 +2,7 @@
 
 Sparse VideoGen, arXiv 2502.01776. At every call a few queries are attended densely and with both
 patterns, and each head takes the pattern with the smaller squared error. "Spatial" keeps the
-nearest frames; "temporal" the same places in all frames; the first frame is kept by both. The paper
+nearest frames and the first; "temporal" the same places in all frames. The paper
 moves tokens by head so that both are bands; blocks of the space-filling order need no moving.
 Costs `queries` / tokens of dense attention, and no synchronisation.
 """
@@ -27,7 +27,7 @@ TIE = 1e-3  # of a distance in the other direction, so that there is an order am
 def spatial_score(q: Tensor, k: Tensor, grid: Grid) -> Tensor:
     """Frames that are near; the first frame is as near as one's own."""
     apart = (q[:, None] - k[None]).abs()
-    frames = torch.where(k[None, :, 0] < 0.5, 0.0, apart[..., 0])
+    frames = torch.where(k[None, :, 0] < 1, 0.0, apart[..., 0])  # parts of blocks span frames
     return -(frames + TIE * apart[..., 1:].square().sum(-1).sqrt())
 
 

@@ -27,7 +27,8 @@ def radial_score(sink: bool) -> Score:
         apart = (q[:, None] - k[None]).abs()  # (m, n, 3)
         octaves = apart[..., 0].clamp(min=1).log2().ceil()
         distance = -(apart[..., 1:].square().sum(-1).sqrt() + 1) * 2**octaves
-        return torch.where(sink & (k[None, :, 0] < 0.5), 0.0, distance)
+        # parts of blocks span frames: below 1 on average, one reaches into the first
+        return torch.where(sink & (k[None, :, 0] < 1), 0.0, distance)
 
     return score
 

@@ -4,7 +4,8 @@ Origin: measurements in benchmarks/bench_sparse.py. Layout: q (b, h, s, d), k an
 any strides. Blocks of queries with as many kept blocks are computed together, a few at a time, so
 that what is gathered stays in cache; what is not kept is never touched. Rows that keep everything
 are computed without a copy. A ragged last block of keys is the last of an ascending list, so it is
-cut off and needs no mask. Tested on x86; works wherever torch does, needs no compiler.
+cut off and needs no mask; pooled keys are blocks that every row lists, with their biases as a
+mask. Tested on x86; works wherever torch does, needs no compiler.
 Limits: no gradients (the reference has them). Blocks of 256 queries are about 1.5 times as fast as
 of 128: torch's attention takes 32 queries at a time below 192 queries, 64 below 768.
 """
@@ -12,6 +13,7 @@ of 128: torch's attention takes 32 queries at a time below 192 queries, 64 below
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,29 +33,59 @@ def attend(
     rows = _padded(q, blocks.query_block).reshape(-1, blocks.query_block, d)  # (b * h * nq, ., d)
     out = torch.empty_like(rows)
     lse = torch.empty(rows.shape[:2], dtype=_lse_type(q.dtype))
-    sources = _Sources(k, v, blocks, h)
+    call = _Call(rows, _Sources(k, v, blocks, h, pooled), scale, out, lse)
     for group in _groups(blocks):
-        group.compute(rows, sources, scale, out, lse)
-    result = Attention(out.view(b, h, -1, d)[:, :, :s], lse.view(b, h, -1)[:, :, :s])
-    if pooled is None:
-        return result
-    return _merged(result, _pooled(rows.view(b, h, -1, d), pooled, blocks, scale))
+        group.compute(call)
+    return Attention(out.view(b, h, -1, d)[:, :, :s], lse.view(b, h, -1)[:, :, :s])
+
+
+class _Call(NamedTuple):
+    """What all groups read, and where they write."""
+
+    q: Tensor  # (rows, query_block, d)
+    sources: _Sources
+    scale: float | None
+    out: Tensor
+    lse: Tensor
 
 
 class _Sources:
-    """Keys and values by block, (b * g * nk, key_block * d), and whose they are."""
+    """Keys and values by block, (b * g * blocks, key_block * d), and whose they are.
 
-    def __init__(self, k: Tensor, v: Tensor, blocks: BlockMap, heads: int) -> None:
-        self.k = _padded(k, blocks.key_block).flatten(3).flatten(0, 2)
-        self.v = _padded(v, blocks.key_block).flatten(3).flatten(0, 2)
-        self.heads, self.own, self.repeat = heads, k.shape[1], heads // k.shape[1]
+    Blocks of pooled keys stand before a head's own; their biases are (rows, pooled keys, filled
+    up with -inf to whole blocks).
+    """
+
+    def __init__(
+        self, k: Tensor, v: Tensor, blocks: BlockMap, heads: int, pooled: Pooled | None
+    ) -> None:
         self.nq, self.nk = blocks.keep.shape[2:]
         self.keys, self.block, self.width = blocks.keys, blocks.key_block, k.shape[-1]
+        self.heads, self.own, self.repeat = heads, k.shape[1], heads // k.shape[1]
+        self.pooled, self.bias = 0, None
+        parts = [(k, v)]
+        if pooled is not None:
+            self.pooled = -(-pooled.k.shape[2] // self.block)
+            bias = pooled.bias.expand(*blocks.keep.shape[:3], pooled.k.shape[2])
+            short = self.pooled * self.block - bias.shape[-1]
+            bias = torch.nn.functional.pad(bias.flatten(0, 2), (0, short), value=-math.inf)
+            self.bias = bias.to(k.dtype)
+            parts.insert(0, (pooled.k.to(k.dtype), pooled.v.to(v.dtype)))
+        cut = ([_padded(x, self.block) for x in side] for side in zip(*parts, strict=True))
+        self.k, self.v = (
+            (side[0] if len(side) == 1 else torch.cat(side, dim=2)).flatten(3).flatten(0, 2)
+            for side in cut
+        )
 
     def first_block(self, rows: Tensor) -> Tensor:
-        """Where the blocks of a row's head begin."""
+        """Where the blocks of a row's head begin, the pooled ones first."""
         head, batch = rows // self.nq % self.heads, rows // (self.nq * self.heads)
-        return (batch * self.own + head // self.repeat) * self.nk
+        return (batch * self.own + head // self.repeat) * (self.pooled + self.nk)
+
+    def bias_of(self, rows: Tensor) -> Tensor | None:
+        """(rows, pooled keys); None where all of them are hidden."""
+        found = None if self.bias is None else self.bias[rows]
+        return None if found is None or bool((found == -math.inf).all()) else found
 
 
 class _Group:
@@ -62,19 +94,19 @@ class _Group:
     def __init__(self, rows: Tensor, lists: Tensor, count: int, ragged: bool) -> None:
         self.rows, self.lists, self.count, self.ragged = rows, lists, count, ragged
 
-    def compute(
-        self, q: Tensor, sources: _Sources, scale: float | None, out: Tensor, lse: Tensor
-    ) -> None:
-        if self.count == 0:
-            out[self.rows], lse[self.rows] = 0, -math.inf
-        elif self.count == sources.nk:
-            self._compute_whole(q, sources, scale, out, lse)
+    def compute(self, call: _Call) -> None:
+        bias = call.sources.bias_of(self.rows)
+        if self.count == 0 and bias is None:
+            call.out[self.rows], call.lse[self.rows] = 0, -math.inf
+        elif self.count == call.sources.nk and bias is None:
+            self._compute_whole(call)
         else:
-            self._compute_chunks(q, sources, scale, out, lse)
+            self._compute_chunks(call, bias)
 
-    def _compute_whole(self, q, sources, scale, out, lse) -> None:
+    def _compute_whole(self, call: _Call) -> None:
         """Rows of one head share all keys: no copy, and long queries."""
-        starts = sources.first_block(self.rows)
+        q, sources, scale, out, lse = call
+        starts = sources.first_block(self.rows) + sources.pooled
         heads = self.rows // sources.nq
         for head in heads.unique().tolist():
             mine = self.rows[heads == head]
@@ -87,13 +119,18 @@ class _Group:
             out[mine] = part.view(len(mine), -1, q.shape[-1])
             lse[mine] = sums.view(len(mine), -1)
 
-    def _compute_chunks(self, q, sources, scale, out, lse) -> None:
-        keys = self.count * sources.block
+    def _compute_chunks(self, call: _Call, bias: Tensor | None) -> None:
+        q, sources, scale, out, lse = call
+        lists = self.lists + sources.pooled
+        if bias is not None:
+            pooled = torch.arange(sources.pooled).expand(len(lists), -1)
+            lists = torch.cat([pooled, lists], dim=1)  # the ragged block stays last
+        keys = lists.shape[1] * sources.block
         used = keys - (-sources.keys % sources.block if self.ragged else 0)
         size = keys * sources.width * q.element_size() * 2
         chunk = max(1, min(len(self.rows), CHUNK_BYTES // size))
-        places = self.lists + sources.first_block(self.rows)[:, None]
-        buffers = [q.new_empty(chunk * self.count, sources.k.shape[1]) for _ in "kv"]
+        places = lists + sources.first_block(self.rows)[:, None]
+        buffers = [q.new_empty(chunk * lists.shape[1], sources.k.shape[1]) for _ in "kv"]
         for at in range(0, len(self.rows), chunk):
             mine, wanted = self.rows[at : at + chunk], places[at : at + chunk].flatten()
             k, v = (
@@ -102,8 +139,19 @@ class _Group:
                 )[:, :, :used]
                 for x, buffer in zip((sources.k, sources.v), buffers, strict=True)
             )
-            part, sums = attention_with_lse(q[mine, None], k, v, scale)
+            mask = None if bias is None else _mask(bias[at : at + chunk], used, q.shape[1])
+            part, sums = attention_with_lse(q[mine, None], k, v, scale, mask)
             out[mine], lse[mine] = part[:, 0], sums[:, 0]
+        if bias is not None and self.count == 0:  # what has no key at all is 0, not nan
+            hidden = self.rows[(bias == -math.inf).all(1)]
+            out[hidden], lse[hidden] = 0, -math.inf
+
+
+def _mask(bias: Tensor, keys: int, queries: int) -> Tensor:
+    """(rows, 1, queries, keys): biases of the pooled keys, then 0; one row for all queries."""
+    mask = bias.new_zeros(len(bias), keys)
+    mask[:, : bias.shape[1]] = bias
+    return mask[:, None, None].expand(-1, 1, queries, -1)
 
 
 def _groups(blocks: BlockMap) -> list[_Group]:
@@ -127,35 +175,6 @@ def attention_with_lse(
     """Dense attention through the kernel behind torch's, which also returns log-sum-exps."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return Attention(*flash(q, k, v, attn_mask=mask, scale=scale))
-
-
-def _pooled(q: Tensor, pooled: Pooled, blocks: BlockMap, scale: float | None) -> Attention:
-    """Of all queries to the pooled keys, whose bias may differ by block of queries."""
-    b, h, nq, _ = blocks.keep.shape
-    size, d = blocks.query_block, q.shape[-1]
-    count, repeat = pooled.k.shape[2], h // pooled.k.shape[1]
-
-    def rows(x: Tensor) -> Tensor:  # (b, g, p, d) -> (b * h * nq, 1, p, d)
-        x = x.to(q.dtype).repeat_interleave(repeat, dim=1)[:, :, None]
-        return x.expand(b, h, nq, count, d).reshape(-1, 1, count, d)
-
-    bias = pooled.bias.expand(b, h, nq, count).reshape(-1, 1, 1, count)
-    mask = bias.to(q.dtype).expand(-1, 1, size, -1)  # one row, seen by all queries of a block
-    out, lse = attention_with_lse(
-        q.reshape(-1, 1, size, d), rows(pooled.k), rows(pooled.v), scale, mask
-    )
-    hidden = (bias == -math.inf).all(-1)
-    out, lse = out.masked_fill(hidden[..., None], 0), lse.masked_fill(hidden, -math.inf)
-    out, lse = out.view(b, h, -1, d), lse.view(b, h, -1)
-    return Attention(out[:, :, : blocks.queries], lse[:, :, : blocks.queries])
-
-
-def _merged(one: Attention, other: Attention) -> Attention:
-    """One softmax over the keys of both."""
-    lse = torch.logaddexp(one.lse, other.lse)
-    finite = lse.masked_fill(lse == -math.inf, 0)
-    a, b = ((x.lse - finite).exp()[..., None].to(x.out.dtype) for x in (one, other))
-    return Attention(one.out * a + other.out * b, lse)
 
 
 def _lse_type(dtype: torch.dtype) -> torch.dtype:

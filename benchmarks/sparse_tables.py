@@ -1,0 +1,103 @@
+"""Tables of sparse attention for ``benchmarks/README.md``."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+
+def speed(result: dict[str, Any]) -> str:
+    """Attention alone, then whole blocks."""
+    env = result["environment"]
+    where = f"{env['hardware']}, {env['threads']} thread(s)"
+    lines = [
+        f"Random q, k and v; medians of rounds in turn ({where}). Kept: density that was executed. "
+        "Selection: share of the time that choosing the blocks takes.",
+        "",
+        "| tokens | heads | kept | over dense | with means for the rest | over FlexAttention | "
+        "selection |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["attention"]:
+        spans = (_span(row[k]) for k in ("speedup", "speedup_pooled", "over_flex"))
+        lines.append(
+            f"| {row['tokens']:,} | {row['heads']} x {row['head_dim']} | {row['executed']:.2f} | "
+            f"{' | '.join(spans)} | {row['selection_share']:.1%} |"
+        )
+    if result["model"]:
+        first = result["model"][0]
+        share = attention_share(result)
+        said = f"; attention is {share:.0%} of the dense time" if share else ""
+        lines += [
+            "",
+            f"Blocks of Wan 2.1 1.3B's shape, {first['tokens']:,} tokens, {first['layers']} "
+            f"layer(s), random weights, means for the rest{said}:",
+            "",
+            "| density | kept | speed-up of the whole |",
+            "|---|---|---|",
+        ]
+        for row in result["model"]:
+            lines.append(
+                f"| {row['density']:g} | {row['executed']:.2f} | {_span(row['speedup'])} |"
+            )
+    return "\n".join(lines)
+
+
+def attention_share(result: dict[str, Any]) -> float | None:
+    """Of the whole that self-attention takes, by extrapolating the speed-ups to no attention."""
+    dense = [statistics.median(row["seconds"][0]) for row in result["model"]]
+    sparse = [statistics.median(row["seconds"][1]) for row in result["model"]]
+    kept = [row["executed"] for row in result["model"]]
+    if len(kept) < 2:
+        return None
+    slope = (sparse[0] - sparse[-1]) / (kept[0] - kept[-1])
+    rest = sparse[-1] - slope * kept[-1]
+    return max(0.0, min(1.0, 1 - rest / statistics.median(dense)))
+
+
+def quality(result: dict[str, Any]) -> str:
+    """PSNR against density by policy, then what the referee says."""
+    names: dict[str, dict[str, Any]] = {}
+    for label, row in result["rows"].items():
+        name, _, density = label.partition(" @ ")
+        names.setdefault(name, {})[density] = row
+    densities = sorted({d for rows in names.values() for d in rows}, key=float)
+    head = " | ".join(f"density {d}" for d in densities)
+    lines = [
+        f"{result['model']}, {result['steps']} steps of which the first fifth is dense, guidance "
+        f"{result['guidance']:g}, {result['videos']} videos: PSNR against dense attention, same "
+        "seeds, mean with interval (density kept where it is another).",
+        "",
+        f"| policy | {head} |",
+        f"|---|{'---|' * len(densities)}",
+    ]
+    for name, rows in names.items():
+        cells = [_psnr(rows.get(d), float(d)) for d in densities]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if result["judged"]:
+        lines += [
+            "",
+            "| policy | videos | PSNR | judged right | change in points |",
+            "|---|---|---|---|---|",
+        ]
+    for label, row in result["judged"].items():
+        accuracy = row["judged"]["accuracy"]
+        points = {k: 100 * v for k, v in accuracy["difference"].items()}
+        lines.append(
+            f"| {label} | {row['videos']} | {row['psnr']['estimate']:.1f} dB | "
+            f"{accuracy['after']['estimate']:.1%} (dense {accuracy['before']['estimate']:.1%}) | "
+            f"{points['low']:+.1f} to {points['high']:+.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _psnr(row: dict[str, Any] | None, asked: float) -> str:
+    if row is None:
+        return "-"
+    p = row["psnr"]
+    other = f" (kept {row['density']:.2f})" if abs(row["density"] - asked) > 0.02 else ""
+    return f"{p['estimate']:.1f} ({p['low']:.1f} to {p['high']:.1f}){other}"
+
+
+def _span(value: dict[str, float]) -> str:
+    return f"{value['estimate']:.2f}x ({value['low']:.2f} to {value['high']:.2f})"

@@ -1,0 +1,82 @@
+"""The benchmark of sparse attention: what it times is the same attention, and its tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import bench_sparse, sparse_tables
+from benchmarks.bench_sparse import attention_rows, renewed, timed_in_turn
+from benchmarks.bench_sparse_quality import BLOCKS, RandomMask, methods
+from benchmarks.schema import SparseAttentionRow
+
+
+def test_every_round_takes_turns():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = timed_in_turn(runs, 2)
+    assert order == ["a", "b"] * 3  # one round more, which does not count
+    assert [len(s) for s in seconds.values()] == [2, 2]
+
+
+def test_a_row_is_what_the_schema_wants(monkeypatch):
+    monkeypatch.setitem(bench_sparse.SHAPES, "cpu", ((512, 16, 1),))
+    monkeypatch.setattr(bench_sparse, "DENSITIES", (0.5,))
+    right = {}
+
+    def flex():  # compiling takes half a minute; what is timed is checked here
+        def attend(q, k, v, blocks):
+            mask = blocks.tokens()
+            right["flex"] = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            return right["flex"]
+
+        return attend
+
+    monkeypatch.setattr(bench_sparse, "flex", flex)
+    kernel = bench_sparse.dispatch.attend
+
+    def attend(*args, **kwargs):
+        found = kernel(*args, **kwargs)
+        if len(args) == 4:
+            right["ours"] = found.out
+        return found
+
+    monkeypatch.setattr(bench_sparse.dispatch, "attend", attend)
+    with torch.no_grad():
+        (row,) = attention_rows("cpu", 1, None)
+    SparseAttentionRow.model_validate(row)
+    assert torch.allclose(right["ours"], right["flex"], atol=1e-5)
+    assert row["executed"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_rows_measured_again_replace_their_own():
+    rows = [{"tokens": 4, "head_dim": 8, "density": d, "x": 0} for d in (0.5, 0.1)]
+    found = renewed(rows, [{**rows[1], "x": 1}])
+    assert [(r["density"], r["x"]) for r in found] == [(0.5, 0), (0.1, 1)]
+
+
+def test_the_share_of_attention_is_extrapolated():
+    """2 s of rest and 8 s of attention: 4 s at density 0.25, 2.8 s at 0.1."""
+    model = [
+        {"executed": d, "seconds": [[10.0], [2 + 8 * d]]}
+        for d in (0.25, 0.1)
+    ]  # fmt: skip
+    assert sparse_tables.attention_share({"model": model}) == pytest.approx(0.8)
+
+
+def test_every_policy_is_asked_for_the_same_density():
+    for name, method in methods(0.2, None).items():
+        if name != "SpargePrediction":  # it has no density to ask for
+            assert getattr(method, "density", getattr(method, "high", None)) == 0.2, name
+        assert method.blocks == BLOCKS
+        assert not method.guard
+
+
+def test_the_random_control_repeats():
+    from types import SimpleNamespace
+
+    q = torch.zeros(1, 2, 256, 8)
+    place = SimpleNamespace(layer=1, step=2, branch="cond", blocks=BLOCKS)
+    one, two = (RandomMask(density=0.5).keep(q, q, place, None) for _ in "12")
+    assert torch.equal(one, two)
+    assert one.float().mean().item() == pytest.approx(0.5, abs=0.01)
