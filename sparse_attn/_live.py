@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from accel import compat
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
@@ -162,12 +163,15 @@ class LiveSparse(Attached):
         self._kept: dict[tuple[int, int], list[Tensor]] = defaultdict(list)  # (step, layer)
         self._canaries: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         self._dense: dict[str, int] = defaultdict(int)
+        self._adopted: list[Denoiser] = []
+        self._compiled = False
 
     # -- attaching ---------------------------------------------------------------------------
 
     def adopt(self, denoiser: Denoiser) -> None:
         """Replace the processors of a denoiser and listen to its calls."""
         paths = attention_paths(denoiser)
+        self._adopted.append(denoiser)
         for layer, path in enumerate(paths):
             module = denoiser.module.get_submodule(path)
             site = _Site(self, layer, len(paths))
@@ -200,6 +204,8 @@ class LiveSparse(Attached):
         now, run = self.now, self.clock.run
         assert now is not None
         assert run is not None
+        if self._compiled:
+            return self._all_dense("compiled")
         if now.step < math.ceil(self.policy.dense[0] * run.steps):
             return self._all_dense("first steps")
         try:
@@ -273,7 +279,9 @@ class LiveSparse(Attached):
 
     def plan(self, layer: int, layers: int) -> Callable[..., Tensor] | None:
         """How the attention numbered `layer` attends now; None: densely."""
-        if self.geometry is None or self.now is None or torch.compiler.is_compiling():
+        if compat.is_compiling():
+            return None  # nothing may be counted inside a graph
+        if self.geometry is None or self.now is None:
             self.count("computed")
             return None
         if layer < math.ceil(self.policy.dense[1] * layers):
@@ -325,6 +333,11 @@ class LiveSparse(Attached):
 
     def on_run(self, run: Run) -> None:
         self.geometry = None
+        blocks = (d.module.get_submodule(b.path) for d in self._adopted for b in d.blocks)
+        in_blocks = any(compat.is_compiled(block) for block in blocks)
+        self._compiled = in_blocks or self._hidden_by_compile()
+        if in_blocks:
+            self.fallback("blocks are compiled, which hides their attention")
         for counts in (self._kept, self._canaries, self._dense):
             counts.clear()
 

@@ -7,9 +7,10 @@ could not be made again. So the break-even points below are constants, from
 
 from __future__ import annotations
 
-# Seconds of sparse attention over seconds of dense, at tokens: overhead + slope * density.
-# CPU: of blocks of 256 queries; smaller ones by `_SLOWER`.
-CPU_OVERHEAD, CPU_SLOPE, CPU_TOKENS = 0.03, 1.2, 2048
+# Seconds of sparse attention over seconds of dense: overhead + slope * density, from so many
+# tokens on (fewer were not measured). CPU: of blocks of 256 queries, in `results/sparse.json`;
+# `_SLOWER` of smaller ones is from trials.
+CPU_OVERHEAD, CPU_SLOPE, CPU_TOKENS = 0.03, 1.2, 4096
 _SLOWER = {256: 1.0, 128: 1.2, 64: 1.6, 32: 2.2, 16: 3.5}
 # GPU: an estimate from compiled kernels (no GPU was at hand), on the careful side.
 GPU_OVERHEAD, GPU_SLOPE, GPU_TOKENS = 0.1, 1.6, 8192
