@@ -310,7 +310,6 @@ def main() -> None:
     torch.set_num_threads(1)
     before = load_average()
     rounds = 1 if args.dry else args.rounds
-    old = read("sparse", args.device) or {}
     with torch.no_grad():
         attention = (
             attention_rows(args.device, rounds, args.shape) if args.only != "model" else None
@@ -318,6 +317,7 @@ def main() -> None:
         model = model_rows(args.device, rounds) if args.only != "attention" else None
     if args.dry:
         return
+    old = read("sparse", args.device) or {}  # now: another part may have been measured meanwhile
     content = {
         "environment": environment(args.device, load_before=before),
         "protocol": None,
