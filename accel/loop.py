@@ -31,8 +31,9 @@ class LoopSettings:
 
     steps: stop after this many; minutes: stop after this much time in the loop (both counted from
     the start or the last warm restart); the learning rate follows whichever is nearer its end, so
-    only a run limited by steps alone is repeatable to the bit. Raises ValueError for settings that
-    cannot train.
+    only a run limited by steps alone is repeatable to the bit. muon: the matrices that a model
+    names (`matrices()`) are trained by Muon (orthogonalised momentum, Jordan 2024), its steps as
+    long as AdamW's (Liu et al. 2025). Raises ValueError for settings that cannot train.
     """
 
     steps: int | None = None
@@ -46,6 +47,7 @@ class LoopSettings:
     checkpoint_steps: int | None = None  # as well; for tests
     log_steps: int = 50
     cycle: int = 1  # steps; checkpoints are written after multiples of it
+    muon: bool = False
 
     def __post_init__(self):
         if self.steps is None and self.minutes is None:
@@ -136,13 +138,7 @@ def fit(
     out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     groups = parameter_groups(model)
-    optimizer = torch.optim.AdamW(
-        [{"params": group["params"]} for group in groups],
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        betas=settings.betas,
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, *optimizers = accelerator.prepare(model, *_optimizers(model, groups, settings))
     position = start or Position()
     ema = Ema(accelerator.unwrap_model(model), settings.ema_decay, position.step)
     accelerator.register_for_checkpointing(ema)
@@ -153,15 +149,16 @@ def fit(
         print(f"{name}: resumed at step {position.step} from {newest.name}", flush=True)
     report, saved = _Report(name, settings, position), time.monotonic()
     while _progress(settings, position) < 1:
-        for group, own in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = own["rate"] * learning_rate(settings, position)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["rate"] * learning_rate(settings, position)
         with accelerator.autocast():
             loss = loss_of(model, position.step)
         accelerator.backward(loss)
         for group in groups:
             accelerator.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         ema.update(accelerator.unwrap_model(model))
         position.step += 1
         report.add(loss.detach())
@@ -183,6 +180,22 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     """
     own = getattr(model, "parameter_groups", None)
     return own() if own else [{"params": list(model.parameters()), "rate": 1.0}]
+
+
+def _optimizers(model: Any, groups: list[dict], settings: LoopSettings) -> list:
+    """AdamW and, if it is wanted, Muon on the model's matrices."""
+    own = {id(p) for p in model.matrices()} if settings.muon else set()
+
+    def parts(matrices: bool) -> list[dict]:
+        kept = [[p for p in g["params"] if (id(p) in own) == matrices] for g in groups]
+        rated = zip(kept, groups, strict=True)
+        return [{"params": params, "rate": g["rate"]} for params, g in rated if params]
+
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    made: list = [torch.optim.AdamW(parts(False), betas=settings.betas, **common)]
+    if own:
+        made.append(torch.optim.Muon(parts(True), adjust_lr_fn="match_rms_adamw", **common))
+    return made
 
 
 def newest_checkpoint(out: Path) -> Path | None:

@@ -1,11 +1,14 @@
 """digits-wan: a small WanTransformer3DModel on 1,280 video tokens, with its text encoder.
 
-Trained in six stages: the autoencoder, in two; the transformer and the text encoder on single
-pictures of 64 tokens, where strokes, colours and words are learned 20 times cheaper; on windows of
-videos around the digit, first of two latent frames, then of all five, where strokes are learned
-that move; then on whole videos. Rotary positions are relative, and a digit has the same size in
-all. Without the windows, an hour of whole videos taught colours and movement, and spoilt the
-digits.
+Trained in seven stages: the autoencoder, in three; the transformer and the text encoder on single
+pictures of 64 tokens, where strokes, colours and words are learned 20 times cheaper; on the 5 x 8 x
+8 tokens of a video that move with its digit, where the frames learn to look at each other; on the
+middle of videos, where they learn that there is one digit, and where; then on whole videos. Rotary
+positions are relative, and a digit has the same size in all.
+
+What makes that work is that a latent frame is a picture (see `PictureCodesLoss`) and that the world
+moves by one cell a latent frame: five frames are one pattern at five places. Before, hours of whole
+videos, of windows and of pairs of frames taught colours and movement, and no legible digit.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +35,19 @@ from accel.loop import LoopSettings, step_generator
 from accel.zoo import wan_autoencoder
 from accel.zoo.judge import to_tensor
 from accel.zoo.training import Model, Preset, Stage, Training, trained_weights
-from accel.zoo.wan_autoencoder import WanAutoencoderConfig, videos_to_tensor
+from accel.zoo.wan_autoencoder import (
+    WanAutoencoderConfig,
+    as_frames,
+    frames_of,
+    videos_to_tensor,
+)
 from accel.zoo.wan_text import MAX_LENGTH, TextConfig, build_tokenizer
-from accel.zoo.world import VIDEO_CANVAS, DigitWorld
+from accel.zoo.world import VIDEO_CANVAS, VIDEO_FRAMES, DigitWorld
 
 CAPTION_DROPOUT = 0.1
 FLOW_SHIFT = 3.0  # WanPipeline's scheduler for small pictures
 SHORT = 16  # tokens; more than any caption has
-PICTURES_PER_VIDEO = 16  # in the pools; a video costs as much to encode as 50 pictures
+PICTURES_PER_VIDEO = 8  # in the pools
 
 
 @dataclass(frozen=True)
@@ -47,20 +56,20 @@ class Course:
     steps the text is padded to what the pipeline pads it to.
 
     That is eight times as many tokens as a picture has, and three times the work. A picture alone
-    is drowned by less noise than 17 that are alike. `window`: side of the part of the latents that
-    is taught, around what differs most from the rest; `frames`: how many of them, from the first.
+    is drowned by less noise than 17 that are alike. `track`: side of the part of each latent frame
+    that is taught, which moves with the digit; `middle`: the same, but it stands in the middle.
     """
 
     shift: float
     long_every: int
-    window: int | None = None
-    frames: int | None = None
+    track: int | None = None
+    middle: int | None = None
 
 
 COURSES = {
     "pictures": Course(2.0, 16),
-    "pairs": Course(FLOW_SHIFT, 16, 9, 2),
-    "windows": Course(FLOW_SHIFT, 16, 10),
+    "tracks": Course(FLOW_SHIFT, 16, track=8),
+    "middles": Course(FLOW_SHIFT, 8, middle=12),
     "videos": Course(FLOW_SHIFT, 4),
 }
 
@@ -115,16 +124,57 @@ class TextToVideo(nn.Module):
     def __init__(self, transformer: WanTransformer3DModel, text: UMT5EncoderModel):
         super().__init__()
         self.transformer, self.text = transformer, text
+        self.rope = PlacedRope(transformer.rope)
 
-    def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor, length: int) -> Tensor:
+    def forward(
+        self, x: Tensor, timestep: Tensor, tokens: Tensor, length: int, places: Tensor | None = None
+    ) -> Tensor:
         """Velocity (n, c, f, h, w) from latents, timesteps (n,) in 0..1000 and token ids (n, s).
 
-        The text is padded with zeros to `length` states, as WanPipeline does it.
+        The text is padded with zeros to `length` states, as WanPipeline does it. `places`
+        (n, f h w, 3): frame, row and column of each latent cell; default: where it is in x.
         """
         mask = (tokens != 0).long()
         states = self.text(tokens, mask).last_hidden_state * mask[..., None]
         states = nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
-        return self.transformer(x, timestep, states).sample
+        own, self.rope.places = self.transformer.rope, places
+        self.transformer.rope = self.rope
+        try:
+            return self.transformer(x, timestep, states).sample
+        finally:
+            self.transformer.rope = own
+
+    def matrices(self) -> list[nn.Parameter]:
+        """What Muon trains: the blocks' matrices."""
+        return [p for p in self.transformer.blocks.parameters() if p.ndim == 2]
+
+    def compile(self, *args, **kwargs) -> None:
+        """Each block alone: they are alike and compiled once, in a sixth of the time."""
+        for block in self.transformer.blocks:
+            block.compile(*args, **kwargs)
+
+
+class PlacedRope(nn.Module):
+    """Rotary positions of cells that are parts of a larger video: `places` (n, cells, 3)."""
+
+    def __init__(self, rope: nn.Module):
+        super().__init__()
+        self._rope = [rope]  # not a part of this module
+        self.places: Tensor | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (n, cells, 1, head_dim)."""
+        rope, places = self._rope[0], self.places
+        if places is None:
+            return rope(x)
+        widths = [rope.t_dim, rope.h_dim, rope.w_dim]
+
+        def looked_up(table: Tensor) -> Tensor:
+            parts = table.split(widths, dim=1)
+            rows = [part[places[..., axis]] for axis, part in enumerate(parts)]
+            return torch.cat(rows, dim=-1)[:, :, None]
+
+        return looked_up(rope.freqs_cos), looked_up(rope.freqs_sin)
 
 
 @dataclass(frozen=True)
@@ -162,9 +212,12 @@ class VelocityLoss:
         rows, g = self.rows(step), step_generator(self.seed, step)
         mean = self.pool.means[rows].float()
         x0 = mean + self.pool.deviations[rows].float() * torch.randn(mean.shape, generator=g)
-        x0 = x0[:, :, : self.course.frames]
-        if self.course.window is not None:
-            x0 = windows(x0, self.course.window, g)
+        places = None
+        if self.course.track is not None:
+            x0, places = tracked(x0, self.course.track)
+            places = places.to(self.device)
+        if self.course.middle is not None:
+            x0 = middle(x0, self.course.middle)
         eps = torch.randn(x0.shape, generator=g)
         u = (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch
         shift = self.course.shift
@@ -174,28 +227,43 @@ class VelocityLoss:
         s = sigma[:, None, None, None, None]
         x = (1 - s) * x0 + s * eps
         length = SHORT if step % self.course.long_every else MAX_LENGTH
-        v = model(
-            x.to(self.device), 1000 * sigma.to(self.device), tokens.to(self.device), length
-        ).float()
+        tokens, timestep = tokens.to(self.device), 1000 * sigma.to(self.device)
+        v = model(x.to(self.device), timestep, tokens, length, places).float()
         return (v - (eps - x0).to(self.device)).square().mean()
 
 
-def windows(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Parts (n, c, f, side, side) of latents (n, c, f, h, w), up to 2 off the busiest place."""
-    difference = (x - x.flatten(2).median(dim=2).values[:, :, None, None, None]).square()
-    busy = difference.sum(dim=(1, 2)).square()  # (n, h, w)
-    parts = []
-    for sample, weight in zip(x, busy, strict=True):
-        corner = []
-        for axis in (0, 1):
-            line = weight.sum(dim=1 - axis)
-            middle = float((line * torch.arange(len(line))).sum() / line.sum())
-            off = int(torch.randint(-2, 3, (), generator=generator))
-            first = round(middle - (side - 1) / 2) + off
-            corner.append(min(max(first, 0), len(line) - side))
-        top, left = corner
-        parts.append(sample[:, :, top : top + side, left : left + side])
-    return torch.stack(parts)
+def tracked(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Parts (n, c, f, side, side) of latents (n, c, f, h, w) that move with the digit, and the
+    frame, row and column of every cell of them, (n, f side side, 3).
+
+    The digit is what differs from the rest; it moves on a straight line.
+    """
+    n, _, f, h, w = x.shape
+    rest = x.flatten(2).median(dim=2).values[:, :, None, None, None]
+    busy = (x - rest).square().sum(dim=1).square()  # (n, f, h, w)
+    cells = torch.arange(side)
+    corners = []
+    for axis, length in ((3, h), (2, w)):
+        line = busy.sum(dim=axis)
+        middle = (line * torch.arange(length)).sum(2) / line.sum(2)  # (n, f)
+        time = torch.arange(f) - (f - 1) / 2
+        pace = (middle * time).sum(1) / max(float(time.square().sum()), 1.0)
+        middle = middle.mean(1)[:, None] + pace[:, None] * time
+        corners.append((middle - (side - 1) / 2).round().long().clamp(0, length - side))
+    rows, columns = (corner[..., None] + cells for corner in corners)  # (n, f, side)
+    rows = rows[..., :, None].expand(n, f, side, side)
+    columns = columns[..., None, :].expand(n, f, side, side)
+    frames = torch.arange(f)[None, :, None, None].expand(n, f, side, side)
+    at = (frames * h + rows) * w + columns  # (n, f, side, side)
+    parts = x.flatten(2).gather(2, at.flatten(1)[:, None].expand(-1, x.shape[1], -1))
+    places = torch.stack((frames, rows, columns), dim=-1).flatten(1, 3)
+    return parts.unflatten(2, (f, side, side)), places
+
+
+def middle(x: Tensor, side: int) -> Tensor:
+    """The part (n, c, f, side, side) of latents that is in the middle; positions are relative."""
+    top, left = (x.shape[3] - side) // 2, (x.shape[4] - side) // 2
+    return x[..., top : top + side, left : left + side]
 
 
 def tokenize(captions: list[str]) -> Tensor:
@@ -208,27 +276,41 @@ def tokenize(captions: list[str]) -> Tensor:
 
 def encode_pictures(vae: AutoencoderKLWan, world: DigitWorld, count: int) -> Pool:
     """The first `count` pictures of 32x32 as videos of one frame."""
-    return _encoded(vae, count, 128, world.batch, lambda images: to_tensor(images)[:, :, None])
+
+    def encoded(rows: np.ndarray) -> tuple[Tensor, Tensor, list[str]]:
+        images, what = world.batch(rows)
+        return *wan_autoencoder.encode(vae, to_tensor(images)[:, :, None]), what.captions()
+
+    return _pool(encoded, count, 128)
 
 
 def encode_videos(vae: AutoencoderKLWan, world: DigitWorld, count: int) -> Pool:
-    """The first `count` videos."""
-    return _encoded(vae, count, 8, world.videos, videos_to_tensor)
+    """The first `count` videos: every fourth picture of each as it stands.
+
+    The autoencoder was taught to make the same of all 17, at three times the cost.
+    """
+
+    def encoded(rows: np.ndarray) -> tuple[Tensor, Tensor, list[str]]:
+        videos, what = world.videos(rows, frames=1 + (VIDEO_FRAMES - 1) // 4)
+        pictures = frames_of(videos_to_tensor(videos))[:, :, None]
+        mean, deviation = wan_autoencoder.encode(vae, pictures, batch=16)
+        return as_frames(mean, len(rows)), as_frames(deviation, len(rows)), what.captions()
+
+    return _pool(encoded, count, 16)
 
 
-def _encoded(vae: AutoencoderKLWan, count: int, batch: int, draw, tensor) -> Pool:
+def _pool(encoded, count: int, batch: int) -> Pool:
     means, deviations, captions = [], [], []
     for start in range(0, count, batch):
-        samples, what = draw(np.arange(start, min(start + batch, count)))
-        mean, deviation = wan_autoencoder.encode(vae, tensor(samples))
+        mean, deviation, words = encoded(np.arange(start, min(start + batch, count)))
         means.append(mean.half())
         deviations.append(deviation.half())
-        captions += what.captions()
+        captions += words
     return Pool(torch.cat(means), torch.cat(deviations), tokenize(captions))
 
 
 def train(run: Training) -> None:
-    """Autoencoder, clips, pictures, pairs, windows, videos."""
+    """Autoencoder, clips, codes, pictures, tracks, middles, videos."""
     run.seed_weights()
     vae = wan_autoencoder.trained(run)
     run.seed_weights()
@@ -244,7 +326,7 @@ def train(run: Training) -> None:
     count = run.preset.pool // PICTURES_PER_VIDEO
     videos = DigitWorld("train", run.seed, VIDEO_CANVAS)
     pool = kept_pool(run, "videos", lambda: encode_videos(vae, videos, count))
-    for stage in ("pairs", "windows"):
+    for stage in ("tracks", "middles"):
         if run.keeps(stage):
             run.keep_record(stage)
         else:
@@ -282,7 +364,9 @@ def shipped(folder: Path) -> TextToVideo:
 def write(out: Path, folder: Path) -> None:
     """A stock WanPipeline folder in half precision; before the last stages, only its parts."""
     model = TextToVideo(WanConfig().build(), TextConfig().build())
-    done = [stage for stage in ("videos", "windows", "pairs", "pictures") if (out / stage).is_dir()]
+    done = [
+        stage for stage in ("videos", "middles", "tracks", "pictures") if (out / stage).is_dir()
+    ]
     if done:
         model.load_state_dict(trained_weights(out, done[0]))
     trained = AutoencoderKLWan.from_pretrained(out / "vae")
@@ -304,6 +388,9 @@ def write(out: Path, folder: Path) -> None:
     pipe.save_pretrained(folder, safe_serialization=True)
 
 
+# After pictures: a few thousand steps, so that a shorter average than the ordinary one.
+MUON = partial(LoopSettings, lr=2.5e-3, warmup=50, muon=True, ema_decay=0.997)
+
 MODEL = Model(
     presets={
         # Six hours on one core of a server CPU.
@@ -313,10 +400,11 @@ MODEL = Model(
             {
                 "autoencoder": Stage(8, LoopSettings(minutes=20, lr=3e-3)),
                 "clips": Stage(8, LoopSettings(minutes=25, lr=2e-3)),
+                "codes": Stage(8, LoopSettings(minutes=13, lr=2e-3, warmup=50)),
                 "pictures": Stage(32, LoopSettings(minutes=85, lr=2e-3, warmup=300)),
-                "pairs": Stage(32, LoopSettings(minutes=90, lr=2e-3, warmup=300), compile=True),
-                "windows": Stage(16, LoopSettings(minutes=180, lr=2e-3, warmup=300), compile=True),
-                "videos": Stage(4, LoopSettings(minutes=60, lr=5e-4), compile=True),
+                "tracks": Stage(16, MUON(minutes=22.5), compile=True),
+                "middles": Stage(8, MUON(minutes=18), compile=True),
+                "videos": Stage(4, MUON(minutes=25), compile=True),
             },
             pool=32_768,
         ),
@@ -327,9 +415,10 @@ MODEL = Model(
             {
                 "autoencoder": Stage(64, LoopSettings(steps=20_000, lr=3e-3)),
                 "clips": Stage(64, LoopSettings(steps=20_000, lr=2e-3)),
+                "codes": Stage(64, LoopSettings(steps=20_000, lr=2e-3)),
                 "pictures": Stage(1024, LoopSettings(steps=60_000, lr=2e-3, warmup=1000)),
-                "pairs": Stage(1024, LoopSettings(steps=20_000, lr=2e-3, warmup=1000)),
-                "windows": Stage(256, LoopSettings(steps=40_000, lr=2e-3, warmup=1000)),
+                "tracks": Stage(512, LoopSettings(steps=40_000, lr=2e-3, warmup=1000)),
+                "middles": Stage(128, LoopSettings(steps=20_000, lr=2e-3, warmup=1000)),
                 "videos": Stage(64, LoopSettings(steps=40_000, lr=1e-3, warmup=1000)),
             },
             pool=262_144,
@@ -341,9 +430,10 @@ MODEL = Model(
             {
                 "autoencoder": Stage(1, LoopSettings(steps=2, log_steps=2)),
                 "clips": Stage(1, LoopSettings(steps=2, log_steps=2)),
+                "codes": Stage(4, LoopSettings(steps=2, log_steps=2)),
                 "pictures": Stage(4, LoopSettings(steps=2, log_steps=2)),
-                "pairs": Stage(2, LoopSettings(steps=2, log_steps=2)),
-                "windows": Stage(1, LoopSettings(steps=2, log_steps=2)),
+                "tracks": Stage(2, LoopSettings(steps=2, log_steps=2)),
+                "middles": Stage(1, LoopSettings(steps=2, log_steps=2)),
                 "videos": Stage(1, LoopSettings(steps=2, log_steps=2)),
             },
             pool=32,

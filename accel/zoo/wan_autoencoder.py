@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from accel.loop import step_generator
 from accel.zoo.autoencoder import EDGE_WEIGHT, encode_decode, sobel
+from accel.zoo.judge import to_tensor
 from accel.zoo.training import Training
 from accel.zoo.world import VIDEO_CANVAS, DigitWorld
 
@@ -23,7 +25,9 @@ START_LOG_VARIANCE = -4.0
 STAGES = {
     "autoencoder": ((16, 1, 4), (16, 9, 1), (16, 1, 4), (32, 1, 1)),
     "clips": ((16, 17, 1), (16, 17, 1), (32, 17, 0.25), (16, 1, 4)),
+    "codes": ((32, 17, 0.25), (16, 17, 1), (32, 17, 0.25), (16, 1, 4)),
 }
+CODE_WEIGHT = 0.5  # of the squared distance from a picture's latents, in their deviations
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,7 @@ class WanAutoencoderLoss:
         generator = step_generator(self.seed, step)
         x = self.windows(step, generator).to(self.device)
         reconstruction, mean, logvar = encode_decode(model, x, generator)
-        pixels = (reconstruction - x).abs().mean()
-        edges = (sobel(frames_of(reconstruction)) - sobel(frames_of(x))).abs().mean()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 3, 4)).mean()
-        return pixels + EDGE_WEIGHT * edges + KL_WEIGHT * kl
+        return reconstruction_loss(reconstruction, x) + KL_WEIGHT * kl_term(mean, logvar)
 
     def windows(self, step: int, generator: torch.Generator) -> Tensor:
         """What a step sees, (n, 3, frames, side, side)."""
@@ -94,6 +95,69 @@ class WanAutoencoderLoss:
             videos = self.pictures.batch(indices)[0][:, None]
         cut = [_window(video, side, frames, generator) for video in videos]
         return videos_to_tensor(np.stack(cut))
+
+
+class PictureCodesLoss(WanAutoencoderLoss):
+    """Teaches an autoencoder that latent frame k is what its picture 4 k has as a picture.
+
+    A latent frame of a trained video autoencoder holds four pictures mixed: of a moving digit it is
+    as far from any picture's latents as two pictures are from each other, so a denoiser that was
+    taught pictures has to learn strokes anew for every direction. Where every fourth picture is
+    encoded as it stands, a video is five pictures, and the decoder draws those between them, which
+    it knows from where things were before. `teacher`: the autoencoder as it was, for pictures only.
+    """
+
+    def __init__(self, teacher: AutoencoderKLWan, batch: int, seed: int, device: torch.device):
+        super().__init__("codes", batch, seed, device)
+        self.teacher = teacher.to(device).eval()
+        self.deviation = measured_deviation(teacher).to(device)
+
+    def __call__(self, model: nn.Module, step: int) -> Tensor:
+        generator = step_generator(self.seed, step)
+        x = self.windows(step, generator).to(self.device)
+        codes = picture_codes(self.teacher, x)
+        posterior = model.encode(x).latent_dist
+        apart = ((posterior.mean - codes) / self.deviation).square().mean()
+        # Half of the samples are decoded from the codes themselves, so that nothing is hidden in
+        # what the encoder is off by.
+        own = torch.rand(len(x), generator=generator) < 0.5
+        noise = torch.randn(codes.shape, generator=generator).to(self.device)
+        z = torch.where(own.to(self.device)[:, None, None, None, None], posterior.mean, codes)
+        reconstruction = model.decode(z + posterior.std * noise).sample
+        kl = kl_term(posterior.mean, posterior.logvar)
+        return reconstruction_loss(reconstruction, x) + KL_WEIGHT * kl + CODE_WEIGHT * apart
+
+
+@torch.no_grad()
+def picture_codes(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
+    """Latents (n, c, 1 + f, h, w) of pictures 0, 4, 8 ... of (n, 3, 1 + 4 f, 4 h, 4 w)."""
+    codes = vae.encode(frames_of(x[:, :, ::4])[:, :, None]).latent_dist.mean
+    return as_frames(codes, len(x))
+
+
+def as_frames(codes: Tensor, count: int) -> Tensor:
+    """(n f, c, 1, h, w), latents of pictures, -> (n, c, f, h, w), those of videos."""
+    return codes[:, :, 0].unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def measured_deviation(vae: AutoencoderKLWan) -> Tensor:
+    """Deviation of each latent channel over pictures, (1, c, 1, 1, 1)."""
+    x = to_tensor(DigitWorld("train", 0).batch(np.arange(256))[0])[:, :, None]
+    device = next(vae.parameters()).device
+    with torch.no_grad():
+        mean = vae.encode(x.to(device)).latent_dist.mean.cpu()
+    return mean.std((0, 2, 3, 4)).view(1, -1, 1, 1, 1)
+
+
+def reconstruction_loss(reconstruction: Tensor, x: Tensor) -> Tensor:
+    """Mean absolute error of pixels and of their Sobel edges."""
+    edges = (sobel(frames_of(reconstruction)) - sobel(frames_of(x))).abs().mean()
+    return (reconstruction - x).abs().mean() + EDGE_WEIGHT * edges
+
+
+def kl_term(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Divergence from a standard normal, per latent frame."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 3, 4)).mean()
 
 
 def _window(video: np.ndarray, side: int, frames: int, generator: torch.Generator) -> np.ndarray:
@@ -140,12 +204,19 @@ def measure_latents(vae: AutoencoderKLWan, world: DigitWorld, count: int = 96) -
     return {"latents_mean": centre.tolist(), "latents_std": spread.tolist()}
 
 
+def _loss(run: Training, stage: str, vae: AutoencoderKLWan) -> WanAutoencoderLoss:
+    batch = run.batch(stage)
+    if stage == "codes":  # also where it is resumed: the weights are still those it began with
+        return PictureCodesLoss(copy.deepcopy(vae), batch, run.seed, run.device)
+    return WanAutoencoderLoss(stage, batch, run.seed, run.device)
+
+
 def trained(run: Training) -> AutoencoderKLWan:
     """The finished autoencoder of a run: read if there is one below `out`, else trained."""
     folder = run.out / "vae"
     if run.resume and (folder / "config.json").is_file():
         return AutoencoderKLWan.from_pretrained(folder).to(run.device).eval()
-    vae = WanAutoencoderConfig().build()
+    vae, before = WanAutoencoderConfig().build(), None
     if run.shipped:
         before = AutoencoderKLWan.from_pretrained(run.shipped / "vae", dtype=torch.float32)
         vae.load_state_dict(before.state_dict())
@@ -153,10 +224,13 @@ def trained(run: Training) -> AutoencoderKLWan:
         if run.keeps(stage):
             run.keep_record(stage)
             continue
-        loss = WanAutoencoderLoss(stage, run.batch(stage), run.seed, run.device)
-        vae.load_state_dict(run.stage(stage, vae, loss))
+        vae.load_state_dict(run.stage(stage, vae, _loss(run, stage, vae)))
     vae.to("cpu").eval()
-    vae.register_to_config(**measure_latents(vae, DigitWorld("train", run.seed, VIDEO_CANVAS)))
+    if before is not None and run.keeps("clips"):  # what follows knows the latents by this scale
+        scale = {name: before.config[name] for name in ("latents_mean", "latents_std")}
+    else:
+        scale = measure_latents(vae, DigitWorld("train", run.seed, VIDEO_CANVAS))
+    vae.register_to_config(**scale)
     partial = folder.with_suffix(".tmp")
     vae.save_pretrained(partial)
     os.replace(partial, folder)  # whole or not at all

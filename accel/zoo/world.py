@@ -49,6 +49,7 @@ _MOTION_DRAWS = 4  # further ones per video
 _MOTION_STREAM = 0x5EED_0000  # added to the stream of a split, so that they are other numbers
 VIDEO_FRAMES = 17  # 1 + 4 x 4: five latent frames of a video autoencoder
 VIDEO_CANVAS = 64
+VIDEO_TRAVEL = 16  # pixels that a digit moves in a video
 
 
 @dataclass(frozen=True)
@@ -227,8 +228,10 @@ class DigitWorld:
     ) -> tuple[np.ndarray, Attributes]:
         """Videos (n, frames, canvas, canvas, 3) uint8 RGB of a digit that moves, and their content.
 
-        The digit is as large as in a picture of 32 pixels and moves 18 to 26 pixels in a straight
-        line at constant speed, whatever the number of frames; the background stands still.
+        The digit is as large as in a picture of 32 pixels and moves 16 pixels in a straight line at
+        constant speed, whatever the number of frames; the background stands still. In 17 frames
+        that is one pixel a frame: a digit looks the same in all of them, and, where four frames
+        and four pixels make one cell of a video autoencoder, in every cell that it enters.
         """
         u = self._uniforms(indices)
         v = uniforms(self._stream + _MOTION_STREAM, np.atleast_1d(indices), _MOTION_DRAWS)
@@ -237,7 +240,7 @@ class DigitWorld:
         size = 22 + 5 * u[:, 5]
         way = np.array(list(DIRECTIONS.values()), dtype=np.float64)[motion]  # (n, 2)
         middle = self.canvas / 2 + (2 * v[:, 2:4] - 1) * np.where(way == 0, 7.0, 2.0)
-        reach = (18 + 8 * v[:, 1, None]) / 2 * way
+        reach = VIDEO_TRAVEL / 2 * way
         parts = np.linspace(-1, 1, frames) if frames > 1 else np.zeros(1)
         pictures = [self._draw(what, u, size, middle + part * reach) for part in parts]
         return np.stack(pictures, axis=1), what

@@ -239,3 +239,63 @@ def test_a_training_ends_with_the_stage_it_was_told_to(tmp_path):
     assert not (out / "denoiser").exists()
     with pytest.raises(SystemExit, match="names one of"):
         train.main(["digits-dit", "--out", str(tmp_path / "other"), "--until", "nothing"])
+
+
+class TwoLayers(nn.Module):
+    """One matrix for Muon, and a layer for AdamW."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Linear(4, 8, bias=False)
+        self.out = nn.Linear(8, 1)
+
+    def matrices(self):
+        return [self.matrix.weight]
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.matrix(x)))
+
+
+def two_layers_loss(model, step):
+    x = torch.randn(16, 4, generator=loop.step_generator(0, step))
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def test_muon_moves_a_matrix_alike_in_all_directions_and_the_rest_as_adamw(tmp_path):
+    moved = {}
+    for muon in (True, False):
+        torch.manual_seed(0)
+        model = TwoLayers()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        settings = LoopSettings(steps=1, lr=1e-2, warmup=1, muon=muon)
+        loop.fit("two", model, two_layers_loss, settings, tmp_path / str(muon))
+        moved[muon] = {k: v - before[k] for k, v in model.state_dict().items()}
+    ratio = {}
+    for muon, moves in moved.items():
+        values = torch.linalg.svdvals(moves["matrix.weight"])
+        ratio[muon] = (values[-1] / values[0]).item()
+    assert ratio[True] > 0.5 > ratio[False]
+    assert torch.equal(moved[True]["out.weight"], moved[False]["out.weight"])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_training_with_muon_resumes_to_the_bit(tmp_path):
+    def trained(folder, steps, **options):
+        torch.manual_seed(0)
+        settings = LoopSettings(steps=8, lr=1e-2, warmup=2, muon=True, checkpoint_steps=4)
+        model = TwoLayers()
+        calls = []
+
+        def loss(model, step):
+            if len(calls) == steps:
+                raise KeyboardInterrupt
+            calls.append(step)
+            return two_layers_loss(model, step)
+
+        return loop.fit("two", model, loss, settings, folder, **options)[0]
+
+    whole = trained(tmp_path / "whole", 8)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed", 6)
+    resumed = trained(tmp_path / "killed", 8, resume=True)
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())

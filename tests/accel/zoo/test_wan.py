@@ -11,7 +11,6 @@ from accel.zoo.ship import ship
 from accel.zoo.training import Training, trained_weights
 from accel.zoo.wan import (
     COURSES,
-    FLOW_SHIFT,
     MODEL,
     SHORT,
     Pool,
@@ -20,7 +19,7 @@ from accel.zoo.wan import (
     WanConfig,
     kept_pool,
     tokenize,
-    windows,
+    tracked,
 )
 from accel.zoo.wan_text import MAX_LENGTH, TextConfig
 
@@ -29,7 +28,7 @@ PROMPT = "a red three moving left on a dark background"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All five stages in miniature; the video is noise, the folder is stock."""
+    """All stages in miniature; the video is noise, the folder is stock."""
     out = tmp_path_factory.mktemp("wan")
     train.main(["digits-wan", "--preset", "smoke", "--out", str(out)])
     return out
@@ -49,7 +48,7 @@ def test_digits_wan_is_trained_shipped_and_loaded_from_nothing(folder):
             was = trained[f"{part}.{name}"]
             assert torch.allclose(weight, was, rtol=2**-11, atol=2**-25), name
     record = json.loads((folder / "shipped" / "training.json").read_text())
-    stages = ["autoencoder", "clips", "pictures", "pairs", "windows", "videos"]
+    stages = ["autoencoder", "clips", "codes", "pictures", "tracks", "middles", "videos"]
     assert list(record["stages"]) == stages
     assert {s["step"] for s in record["stages"].values()} == {2}
 
@@ -79,9 +78,10 @@ def test_a_warm_restart_goes_on_with_the_stage_that_is_named(folder, tmp_path):
     assert {stage: row["step"] for stage, row in record.items()} == {
         "autoencoder": 2,
         "clips": 4,
+        "codes": 4,
         "pictures": 4,
-        "pairs": 4,
-        "windows": 4,
+        "tracks": 4,
+        "middles": 4,
         "videos": 4,
     }
 
@@ -101,7 +101,7 @@ def test_an_unfinished_model_is_kept_in_parts(folder, tmp_path):
 class Recorder(nn.Module):
     """Stands for the networks; keeps what it was called with, and knows the noise to be 0."""
 
-    def forward(self, x, timestep, tokens, length):
+    def forward(self, x, timestep, tokens, length, places=None):
         self.x, self.t, self.tokens, self.length = x, timestep, tokens, length
         return torch.zeros_like(x)
 
@@ -127,8 +127,9 @@ def test_noise_follows_the_shifted_flow_schedule_and_a_tenth_of_captions_is_drop
     # v = eps - x0, of variance 1 + 1 + 0.01: the error of answering 0
     assert loss.item() == pytest.approx(2.01, abs=0.05)
     u = (torch.arange(2000) + 0.5) / 2000
-    asked = 1000 * FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
-    assert (recorder.t - asked).abs().max() < 1000 * FLOW_SHIFT / 2000  # the steepest slope
+    shift = COURSES["videos"].shift
+    asked = 1000 * shift * u / (1 + (shift - 1) * u)
+    assert (recorder.t - asked).abs().max() < 1000 * shift / 2000  # the steepest slope
     sigma = recorder.t / 1000
     expected = (1 - sigma) ** 2 * 1.01 + sigma**2
     assert (recorder.x.flatten(1).var(1) / expected).mean().item() == pytest.approx(1, abs=0.03)
@@ -176,14 +177,58 @@ def test_fresh_networks_predict_zero_and_have_the_designs_tokens():
     assert seen[0].shape[1] == 1280
 
 
-def test_windows_hold_what_differs_from_the_rest():
+def moving_spots():
+    """Latents of three videos in which 2x2 cells move by one cell a frame, and where they begin."""
     x = torch.zeros(3, 6, 5, 16, 16)
-    places = [(2, 3), (8, 8), (15, 12)]
-    for sample, (row, column) in zip(x, places, strict=True):
-        sample[:, :, row, column] = 1.0
+    begins, ways = [(8, 4), (7, 11), (2, 7)], [(0, 1), (0, -1), (1, 0)]
+    for sample, (row, column), (down, right) in zip(x, begins, ways, strict=True):
+        for f in range(5):
+            top, left = row + f * down, column + f * right
+            sample[:, f, top : top + 2, left : left + 2] = 1.0
+    return x
+
+
+def test_a_track_moves_with_what_differs_from_the_rest():
+    x = moving_spots()
+    parts, places = tracked(x, 6)
+    assert parts.shape == (3, 6, 5, 6, 6)
+    assert places.shape == (3, 5 * 36, 3)
+    assert (parts == parts[:, :, :1]).all(), "the same pattern in every frame"
+    assert (parts[:, :, :, 2:4, 2:4] == 1).all(), "in the middle"
+    frames, rows, columns = places.unbind(-1)
+    for i in range(3):
+        assert torch.equal(x[i, :, frames[i], rows[i], columns[i]], parts[i].flatten(1))
+
+
+def test_a_track_at_the_edge_stays_inside():
+    x = torch.zeros(1, 6, 5, 16, 16)
+    x[:, :, :, 0, 15] = 1.0
+    parts, places = tracked(x, 8)
+    assert (parts[:, :, :, 0, 7] == 1).all()
+    assert places.amin() == 0
+    assert places.amax() == 15
+
+
+def test_cells_keep_their_places_in_the_whole_video():
+    """Told its places, a part of a video is the same as a whole one of that size, moved."""
+    model = TextToVideo(WanConfig(layers=1).build(), TextConfig(layers=1).build())
+    for parameter in model.transformer.parameters():  # some begin at 0, and hide what is behind
+        nn.init.normal_(parameter, std=0.2)
     g = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        parts = windows(x, 10, g)
-        assert parts.shape == (3, 6, 5, 10, 10)
-        assert (parts.sum((2, 3, 4)) == 5).all(), "the one busy place is in every window"
-    assert len({windows(x, 10, g)[1].argmax().item() for _ in range(20)}) > 3, "it moves"
+    x, t, tokens = (
+        torch.randn(1, 6, 2, 4, 4, generator=g),
+        torch.tensor([500.0]),
+        tokenize([PROMPT]),
+    )
+    grid = torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(4))[None]
+    with torch.inference_mode():
+        stock = model.transformer(x, t, model.text(tokens).last_hidden_state).sample
+        own = model(x, t, tokens, SHORT)
+        placed = [
+            model(x, t, tokens, SHORT, grid + torch.tensor(off)) for off in ((0, 0, 0), (1, 7, 3))
+        ]
+        apart = model(x, t, tokens, SHORT, grid * torch.tensor((1, 2, 1)))
+    assert stock.shape == own.shape
+    assert torch.allclose(placed[0], own, atol=1e-5)
+    assert torch.allclose(placed[1], own, atol=1e-5)  # positions are relative
+    assert not torch.allclose(apart, own, atol=1e-3)

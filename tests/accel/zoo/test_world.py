@@ -143,7 +143,7 @@ def test_digit_moves_the_way_it_is_asked_to_while_the_background_stands():
     for video, motion, text in zip(videos, motions, what.captions(), strict=True):
         path = centre_of_colour(video)
         way = np.array(world.DIRECTIONS[world.MOTIONS[motion]])
-        assert 16 < (path[-1] - path[0]) @ way < 28  # 18 to 26 px, and the pixel grid
+        assert 15 < (path[-1] - path[0]) @ way < 17  # 16 px, and the pixel grid
         assert abs((path[-1] - path[0]) @ way[::-1]) < 2
         steps = np.diff(path @ way)
         assert steps.min() > 0.5  # constant speed: 1.1 to 1.6 px, and the pixel grid
