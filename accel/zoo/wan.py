@@ -1,10 +1,11 @@
 """digits-wan: a small WanTransformer3DModel on 1,280 video tokens, with its text encoder.
 
-Trained in seven stages: the autoencoder, in three; the transformer and the text encoder on single
+Trained in eight stages: the autoencoder, in three; the transformer and the text encoder on single
 pictures of 64 tokens, where strokes, colours and words are learned 20 times cheaper; on the 5 x 8 x
-8 tokens of a video that move with its digit, where the frames learn to look at each other; on the
-middle of videos, where they learn that there is one digit, and where; then on whole videos. Rotary
-positions are relative, and a digit has the same size in all.
+8 tokens of a video that move with its digit, where the frames learn to look at each other; on bands
+of it along the digit's way, where they learn the motion words; on the middle of videos, where there
+is one digit, somewhere; then on whole videos. Rotary positions are relative, and a digit has the
+same size in all.
 
 What makes that work is that a latent frame is a picture (see `PictureCodesLoss`) and that the world
 moves by one cell a latent frame: five frames are one pattern at five places. Before, hours of whole
@@ -46,31 +47,51 @@ from accel.zoo.world import VIDEO_CANVAS, VIDEO_FRAMES, DigitWorld
 
 CAPTION_DROPOUT = 0.1
 FLOW_SHIFT = 3.0  # WanPipeline's scheduler for small pictures
+PLACING = (1.5, 0.9)  # between 0.6 and 0.96: where a digit is found, of which strokes are left
 SHORT = 16  # tokens; more than any caption has
 PICTURES_PER_VIDEO = 8  # in the pools
 
 
 @dataclass(frozen=True)
 class Course:
-    """How a stage is taught: the shift of its noise levels (Esser et al. 2024), and every so many
-    steps the text is padded to what the pipeline pads it to.
+    """How a stage is taught.
 
-    That is eight times as many tokens as a picture has, and three times the work. A picture alone
-    is drowned by less noise than 17 that are alike. `track`: side of the part of each latent frame
-    that is taught, which moves with the digit; `middle`: the same, but it stands in the middle.
+    Noise levels are uniform and then shifted (Esser et al. 2024), or normal in their logit, with
+    this mean and deviation. Every `long_every` steps the text is padded to what the pipeline pads
+    it to: eight times as many tokens as a picture has, and three times the work. A picture alone is
+    drowned by less noise than 17 that are alike.
+
+    continued: in half of the samples the first one to four latent frames have a fifth of the noise.
+    Then there is a past to look at, and motion words say where; among frames that are all alike,
+    looking ahead and looking back cancel out, and the words were not learned in an hour.
+
+    What of the latents is taught: `track`, a square of each frame that moves with the digit;
+    `band`: rows, or columns, through a digit that moves along them; `middle`: a square that stands.
     """
 
-    shift: float
     long_every: int
+    shift: float | None = None
+    level: tuple[float, float] | None = None
+    continued: bool = False
     track: int | None = None
+    band: int | None = None
     middle: int | None = None
+
+    def sigma(self, u: Tensor) -> Tensor:
+        """Noise levels from uniform numbers, in the same order."""
+        if self.level is not None:
+            logit, deviation = self.level
+            return torch.sigmoid(logit + deviation * torch.special.ndtri(u))
+        assert self.shift is not None
+        return self.shift * u / (1 + (self.shift - 1) * u)
 
 
 COURSES = {
-    "pictures": Course(2.0, 16),
-    "tracks": Course(FLOW_SHIFT, 16, track=8),
-    "middles": Course(FLOW_SHIFT, 8, middle=12),
-    "videos": Course(FLOW_SHIFT, 4),
+    "pictures": Course(16, shift=2.0),
+    "tracks": Course(16, shift=FLOW_SHIFT, track=8),
+    "bands": Course(16, level=PLACING, continued=True, band=3),
+    "middles": Course(8, level=PLACING, continued=True, middle=12),
+    "videos": Course(4, level=PLACING),
 }
 
 
@@ -129,7 +150,9 @@ class TextToVideo(nn.Module):
     def forward(
         self, x: Tensor, timestep: Tensor, tokens: Tensor, length: int, places: Tensor | None = None
     ) -> Tensor:
-        """Velocity (n, c, f, h, w) from latents, timesteps (n,) in 0..1000 and token ids (n, s).
+        """Velocity (n, c, f, h, w) from latents, timesteps in 0..1000 and token ids (n, s).
+
+        Timesteps are (n,), or (n, f h w) where cells differ.
 
         The text is padded with zeros to `length` states, as WanPipeline does it. `places`
         (n, f h w, 3): frame, row and column of each latent cell; default: where it is in x.
@@ -216,48 +239,87 @@ class VelocityLoss:
         if self.course.track is not None:
             x0, places = tracked(x0, self.course.track)
             places = places.to(self.device)
+        if self.course.band is not None:
+            x0, places = banded(x0, self.course.band)
+            places = places.to(self.device)
         if self.course.middle is not None:
             x0 = middle(x0, self.course.middle)
         eps = torch.randn(x0.shape, generator=g)
         u = (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch
-        shift = self.course.shift
-        sigma = shift * u / (1 + (shift - 1) * u)
+        sigma = self.course.sigma(u)[:, None].repeat(1, x0.shape[2])  # (n, f)
+        if self.course.continued:
+            known = torch.randint(1, x0.shape[2], (self.batch, 1), generator=g)
+            known[::2] = 0
+            sigma[torch.arange(x0.shape[2]) < known] *= 0.2
         dropped = torch.rand(self.batch, generator=g) < CAPTION_DROPOUT
         tokens = torch.where(dropped[:, None], self.empty, self.pool.tokens[rows])
-        s = sigma[:, None, None, None, None]
+        s = sigma[:, None, :, None, None]
         x = (1 - s) * x0 + s * eps
         length = SHORT if step % self.course.long_every else MAX_LENGTH
-        tokens, timestep = tokens.to(self.device), 1000 * sigma.to(self.device)
+        cells = x0.shape[3] * x0.shape[4]
+        level = sigma.repeat_interleave(cells, dim=1) if self.course.continued else sigma[:, 0]
+        tokens, timestep = tokens.to(self.device), 1000 * level.to(self.device)
         v = model(x.to(self.device), timestep, tokens, length, places).float()
         return (v - (eps - x0).to(self.device)).square().mean()
 
 
-def tracked(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Parts (n, c, f, side, side) of latents (n, c, f, h, w) that move with the digit, and the
-    frame, row and column of every cell of them, (n, f side side, 3).
+def paths(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the digit is in latents (n, c, f, h, w), and how far it moves a frame: row and column,
+    (n, 2, f) and (n, 2).
 
-    The digit is what differs from the rest; it moves on a straight line.
+    It is what differs from the rest, and it moves on a straight line.
     """
-    n, _, f, h, w = x.shape
     rest = x.flatten(2).median(dim=2).values[:, :, None, None, None]
     busy = (x - rest).square().sum(dim=1).square()  # (n, f, h, w)
-    cells = torch.arange(side)
-    corners = []
-    for axis, length in ((3, h), (2, w)):
+    time = torch.arange(x.shape[2]) - (x.shape[2] - 1) / 2
+    found, paces = [], []
+    for axis in (3, 2):
         line = busy.sum(dim=axis)
-        middle = (line * torch.arange(length)).sum(2) / line.sum(2)  # (n, f)
-        time = torch.arange(f) - (f - 1) / 2
-        pace = (middle * time).sum(1) / max(float(time.square().sum()), 1.0)
-        middle = middle.mean(1)[:, None] + pace[:, None] * time
-        corners.append((middle - (side - 1) / 2).round().long().clamp(0, length - side))
-    rows, columns = (corner[..., None] + cells for corner in corners)  # (n, f, side)
-    rows = rows[..., :, None].expand(n, f, side, side)
-    columns = columns[..., None, :].expand(n, f, side, side)
-    frames = torch.arange(f)[None, :, None, None].expand(n, f, side, side)
-    at = (frames * h + rows) * w + columns  # (n, f, side, side)
-    parts = x.flatten(2).gather(2, at.flatten(1)[:, None].expand(-1, x.shape[1], -1))
+        at = (line * torch.arange(line.shape[2])).sum(2) / line.sum(2)  # (n, f)
+        pace = (at * time).sum(1) / max(float(time.square().sum()), 1.0)
+        found.append(at.mean(1)[:, None] + pace[:, None] * time)
+        paces.append(pace)
+    return torch.stack(found, dim=1), torch.stack(paces, dim=1)
+
+
+def parts(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Parts of latents (n, c, f, h, w) at rows and columns, both (n, f, a, b): (n, c, f, a, b), and
+    frame, row and column of every cell of them, (n, f a b, 3).
+    """
+    f, h, w = x.shape[2:]
+    frames = torch.arange(f)[None, :, None, None].expand_as(rows)
+    at = ((frames * h + rows) * w + columns).flatten(1)
+    cells = x.flatten(2).gather(2, at[:, None].expand(-1, x.shape[1], -1))
     places = torch.stack((frames, rows, columns), dim=-1).flatten(1, 3)
-    return parts.unflatten(2, (f, side, side)), places
+    return cells.unflatten(2, rows.shape[1:]), places
+
+
+def tracked(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Parts (n, c, f, side, side) that move with the digit, and their places."""
+    n, _, f, h, w = x.shape
+    at, _ = paths(x)
+    last = torch.tensor([h, w])[:, None] - side
+    corner = (at - (side - 1) / 2).round().long().clamp(min=torch.zeros(2, 1).long(), max=last)
+    cells = corner[..., None] + torch.arange(side)  # (n, 2, f, side)
+    rows = cells[:, 0, :, :, None].expand(n, f, side, side)
+    columns = cells[:, 1, :, None, :].expand(n, f, side, side)
+    return parts(x, rows, columns)
+
+
+def banded(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Bands (n, c, f, width, side) of square latents, through the digit and along its way, and
+    their places.
+    """
+    n, _, f, side, _ = x.shape
+    at, pace = paths(x)
+    first = (at.mean(2) - (width - 1) / 2).round().long().clamp(0, side - width)  # (n, 2)
+    across = first[:, :, None, None, None] + torch.arange(width)[:, None]
+    across = across.expand(n, 2, f, width, side)
+    along = torch.arange(side).expand(n, f, width, side)
+    upright = (pace[:, 0].abs() > pace[:, 1].abs())[:, None, None, None]
+    rows = torch.where(upright, along, across[:, 0])
+    columns = torch.where(upright, across[:, 1], along)
+    return parts(x, rows, columns)
 
 
 def middle(x: Tensor, side: int) -> Tensor:
@@ -326,7 +388,7 @@ def train(run: Training) -> None:
     count = run.preset.pool // PICTURES_PER_VIDEO
     videos = DigitWorld("train", run.seed, VIDEO_CANVAS)
     pool = kept_pool(run, "videos", lambda: encode_videos(vae, videos, count))
-    for stage in ("tracks", "middles"):
+    for stage in ("tracks", "bands", "middles"):
         if run.keeps(stage):
             run.keep_record(stage)
         else:
@@ -365,7 +427,9 @@ def write(out: Path, folder: Path) -> None:
     """A stock WanPipeline folder in half precision; before the last stages, only its parts."""
     model = TextToVideo(WanConfig().build(), TextConfig().build())
     done = [
-        stage for stage in ("videos", "middles", "tracks", "pictures") if (out / stage).is_dir()
+        stage
+        for stage in ("videos", "middles", "bands", "tracks", "pictures")
+        if (out / stage).is_dir()
     ]
     if done:
         model.load_state_dict(trained_weights(out, done[0]))
@@ -403,6 +467,7 @@ MODEL = Model(
                 "codes": Stage(8, LoopSettings(minutes=13, lr=2e-3, warmup=50)),
                 "pictures": Stage(32, LoopSettings(minutes=85, lr=2e-3, warmup=300)),
                 "tracks": Stage(16, MUON(minutes=22.5), compile=True),
+                "bands": Stage(24, MUON(minutes=12), compile=True),
                 "middles": Stage(8, MUON(minutes=18), compile=True),
                 "videos": Stage(4, MUON(minutes=25), compile=True),
             },
@@ -418,6 +483,7 @@ MODEL = Model(
                 "codes": Stage(64, LoopSettings(steps=20_000, lr=2e-3)),
                 "pictures": Stage(1024, LoopSettings(steps=60_000, lr=2e-3, warmup=1000)),
                 "tracks": Stage(512, LoopSettings(steps=40_000, lr=2e-3, warmup=1000)),
+                "bands": Stage(512, LoopSettings(steps=20_000, lr=2e-3, warmup=1000)),
                 "middles": Stage(128, LoopSettings(steps=20_000, lr=2e-3, warmup=1000)),
                 "videos": Stage(64, LoopSettings(steps=40_000, lr=1e-3, warmup=1000)),
             },
@@ -433,6 +499,7 @@ MODEL = Model(
                 "codes": Stage(4, LoopSettings(steps=2, log_steps=2)),
                 "pictures": Stage(4, LoopSettings(steps=2, log_steps=2)),
                 "tracks": Stage(2, LoopSettings(steps=2, log_steps=2)),
+                "bands": Stage(2, LoopSettings(steps=2, log_steps=2)),
                 "middles": Stage(1, LoopSettings(steps=2, log_steps=2)),
                 "videos": Stage(1, LoopSettings(steps=2, log_steps=2)),
             },

@@ -13,10 +13,12 @@ from accel.zoo.wan import (
     COURSES,
     MODEL,
     SHORT,
+    Course,
     Pool,
     TextToVideo,
     VelocityLoss,
     WanConfig,
+    banded,
     kept_pool,
     tokenize,
     tracked,
@@ -48,7 +50,7 @@ def test_digits_wan_is_trained_shipped_and_loaded_from_nothing(folder):
             was = trained[f"{part}.{name}"]
             assert torch.allclose(weight, was, rtol=2**-11, atol=2**-25), name
     record = json.loads((folder / "shipped" / "training.json").read_text())
-    stages = ["autoencoder", "clips", "codes", "pictures", "tracks", "middles", "videos"]
+    stages = ["autoencoder", "clips", "codes", "pictures", "tracks", "bands", "middles", "videos"]
     assert list(record["stages"]) == stages
     assert {s["step"] for s in record["stages"].values()} == {2}
 
@@ -81,6 +83,7 @@ def test_a_warm_restart_goes_on_with_the_stage_that_is_named(folder, tmp_path):
         "codes": 4,
         "pictures": 4,
         "tracks": 4,
+        "bands": 4,
         "middles": 4,
         "videos": 4,
     }
@@ -121,20 +124,48 @@ def test_loss_is_a_function_of_the_step(pool):
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_noise_follows_the_shifted_flow_schedule_and_a_tenth_of_captions_is_dropped(pool):
+def test_noise_levels_are_those_of_the_course_and_a_tenth_of_captions_is_dropped(pool):
     recorder = Recorder()
     loss = velocity(pool)(recorder, 0)
     # v = eps - x0, of variance 1 + 1 + 0.01: the error of answering 0
     assert loss.item() == pytest.approx(2.01, abs=0.05)
-    u = (torch.arange(2000) + 0.5) / 2000
-    shift = COURSES["videos"].shift
-    asked = 1000 * shift * u / (1 + (shift - 1) * u)
-    assert (recorder.t - asked).abs().max() < 1000 * shift / 2000  # the steepest slope
+    parts = torch.linspace(0, 1, 2001)  # one level in each
+    low, high = (1000 * COURSES["videos"].sigma(u) for u in (parts[:-1], parts[1:]))
+    assert (recorder.t >= low - 0.01).all()
+    assert (recorder.t <= high + 0.01).all()
     sigma = recorder.t / 1000
     expected = (1 - sigma) ** 2 * 1.01 + sigma**2
     assert (recorder.x.flatten(1).var(1) / expected).mean().item() == pytest.approx(1, abs=0.03)
     empty = (recorder.tokens == tokenize([""])).all(1).float().mean().item()
     assert empty == pytest.approx(0.1, abs=5 * (0.09 / 2000) ** 0.5)
+
+
+def test_noise_levels_are_shifted_as_the_solver_shifts_them_or_normal_in_their_logit():
+    u = (torch.arange(2000) + 0.5) / 2000
+    shifted = Course(1, shift=3.0).sigma(u)
+    assert torch.allclose(shifted, 3 * u / (1 + 2 * u))
+    logits = Course(1, level=(1.5, 0.9)).sigma(u).logit()
+    assert logits.mean().item() == pytest.approx(1.5, abs=0.01)
+    assert logits.std().item() == pytest.approx(0.9, abs=0.01)
+    assert (logits.diff() > 0).all()
+
+
+def test_half_of_continued_samples_begin_with_frames_of_little_noise():
+    means = torch.zeros(400, 2, 5, 4, 4)
+    still = Pool(means, means, tokenize([PROMPT]).repeat(400, 1))
+    recorder = Recorder()
+    course = Course(1, level=(1.5, 0.9), continued=True)
+    VelocityLoss(still, course, 400, 0, torch.device("cpu"))(recorder, 0)
+    sigma = recorder.t.unflatten(1, (5, 16)) / 1000
+    assert (sigma == sigma[:, :, :1]).all(), "one level a frame"
+    sigma = sigma[:, :, 0]
+    assert torch.allclose(recorder.x.std((1, 3, 4)), sigma, rtol=0.6)  # of 32 numbers
+    known = (sigma < 0.5 * sigma[:, -1:]).sum(1)
+    assert (known[::2] == 0).all()
+    assert set(known[1::2].tolist()) == {1, 2, 3, 4}
+    for row, count in zip(sigma[1::2], known[1::2], strict=True):
+        assert torch.allclose(row[:count], 0.2 * row[-1].expand(count), atol=1e-4)
+        assert (row[count:] == row[-1]).all()
 
 
 def test_one_step_in_four_sees_the_pipelines_own_padding(pool):
@@ -198,6 +229,18 @@ def test_a_track_moves_with_what_differs_from_the_rest():
     frames, rows, columns = places.unbind(-1)
     for i in range(3):
         assert torch.equal(x[i, :, frames[i], rows[i], columns[i]], parts[i].flatten(1))
+
+
+def test_a_band_runs_along_the_way_of_the_digit():
+    x = moving_spots()
+    bands, places = banded(x, 3)
+    assert bands.shape == (3, 6, 5, 3, 16)
+    frames, rows, columns = places.unbind(-1)
+    for i in range(3):
+        assert torch.equal(x[i, :, frames[i], rows[i], columns[i]], bands[i].flatten(1))
+    assert (bands.sum((2, 3, 4)) == 5 * 4).all(), "the whole spot, in every frame"
+    upright = rows.amax(1) - rows.amin(1) == 15
+    assert upright.tolist() == [False, False, True]
 
 
 def test_a_track_at_the_edge_stays_inside():
