@@ -44,6 +44,7 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.recipe_cards out/evaluate-dit out/evaluate-sd
 	$(PY) -m benchmarks.bench_sparse
 	$(PY) -m benchmarks.bench_sparse_quality
+	$(PY) -m benchmarks.bench_search --prompts 100
 	$(PY) -m benchmarks.tables
 
 # Speeds and qualities of the methods, of peers and of the core: about a quarter of an hour.

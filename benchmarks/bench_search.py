@@ -74,9 +74,9 @@ def algorithms() -> dict[str, tuple[Search, float]]:
         "zero-order, cosine 0.95": (ZeroOrder(4, 0.95), 1),
         "zero-order, cosine 0.8, of 4": (ZeroOrder(4, 0.8, starts=4), 1),
         "paths": (Paths(2, 3, start=0.4, up=0.25, down=0.4, rounds=None), 1),
-        "particles": (Particles(4), 1),
-        "evolution": (Evolution((0.0, 0.4), (8, 4, 4), elites=2), 0.5),
-        "rollover": (Rollover(8, 12, together=12), 0.375),
+        "particles": (Particles(4), 0.375),
+        "evolution": (Evolution((0.0, 0.4), (8, 4, 4), elites=2), 0.25),
+        "rollover": (Rollover(8, 12, together=12), 0.1875),
     }
 
 
@@ -270,6 +270,26 @@ class Bench:
         reference = self.reference(list(range(len(winners))), counts)
         return {"renders": float(np.mean(counts)), **compared_row(own, reference)}
 
+    def head(self, load: float | None) -> dict[str, Any]:
+        """The results without rows, and random search alone."""
+        everyone = list(range(len(self.calls)))
+        curve: dict[str, Any] = {}
+        for n in (1, 2, *POINTS, POOL):
+            nines_of = self.reference(everyone, [n] * len(everyone))
+            names = enumerate(("judge", "referee"))
+            curve[str(n)] = {k: bootstrap(nines_of[:, i].tolist()).as_json() for i, k in names}
+        return {
+            "environment": environment("cpu", load),
+            "protocol": self.protocol().as_json(),
+            "model": SD,
+            "prompts": len(self.calls),
+            "price": self.price,
+            "random": curve,
+            "algorithms": {},
+            "drafts": {},
+            "kills": {},
+        }
+
     def protocol(self) -> Protocol:
         return Protocol(
             model={"name": SD, "weights_sha256": weights_sha256(zoo_path(SD))},
@@ -359,7 +379,7 @@ def _in_child(
     if child == 0:
         settings = SearchSettings(seed=SEED, batch=4, journal=str(journal))
         found = search.run(
-            bench.pipe, bench.calls[:2], _Noted(JUDGE), Budget(renders=12), settings=settings
+            bench.pipe, bench.calls[:2], _Noted(JUDGE), Budget(renders=7.4), settings=settings
         )
         rows = []
         for w in found.winners:
@@ -385,7 +405,7 @@ def main() -> None:
     if given.draw:
         draw(RESULTS / "search.json", PICTURE)
         return
-    load, began = load_average(), time.perf_counter()
+    load = load_average()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(given.prompts, given.keep or Path(scratch))
         if given.kill:
@@ -393,29 +413,14 @@ def main() -> None:
             assert found is not None, "measure the rest first"
             write("search", "cpu", {**found, "kills": kill_test(bench)})
             return
-        drafted = {name: without_folders(bench.draft(name, r)) for name, r in drafts().items()}
-        kills = kill_test(bench)
-        rows = {name: bench.algorithm(name, *s) for name, s in algorithms().items()}
-        curve = {
-            str(n): compared_row(reference, reference)
-            for n in (1, 2, *POINTS, POOL)
-            if (reference := bench.reference(list(range(given.prompts)), [n] * given.prompts)).any()
-        }
-    content = {
-        "environment": environment("cpu", load),
-        "protocol": bench.protocol().as_json(),
-        "model": SD,
-        "prompts": given.prompts,
-        "price": bench.price,
-        "minutes": round((time.perf_counter() - began) / 60, 1),
-        "random": {
-            n: {k: row[k]["nines"] for k in ("judge", "referee")} for n, row in curve.items()
-        },
-        "algorithms": rows,
-        "drafts": drafted,
-        "kills": kills,
-    }
-    write("search", "cpu", content)
+        found = bench.head(load)
+        for name, recipe in drafts().items():
+            found["drafts"][name] = without_folders(bench.draft(name, recipe))
+        found["kills"] = kill_test(bench)
+        for name, (search, share) in algorithms().items():
+            found["algorithms"][name] = bench.algorithm(name, search, share)
+            found["environment"] = environment("cpu", load)
+            write("search", "cpu", found)  # what is known so far: the rest takes its time
     draw(RESULTS / "search.json", PICTURE)
 
 

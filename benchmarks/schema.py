@@ -523,7 +523,6 @@ class SearchStudy(_Strict):
     model: str
     prompts: Positive
     price: Annotated[float, Field(gt=0)]
-    minutes: Annotated[float, Field(gt=0)]
     random: dict[str, dict[str, Interval]]
     algorithms: dict[str, SearchRow]
     drafts: dict[str, DraftRow]

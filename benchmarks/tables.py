@@ -23,7 +23,14 @@ from typing import Any
 
 from accel.method import Method, Recipe
 from accel.methods import INDEX_FILE, packages
-from benchmarks import cache_tables, quant_tables, recipe_cards, sampler_tables, sparse_tables
+from benchmarks import (
+    cache_tables,
+    quant_tables,
+    recipe_cards,
+    sampler_tables,
+    search_tables,
+    sparse_tables,
+)
 from benchmarks.results_file import DEVICES, path, read
 from benchmarks.sampler_tables import measured_by_distance
 from benchmarks.waterfall_picture import PICTURE, drawn_from
@@ -302,6 +309,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "caches": lambda: _every_device("caches", _caches_on),
     "caches_20": lambda: _every_device("caches_20", _caches_on),
     "caches_sd": lambda: _every_device("caches_sd", _caches_on),
+    "search": lambda: _every_device("search", search_tables.search),
     "robustness": lambda: _every_device("robustness", cache_tables.robustness),
     "quant": lambda: _every_device("quant", _quant_on),
     "quant_kernels": lambda: _every_device("quant_kernels", quant_tables.kernels),

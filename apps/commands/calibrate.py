@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apps.commands.calibrate_tfmq import tfmq
+from apps.commands.drafts import draft
 from apps.commands.say import told
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(commands, name="calibrate")
     commands.command()(sparse)
     commands.command()(tfmq)
+    commands.command()(draft)
 
 
 @commands.callback()

@@ -29,7 +29,10 @@ def search(
     ],
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
     algorithm: Annotated[
-        str, typer.Option(help="random, zero-order, draft-commit, ... (see --algorithms).")
+        str,
+        typer.Option(
+            help="random, zero-order, draft-commit, paths, particles, evolution, rollover."
+        ),
     ] = "random",
     budget: Annotated[
         str, typer.Option(help="'8 renders', '320 evaluations' or '60 seconds'.")

@@ -97,10 +97,11 @@ class Journal:
         path = self.folder / "pictures" / f"{unit}.npy"
         return np.load(path) if path.is_file() else None
 
-    def keep_states(self, states: dict[str, tuple[State, Tensor | None]]) -> None:
-        """States by name, each with what is predicted at it if that is known.
+    def keep_states(self, unit: str, states: dict[str, tuple[State, Tensor | None]]) -> None:
+        """States that a unit ends in, by name, each with what is predicted at it if that is known.
 
-        One file, not forced to the disk: one that is lost or cut off is computed again.
+        One file, not forced to the disk: one that is lost or cut off is computed again. They count
+        once the unit is in the journal: else the unit would cost less the second time.
         """
         from safetensors.torch import save_file
 
@@ -113,7 +114,7 @@ class Journal:
             tensors |= {f"{name}/{k}": v for k, v in own.items()}
         folder = self.folder / "states"
         folder.mkdir(exist_ok=True)
-        target = folder / f"{len(self.units):06d}-{next(iter(states))[:16]}.safetensors"
+        target = folder / f"{unit}.safetensors"
         data = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         temporary = target.with_suffix(".tmp")
         save_file(data, temporary, metadata={"states": json.dumps(heads)})
@@ -140,11 +141,13 @@ class Journal:
         return state, tensors.get("seen")
 
     def _find_states(self) -> dict[str, File]:
-        """Which file holds each state; of two the later one."""
+        """Which file holds each state of the units that were finished."""
         from safetensors import SafetensorError, safe_open
 
         places: dict[str, File] = {}
         for path in sorted((self.folder / "states").glob("*.safetensors")):
+            if path.stem not in self.units:
+                continue
             try:
                 with safe_open(path, "pt") as file:
                     places |= dict.fromkeys(json.loads(file.metadata()["states"]), path)

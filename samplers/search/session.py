@@ -329,7 +329,8 @@ class Session:
         if row is not None and "cost" in row:
             self._account(purpose, Cost(**row["cost"]))
             assert self.journal is not None
-            return {**row, "pictures": self.journal.pictures(name)}
+            frames = self.journal.pictures(f"{name}-alone")
+            return {**row, "pictures": self.journal.pictures(name), "frames": frames}
         count = self._decided(name, row, purpose, paths, recipe, look)
         if not count:
             raise Spent("the budget is spent")
@@ -343,10 +344,13 @@ class Session:
             kept = {k: v for k, v in row.items() if k not in ("pictures", "frames")}
             if "pictures" in row:
                 self.journal.keep_pictures(name, row["pictures"])
+            if purpose == "render" and len(paths) == 1:  # may be delivered as it is
+                self.journal.keep_pictures(f"{name}-alone", row["frames"])
             if purpose in ("preview", "advance"):
                 names = [digest(p) for p in paths]
                 player = self.player
-                self.journal.keep_states({n: (player.states[n], player.seen.get(n)) for n in names})
+                states = {n: (player.states[n], player.seen.get(n)) for n in names}
+                self.journal.keep_states(name, states)
             self.journal.put(name, {**kept, "purpose": purpose})
         return row
 

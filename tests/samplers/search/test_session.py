@@ -10,6 +10,7 @@ import pytest
 import accel
 from samplers.search.budget import Budget
 from samplers.search.conduct import SearchSettings
+from samplers.search.journal import Journal
 from samplers.search.particles import Particles
 from samplers.search.random import Random
 from samplers.search.verifiers.pixels import Brightness, Contrast, Darkness, Sharpness
@@ -182,16 +183,40 @@ def test_calls_of_several_samples_are_refused(pipe, call):
         Random().run(pipe, [CALL | call], Brightness(), Budget(renders=2))
 
 
-def test_killed_behind_a_batch_that_the_budget_cut_it_ends_the_same(pipe, tmp_path, counting):
-    """What a cut batch found must not make the rest of it look cheaper when resumed."""
-    more = {"search": Particles(3, at=(0.6,)), "budget": Budget(renders=7.4), "verifier": counting}
-    seen = []
-    whole = shown(run(pipe, tmp_path / "whole", **more, observe=seen.append))
-    first = [i for i, p in enumerate(seen, start=1) if p.input == 0 and p.kind == "candidates"]
-    samples = counting.samples
-    for after in first[-2:]:
-        counting.samples = 0
+def test_killed_at_any_line_of_the_journal_it_ends_the_same(pipe, tmp_path, counting, monkeypatch):
+    """With states on their way and batches that the budget cuts: nothing looks cheaper later.
+
+    The kill is after a batch's states and pictures are written, before its line is.
+    """
+    lines: list[int] = []
+    put, stop = Journal.put, [0]
+
+    def killed(journal, unit, row):
+        lines.append(1)
+        if len(lines) == stop[0]:
+            raise Killed
+        put(journal, unit, row)
+
+    monkeypatch.setattr(Journal, "put", killed)
+    more = {"search": Particles(3, at=(0.6,)), "budget": Budget(renders=4.4), "verifier": counting}
+    whole = shown(run(pipe, tmp_path / "whole", **more))
+    count, samples = len(lines), counting.samples
+    for number in range(1, count // 2 + 1):
+        lines.clear()
+        stop[0], counting.samples = number, 0
         with pytest.raises(Killed):
-            run(pipe, tmp_path / str(after), **more, observe=killing(after))
-        assert shown(run(pipe, tmp_path / str(after), **more)) == whole
-        assert counting.samples == samples
+            run(pipe, tmp_path / str(number), **more)
+        stop[0] = 0
+        assert shown(run(pipe, tmp_path / str(number), **more)) == whole
+        assert counting.samples - samples <= 3  # what was in flight
+
+
+def test_what_was_rendered_alone_is_delivered_without_rendering_again(pipe, tmp_path):
+    found = [run(pipe, tmp_path, Random(), Budget(renders=1)).winners[0] for _ in range(2)]
+    assert [w.ledger.by_purpose["delivery"].evaluations for w in found] == [0, 0]
+    (tmp_path / "journal.jsonl").write_bytes(
+        b"".join((tmp_path / "journal.jsonl").read_bytes().splitlines(keepends=True)[:3])
+    )  # as killed before the delivery
+    again = run(pipe, tmp_path, Random(), Budget(renders=1)).winners[0]
+    assert again.ledger.by_purpose["delivery"].evaluations == 0
+    assert np.array_equal(again.frames, found[0].frames)

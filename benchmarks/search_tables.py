@@ -1,0 +1,70 @@
+"""The tables of ``bench_search``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _span(value: dict[str, float], form: str = "{:.2f}") -> str:
+    low, high = (form.format(value[k]) for k in ("low", "high"))
+    return f"{form.format(value['estimate'])} ({low} to {high})"
+
+
+def search(result: dict[str, Any]) -> str:
+    """Every algorithm against random search at equal cost, drafts, and the kills."""
+    env, price = result["environment"], result["price"]
+    where = f"{result['model']}, {result['protocol']['steps']} steps, {env['hardware']}"
+    lines = [
+        f"Every algorithm against random search at equal cost ({where}, {result['prompts']} prompts"
+        f" chosen for headroom; a render is {price:.0f} evaluations). Nines of certainty; "
+        "difference to random search, paired by prompt, with its interval:",
+        "",
+        "| algorithm | cost (renders) | prompts | judge (searched) | over random | "
+        "referee (held out) | over random |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for n, row in result["random"].items():
+        cells = [f"{row[k]['estimate']:.2f} | -" for k in ("judge", "referee")]
+        lines.append(f"| random search | {n} | {result['prompts']} | {' | '.join(cells)} |")
+    for name, row in result["algorithms"].items():
+        lines += [_row(name, n, point) for n, point in row["at"].items()]
+    for name, row in result["drafts"].items():
+        for point in (row["at_own_cost"], row["at_8"]):
+            if point is not None:
+                lines.append(_row(f"drafts: {name}", f"{point['renders']:.2f}", point))
+    return "\n".join([*lines, "", *_drafts(result), "", _kills(result["kills"])])
+
+
+def _row(name: str, cost: str, point: dict[str, Any]) -> str:
+    cells = [
+        f"{point[k]['nines']['estimate']:.2f} | {_span(point[k]['over_random'])}"
+        for k in ("judge", "referee")
+    ]
+    return f"| {name} | {cost} | {point['prompts']} | {' | '.join(cells)} |"
+
+
+def _drafts(result: dict[str, Any]) -> list[str]:
+    """How well drafts stand for renders."""
+    first = next(iter(result["drafts"].values()))
+    lines = [
+        f"Draft and commit against best of {first['candidates']} renders of the same seeds "
+        "(log-likelihood by the judge): rank correlation of draft and render, the share of prompts "
+        "whose best draft is the best render, and the share of best-of-N's gain that rendering the "
+        "best draft captures:",
+        "",
+        "| drafts | rank correlation | best is best | captured gain | price of a draft | cost |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["drafts"].items():
+        shares = [_span(row[k]) for k in ("rank", "top", "captured")]
+        costs = f"{100 * row['price']:.0f} % of a render | {100 * row['cost']:.1f} % of best-of-N"
+        lines.append(f"| {name} | {' | '.join(shares)} | {costs} |")
+    return lines
+
+
+def _kills(kills: dict[str, Any]) -> str:
+    return (
+        f"Killed with `kill -9` at {kills['killed']} random moments of {kills['tried']} searches "
+        f"and resumed: the same winner, frames and costs {kills['same']} times; at most "
+        f"{kills['most_scored_twice']} samples were made twice (a batch has {kills['batch']})."
+    )
