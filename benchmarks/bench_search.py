@@ -75,6 +75,7 @@ def algorithms() -> dict[str, tuple[Search, float]]:
         "zero-order, cosine 0.8, of 4": (ZeroOrder(4, 0.8, starts=4), 1),
         "paths": (Paths(2, 3, start=0.4, up=0.25, down=0.4, rounds=None), 1),
         "particles": (Particles(4), 0.375),
+        "control: stochastic steps alone": (Particles(4, strength=0.0), 0.375),
         "evolution": (Evolution((0.0, 0.4), (8, 4, 4), elites=2), 0.25),
         "rollover": (Rollover(8, 12, together=12), 0.1875),
     }
@@ -400,6 +401,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--keep", type=Path, help="journals are kept here, and gone on from")
     parser.add_argument("--kill", action="store_true", help="only the kills; the rest stays")
+    parser.add_argument("--only", help="only algorithms whose name holds this; the rest stays")
     parser.add_argument("--draw", action="store_true", help="only the picture")
     given = parser.parse_args()
     if given.draw:
@@ -412,6 +414,15 @@ def main() -> None:
             found = read("search")
             assert found is not None, "measure the rest first"
             write("search", "cpu", {**found, "kills": kill_test(bench)})
+            return
+        if given.only:
+            found = read("search")
+            assert found is not None, "measure the rest first"
+            for name, (search, share) in algorithms().items():
+                if given.only in name:
+                    found["algorithms"][name] = bench.algorithm(name, search, share)
+            write("search", "cpu", found)
+            draw(RESULTS / "search.json", PICTURE)
             return
         found = bench.head(load)
         for name, recipe in drafts().items():

@@ -113,7 +113,7 @@ def conduct(
                 )
                 winners.append(_searched(search, session, settings))
             if journal is not None:
-                journal.forget_states()
+                journal.forget_states(number)
     finally:
         if journal is not None:
             journal.close()

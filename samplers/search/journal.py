@@ -9,6 +9,7 @@ same.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -97,8 +98,11 @@ class Journal:
         path = self.folder / "pictures" / f"{unit}.npy"
         return np.load(path) if path.is_file() else None
 
-    def keep_states(self, unit: str, states: dict[str, tuple[State, Tensor | None]]) -> None:
-        """States that a unit ends in, by name, each with what is predicted at it if that is known.
+    def keep_states(
+        self, number: int, unit: str, states: dict[str, tuple[State, Tensor | None]]
+    ) -> None:
+        """States that a unit of an input ends in, by name; each with what is predicted there, if
+        that is known.
 
         One file, not forced to the disk: one that is lost or cut off is computed again. They count
         once the unit is in the journal: else the unit would cost less the second time.
@@ -112,8 +116,8 @@ class Journal:
             own = {k: v for k, v in parts.items() if v is not None}
             heads[name] = {"step": state.step, "solver": _flatten(state.solver, "solver", own)}
             tensors |= {f"{name}/{k}": v for k, v in own.items()}
-        folder = self.folder / "states"
-        folder.mkdir(exist_ok=True)
+        folder = self.folder / "states" / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{unit}.safetensors"
         data = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         temporary = target.with_suffix(".tmp")
@@ -145,7 +149,7 @@ class Journal:
         from safetensors import SafetensorError, safe_open
 
         places: dict[str, File] = {}
-        for path in sorted((self.folder / "states").glob("*.safetensors")):
+        for path in sorted((self.folder / "states").glob("*/*.safetensors")):
             if path.stem not in self.units:
                 continue
             try:
@@ -155,10 +159,13 @@ class Journal:
                 continue
         return places
 
-    def forget_states(self) -> None:
-        """An input is done: its states are not wanted again."""
-        shutil.rmtree(self.folder / "states", ignore_errors=True)
-        self._places.clear()
+    def forget_states(self, number: int) -> None:
+        """An input is done: its states are not wanted again. Those of a later one may be there."""
+        own = self.folder / "states" / str(number)
+        shutil.rmtree(own, ignore_errors=True)
+        self._places = {n: p for n, p in self._places.items() if p.parent != own}
+        with contextlib.suppress(OSError):  # others are left
+            own.parent.rmdir()
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -21,7 +21,7 @@ from samplers.search.budget import Budget, Cost, Ledger
 from samplers.search.journal import Journal
 from samplers.search.levels import Levels
 from samplers.search.noise import key
-from samplers.search.path import Draw, Path, digest, finished
+from samplers.search.path import Draw, Path, Run, digest, finished
 from samplers.search.player import Player
 from samplers.search.result import Candidate, Progress, Purpose, Winner
 from samplers.search.verifiers.protocol import members
@@ -255,13 +255,21 @@ class Session:
         return winner
 
     def _delivered(self, best: Candidate, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-        """Frames and scores of the winner alone; once, with a journal."""
+        """Frames and scores of the winner alone, from its first noise on; once, with a journal.
+
+        Nothing that was computed in a batch is used: its last bits depend on batch mates.
+        """
         unit = digest(path, "delivery", self.place.number)
         row = self.journal.get(unit) if self.journal else None
-        frames = self.journal.pictures(unit) if self.journal and row else best.frames
+        was_alone = not any(isinstance(move, Run) for move in path[:-1])
+        frames = best.frames if was_alone else None
+        if self.journal and row:
+            frames = self.journal.pictures(unit)
         if row is None or frames is None:
             cost = Cost()
             if frames is None:
+                self.player.forget()
+                self.player.recall = lambda name: False
                 frames = self.player.frames([path], self.recipe, cost)
             found = self.judging.scores(frames, self.place.prompt, all_of_them=True, cost=cost)
             scores = {k: v[0] for part in found for k, v in part.items()}
@@ -350,7 +358,7 @@ class Session:
                 names = [digest(p) for p in paths]
                 player = self.player
                 states = {n: (player.states[n], player.seen.get(n)) for n in names}
-                self.journal.keep_states(name, states)
+                self.journal.keep_states(self.place.number, name, states)
             self.journal.put(name, {**kept, "purpose": purpose})
         return row
 
