@@ -69,3 +69,22 @@ def robustness(result: dict[str, Any]) -> str:
         cells = (result["rows"][name][what] for name in names)
         lines.append(f"| {what} | {' | '.join(c if c == 'right' else f'**{c}**' for c in cells)} |")
     return "\n".join(lines)
+
+
+def speed(result: dict[str, Any]) -> str:
+    """Time saved beside work saved, a table for all models."""
+    env = result["environment"]
+    lines = [
+        f"{env['hardware']}, {env['threads']} thread(s), {result['protocol']['steps']} steps, "
+        'slices of a few blocks, random weights. "If work were time": what the saved operations '
+        "alone would give.",
+        "",
+        "| model | what is on | speed-up | if work were time |",
+        "|---|---|---|---|",
+    ]
+    for model, found in result["models"].items():
+        for name, row in found["rows"].items():
+            (before, after), time = row["flops"], row["speedup"]
+            span = f"{time['estimate']:.2f}x ({time['low']:.2f} to {time['high']:.2f})"
+            lines.append(f"| {model} | {name} | {span} | {before / after:.2f}x |")
+    return "\n".join(lines)

@@ -264,6 +264,26 @@ class Robustness(_Strict):
     rows: dict[str, dict[str, str]]
 
 
+class SpeedRow(_Strict):
+    """One method on one model: time, and operations [without, with]."""
+
+    speedup: Interval
+    flops: Pair
+
+
+class SpeedModel(_Strict):
+    blocks: Positive
+    rows: dict[str, SpeedRow]
+
+
+class CacheSpeed(_Strict):
+    """``cache_speed.json``."""
+
+    environment: Environment
+    protocol: ProtocolRecord
+    models: dict[str, SpeedModel]
+
+
 class DrawsRow(_Strict):
     """Frechet distances of one sampler's draws. calls: of the network for one sample."""
 
@@ -641,6 +661,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "caches": Caches,
     "caches_20": Caches,
     "caches_sd": Caches,
+    "cache_speed": CacheSpeed,
     "robustness": Robustness,
     "tdm": Students,
     "tdm_sd": Students,

@@ -310,6 +310,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "caches_20": lambda: _every_device("caches_20", _caches_on),
     "caches_sd": lambda: _every_device("caches_sd", _caches_on),
     "search": lambda: _every_device("search", search_tables.search),
+    "cache_speed": lambda: _every_device("cache_speed", cache_tables.speed),
     "robustness": lambda: _every_device("robustness", cache_tables.robustness),
     "quant": lambda: _every_device("quant", _quant_on),
     "quant_kernels": lambda: _every_device("quant_kernels", quant_tables.kernels),

@@ -1,0 +1,151 @@
+"""How much of the work that a cache saves becomes time saved, at the shapes of public models.
+
+    python -m benchmarks.bench_cache_speed [--device cuda] [--rounds 5] [--blocks 4]
+
+Random weights, so there is no quality here: a slice of DiT-XL/2 at 256 pixels and one of Wan 2.1
+1.3B, which are timed in turn with and without a cache. On the small models of the zoo, what is left
+of a block when its modules are reused (norms, embeddings, Python) is half of its time; here it is
+what it is for users. "every third module, learned share" reuses as much as HarmoniCa's paper says
+of its 20-step router (37.5 %), module by module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+
+from accel.clock import sampling_grid
+from accel.denoiser import denoisers
+from accel.measure import counted_flops, environment, load_average, paired_time, pipeline_samples
+from accel.method import Method, NoEffectWarning, attached
+from accel.metrics.protocol import Protocol
+from benchmarks.results_file import DEVICES, write
+from caches.evolution import EvolutionCache
+from caches.interval import IntervalCache
+from caches.native import FirstBlockCache, TaylorSeer
+from caches.router import RouterCache
+from caches.schedule import COMPUTE, REUSE, Schedule, causal, module_columns, to_artifact
+
+STEPS = 8
+LEARNED_SHARE = 0.375  # reused, HarmoniCa, DiT-XL/2 256, 20 steps
+
+
+def dit_xl(blocks: int, device: str) -> tuple[Any, dict[str, Any]]:
+    """A slice of DiT-XL/2: 1152 wide, 256 tokens, guidance."""
+    with torch.device(device):
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=4,
+            num_layers=blocks, sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
+        )  # fmt: skip
+        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1)
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+    return pipe, {"class_labels": [1], "guidance_scale": 4.0}
+
+
+def wan_1b(blocks: int, device: str) -> tuple[Any, dict[str, Any]]:
+    """A slice of Wan 2.1 1.3B: 1536 wide, 12 heads, 3 x 12 x 12 tokens, two branches."""
+    with torch.device(device):
+        transformer = WanTransformer3DModel(
+            num_attention_heads=12, attention_head_dim=128, text_dim=64, ffn_dim=8960,
+            num_layers=blocks, in_channels=16, out_channels=16,
+        )  # fmt: skip
+        vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        text = {k: torch.randn(1, 64, 64) for k in ("prompt_embeds", "negative_prompt_embeds")}
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae.eval(), transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+    return pipe, {**text, "height": 192, "width": 192, "num_frames": 9, "guidance_scale": 5.0}
+
+
+MODELS = {"DiT-XL/2": dit_xl, "Wan 2.1 1.3B": wan_1b}
+
+
+def caches(pipe: Any, folder: Path) -> Iterator[tuple[str, Method]]:
+    """What is timed."""
+    (denoiser,) = denoisers(pipe)
+    columns = module_columns(denoiser)
+    pipe.scheduler.set_timesteps(STEPS)
+    grid = sampling_grid(pipe.scheduler)[1]
+    full = Schedule(columns, (COMPUTE * len(columns),) * STEPS)
+
+    def made(schedule: Schedule, method: str, name: str) -> Any:
+        artifact = to_artifact(schedule, denoiser, method=method, grid=grid)
+        return artifact.save(folder / f"{name}.safetensors")
+
+    rng, rows = random.Random(0), [COMPUTE * len(columns)]
+    for _ in range(STEPS - 1):
+        reused = set(rng.sample(range(len(columns)), round(LEARNED_SHARE * len(columns))))
+        rows.append("".join(REUSE if j in reused else COMPUTE for j in range(len(columns))))
+    learned = causal(Schedule(columns, tuple(rows)))
+    computed = EvolutionCache(made(full, EvolutionCache.name(), "full"))
+    yield "every module computed through a schedule", computed
+    yield "37.5 % of the modules reused", RouterCache(made(learned, RouterCache.name(), "learned"))
+    yield "FORA: 2", IntervalCache(2, 1, 0, "modules", 0)
+    yield "interval, blocks: 2", IntervalCache(2, 2, 0, "blocks", 1)
+    yield "interval, output: 2", IntervalCache(2, 2, 0, "output", 1)
+    yield "TaylorSeer, lite: 2", TaylorSeer(2, 2, modules="lite")
+    yield "FirstBlockCache, always after one step", FirstBlockCache(1e9)
+
+
+def measure(name: str, blocks: int, device: str, rounds: int) -> dict[str, Any]:
+    """Rows of one model: speed-up and work, and the speed-up that the work alone would give."""
+    pipe, call = MODELS[name](blocks, device)
+    pipe.set_progress_bar_config(disable=True)
+    call["num_inference_steps"] = STEPS
+    rows = {}
+
+    def draw(method: Method | None) -> None:
+        with attached(method or (), pipe):
+            pipeline_samples(pipe, call, 0)
+
+    plain = counted_flops(lambda: draw(None))
+    with tempfile.TemporaryDirectory() as folder:
+        for label, method in caches(pipe, Path(folder)):
+            times = paired_time(lambda: draw(None), lambda m=method: draw(m), rounds=rounds)
+            flops = counted_flops(lambda m=method: draw(m))
+            rows[label] = {"speedup": times.speedup.as_json(), "flops": [plain, flops]}
+            print(name, label, rows[label], round(plain / flops, 3), flush=True)
+    return {"blocks": blocks, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=4, help="of each model")
+    given = parser.parse_args()
+    load = load_average()
+    warnings.simplefilter("ignore", NoEffectWarning)  # of the schedule that computes everything
+    found = {name: measure(name, given.blocks, given.device, given.rounds) for name in MODELS}
+    protocol = Protocol(
+        model="slices of public shapes, random weights",
+        inputs="one sample",
+        samples=1,
+        seeds=[0],
+        steps=STEPS,
+        more={"rounds": given.rounds, "blocks": given.blocks},
+    )
+    content = {"protocol": protocol.as_json(), "models": found}
+    write("cache_speed", given.device, {"environment": environment(given.device, load), **content})
+
+
+if __name__ == "__main__":
+    main()
