@@ -84,7 +84,13 @@ class _Live(Attached):
         """Layers around the model's own, which stay in the module tree."""
         module: nn.Module = denoiser.module
         self.bins[denoiser.slot] = bins = bins_of(artifact, denoiser.slot)
-        bins.to(next(module.parameters()).device)
+        device = next(module.parameters()).device
+        if device.type != "cpu" and self.method.kernel == "int8":
+            raise ValueError(
+                f"TFMQ(kernel='int8'): integer kernels run on the CPU only, {denoiser.slot} is on "
+                f"{device}; use kernel='reference' there, which is exact and slow"
+            )
+        bins.to(device)
         for path, how in artifact.settings["layers"].items():
             slot, _, inner = path.partition(".")
             if slot != denoiser.slot:
@@ -125,6 +131,11 @@ class _Live(Attached):
                 self.whole = False
 
         return call
+
+    def on_run(self, run: Run) -> None:
+        slow = any(b.index.device.type != "cpu" for b in self.bins.values())  # type: ignore[union-attr]
+        if slow and self.method.kernel == "auto":
+            self.fallback("no integer kernels for this device: its reference computes, slowly")
 
     def on_run_end(self, run: Run) -> None:
         kinds = Counter(f"{x.scheme}, {x.bits} bits" for x in self.layers.values())

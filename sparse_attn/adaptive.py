@@ -1,14 +1,14 @@
 """Video-BLADE's adaptive block-sparse attention, exactly, with its pooled global branch.
 
-arXiv 2508.10774. Written from a description and formulas; checked against the released kernel and
-selection. A block of keys scores the largest softmax weight that sampled queries of a block of
-queries give sampled keys of it, relative to their row's largest: a maximum, not a mass. The best
-are kept until 95 % of the scores' sum; the block that crosses is dropped, which with the upper
-clamp makes it a top-k that sometimes stops early. All keys, the kept ones too, take part once more
-as means of 30 tokens. Deviation: samples are drawn from a generator of our own, seeded by run
-position, so that a video can be made again; the merge is one softmax in float32, not two rounded
-to the type. Its caps were chosen for a student trained under them; without training loosen them.
-Costs 1 / 16 of dense logits for the samples, and no synchronisation.
+arXiv 2508.10774. Written from a description and formulas, not from its code. A block of keys scores
+the largest softmax weight that sampled queries of a block of queries give sampled keys of it,
+relative to their row's largest: a maximum, not a mass. The best are kept until 95 % of the scores'
+sum; the block that crosses is dropped, which with the upper clamp makes it a top-k that sometimes
+stops early. All keys, the kept ones too, take part once more as means of 30 tokens. Deviation:
+samples are drawn from a generator of our own, seeded by run position, so that a video can be made
+again; the merge is one softmax in float32, not two rounded to the type. Its caps were chosen for a
+student trained under them; without training loosen them. Costs 1 / 16 of dense logits for the
+samples, and no synchronisation.
 """
 
 from __future__ import annotations
