@@ -76,7 +76,7 @@ def test_bit_equal_to_the_stock_processor(pipeline, fused):
     found = host.run()
     patch.undo()
     assert site.calls > 0
-    # HunyuanVideo has a mask of ones, which takes another kernel; CogVideoX attends in another layout,
+    # HunyuanVideo has a mask of ones, which takes another kernel; CogVideoX has another layout,
     # which sums in another order on some machines
     if pipeline in ("hunyuanvideo", "cogvideox"):
         assert (found - plain).abs().max().item() < 1e-5
