@@ -280,9 +280,12 @@ def _side(recipe: str | None, name: str) -> Side:
     if recipe is None:
         return Side(name, "without a recipe")
     import accel
+    from accel.settings import without_paths
 
     found = accel.read_recipe(recipe)
-    methods = tuple(json.loads(json.dumps(m.to_json())) for m in found.recipe.methods)
+    methods = tuple(
+        without_paths(json.loads(json.dumps(m.to_json()))) for m in found.recipe.methods
+    )
     path = str(Path(recipe).resolve())
     return Side(name, found.name, path, found.sha256, methods, found.description)
 
