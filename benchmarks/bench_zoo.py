@@ -29,11 +29,9 @@ from accel.metrics.video import flicker, motion, still_border
 from accel.zoo.judge import AttributeJudge, accuracy, judge
 from accel.zoo.world import COLOURS, DIGITS, Attributes, DigitWorld
 from benchmarks import results_file, zoo_pictures
-from benchmarks.zoo_card import judge_card, pipeline_card
+from benchmarks.zoo_card import JUDGES, REFEREE, card
 from benchmarks.zoo_subjects import SUBJECTS, Subject
 
-JUDGES = ("digits-judge", "digits-judge-b")
-REFEREE = "digits-judge-b"
 STEPS = (50, 20, 10)  # the first one is the ordinary number
 SEED = 1  # of the samples whose accuracy is measured; sheets have SEED + 1
 LEAKED = 100  # samples per background or shift of the noise
@@ -380,12 +378,6 @@ def training(name: str) -> dict[str, Any]:
     record = json.loads((folder / "training.json").read_text())
     zoo_pictures.draw_curves(record["stages"], folder / "loss.png")
     return record
-
-
-def card(result: dict[str, Any]) -> str:
-    """The model card, from the results alone."""
-    name = result["model"]
-    return judge_card(result) if name in JUDGES else pipeline_card(result, SUBJECTS[name])
 
 
 def main() -> None:

@@ -2,15 +2,16 @@
 
     python -m benchmarks.tables [--check]
 
-Writes ``methods.json`` into each package of methods and the blocks of ``PAGES`` between
-``<!-- generated: NAME -->`` and ``<!-- end -->``. ``--check`` only says what is out of date. A
-method without a measured row is not listed.
+Writes ``methods.json`` into each package of methods, the cards of the zoo, and the blocks of
+``PAGES`` between ``<!-- generated: NAME -->`` and ``<!-- end -->``. ``--check`` only says what is
+out of date. A method without a measured row is not listed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accel import zoo
 from accel.method import Method, Recipe
 from accel.methods import INDEX_FILE, packages
 from benchmarks import (
@@ -30,8 +32,10 @@ from benchmarks import (
     sampler_tables,
     search_tables,
     sparse_tables,
+    zoo_card,
 )
-from benchmarks.results_file import DEVICES, path, read
+from benchmarks.results_file import DEVICES, path
+from benchmarks.results_file import read as read_file
 from benchmarks.sampler_tables import measured_by_distance
 from benchmarks.waterfall_picture import PICTURE, drawn_from
 
@@ -41,6 +45,17 @@ RESULTS_WITH_METHODS = (
     *("native", "caches", "caches_20", "caches_sd", "leap", "temporal_cache", "quant"),
 )
 PEERS = "benchmarks.peers:"
+
+
+def read(name: str, device: str = "cpu") -> dict[str, Any] | None:
+    """A result; parsed once, as every method looks for its row in many. Not to be changed."""
+    file = path(name, device)
+    return _parsed(name, device, file, file.stat().st_mtime_ns) if file.is_file() else None
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(name: str, device: str, file: Path, written: int) -> dict[str, Any] | None:
+    return read_file(name, device)
 
 
 def method_classes(package: str) -> list[type[Method]]:
@@ -325,24 +340,63 @@ BLOCKS: dict[str, Callable[[], str]] = {
 PAGES = ("README.md", "benchmarks/README.md", "recipes/README.md")
 
 
+_BEGIN, _END = re.compile(r"<!-- generated: (\w+) -->"), "<!-- end -->"
+_MEANT = re.compile(r"<!--\s*(generated|end)\b")
+
+
 def render_page(text: str) -> str:
-    """A page with every generated block renewed. Raises ``KeyError`` for an unknown block."""
+    """A page with every generated block renewed.
+
+    Raises:
+        KeyError: an unknown block.
+        ValueError: marks that do not pair up, with the line of the first one that does not.
+    """
+    _require_pairs(text)
 
     def renew(match: re.Match[str]) -> str:
         return f"{match[1]}\n{BLOCKS[match[2]]()}\n{match[3]}"
 
-    pattern = r"(<!-- generated: (\w+) -->)\n.*?(<!-- end -->)"
+    pattern = rf"({_BEGIN.pattern})\n.*?({_END})"
     return re.sub(pattern, renew, text, flags=re.DOTALL)
+
+
+def _require_pairs(text: str) -> None:
+    """A block without an end would swallow what a person wrote, up to the end of the next one."""
+    block, since = "", 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        begin = _BEGIN.fullmatch(line)
+        if begin and block:
+            break
+        if begin:
+            block, since = begin[1], number
+        elif line == _END and not block:
+            raise ValueError(f"line {number}: an end mark without a block before it")
+        elif line == _END:
+            block = ""
+        elif _MEANT.search(line):
+            raise ValueError(f"line {number}: {line.strip()!r} is no mark of a block, nor an end")
+    if block:
+        raise ValueError(f"line {since}: block {block!r} has no end mark")
 
 
 def outputs() -> dict[Path, str]:
     """Every generated file with its content."""
-    pages = (ROOT / page for page in PAGES)
-    files = {page: render_page(page.read_text("utf-8")) for page in pages}
+    files = {ROOT / page: _page(page) for page in PAGES}
+    for name in zoo.names():
+        result = read(f"zoo_{name}")
+        if result is not None:
+            files[ROOT / "accel" / "zoo" / name / "README.md"] = zoo_card.card(result)
     for package in OWN:
         rows = index_rows(package)
         files[ROOT / package / INDEX_FILE] = json.dumps(rows, indent=1) + "\n"
     return files
+
+
+def _page(page: str) -> str:
+    try:
+        return render_page((ROOT / page).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{page}: {error}") from None
 
 
 def stale_pictures() -> list[Path]:
@@ -356,13 +410,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
     check = parser.parse_args().check
     assert set(OWN) <= set(packages()), "install the project first"
+    made = outputs()
     stale = [
         target
-        for target, content in outputs().items()
+        for target, content in made.items()
         if not target.is_file() or target.read_text("utf-8") != content
     ]
     for target in [] if check else stale:
-        target.write_text(outputs()[target], "utf-8")
+        target.write_text(made[target], "utf-8")
     for target in stale:
         print(f"{'out of date' if check else 'wrote'}: {target.relative_to(ROOT)}")
     pictures = stale_pictures()

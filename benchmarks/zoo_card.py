@@ -1,13 +1,25 @@
-"""The text of a model card, from results alone."""
+"""The text of a model card, from results alone: those of `bench_zoo`, and the model's report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.zoo_subjects import Subject
+from apps.evaluation.page import interval as said
+from apps.evaluation.page import number
+from benchmarks.results_file import read
+from benchmarks.zoo_subjects import SUBJECTS, Subject
 
+JUDGES = ("digits-judge", "digits-judge-b")
 REFEREE = "digits-judge-b"
+
+
+def card(r: Mapping[str, Any]) -> str:
+    """The card of a model whose results are ``r``."""
+    name = r["model"]
+    if name in JUDGES:
+        return judge_card(r)
+    return pipeline_card(r, SUBJECTS[name], read(f"report_{name}"))
 
 
 def percent(share: float) -> str:
@@ -28,8 +40,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def pipeline_card(r: Mapping[str, Any], subject: Subject) -> str:
-    """Card of a pipeline."""
+def pipeline_card(r: Mapping[str, Any], subject: Subject, report: Mapping[str, Any] | None) -> str:
+    """Card of a pipeline. ``report``: of `accel evaluate all` on it, if there is one."""
     parts = [
         _front(r, "text-to-video" if subject.is_video else "text-to-image"),
         f"{subject.about}, trained from nothing on DigitWorld: real handwritten digits "
@@ -44,6 +56,7 @@ def pipeline_card(r: Mapping[str, Any], subject: Subject) -> str:
         _distances(r, subject),
         *([_movement(r)] if "movement" in r else []),
         *([_brightness(r)] if "brightness" in r else []),
+        _evaluated(r["model"], report),
         _training(r),
         _neighbours(r),
     ]
@@ -190,6 +203,64 @@ def _brightness(r: Mapping[str, Any]) -> str:
         "A background that is asked for comes out right all the same; mean level of "
         f"{flaw['samples']} samples each:\n\n{table(['background', 'real', 'samples'], asked)}"
     )
+
+
+def _evaluated(name: str, report: Mapping[str, Any] | None) -> str:
+    """What the evaluation commands say of the model: alone, and under each recipe."""
+    title = "## What accelerating it costs"
+    if report is None:
+        return (
+            f"{title}\n\nNot evaluated yet: `accel evaluate all --model zoo:{name} "
+            "--recipe RECIPE`."
+        )
+    rows, where, protocol = report["recipes"], report["environment"], report["protocol"]
+    kind = report["kinds"][0] if len(report["kinds"]) == 1 else "all"
+    asked = f"{protocol['steps']} steps"
+    if protocol.get("guidance") is not None:
+        asked += f", guidance {protocol['guidance']:g}"
+    measured: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        measured |= {k: f for k, f in row["figures"].items() if k not in measured}
+    alone = [
+        [f["label"], said(f["baseline"], f["unit"]), _floor(f)]
+        for f in measured.values()
+        if f.get("baseline") is not None
+    ]
+    paired = [name for name in ("right_all", "frechet") if name in measured]
+    head = ["recipe", "speed-up", "PSNR", "SSIM", *(measured[k]["label"] for k in paired)]
+    costs = [
+        [f"[{row['label']}](../../../recipes/README.md#{row['label']})", *_cost(row, paired)]
+        for row in rows
+    ]
+    notes = [line for line in report["warnings"] if line.startswith("The machine was busy")]
+    return "\n\n".join([
+        f"{title}\n\nBy `accel evaluate {kind}`: {report['samples']:,} samples ({asked}) with the "
+        f"same seeds on every side, read by the referee; {where['hardware']}, {where['threads']} "
+        f"thread(s), {where['date']}, protocol `{protocol['sha256'][:12]}`; 95 % intervals. "
+        "Without a recipe:",
+        table(["figure", "value", "other real samples"], alone),
+        "With one, against that (last columns: the change):",
+        table(head, costs),
+        *notes,
+    ])  # fmt: skip
+
+
+def _floor(figure: Mapping[str, Any]) -> str:
+    return "-" if figure.get("floor") is None else number(figure["floor"])
+
+
+def _cost(row: Mapping[str, Any], paired: Iterable[str]) -> list[str]:
+    """Speed, fidelity and changes of one recipe."""
+    figures = row["figures"]
+    cells = [said(row["speedup"], "x")]
+    for name in ("psnr", "ssim"):
+        figure = figures.get(name)
+        cells.append("-" if figure is None else said(figure["value"], figure["unit"]))
+    for name in paired:
+        figure = figures.get(name, {})
+        unit = "points" if figure.get("unit") == "%" else figure.get("unit", "")
+        cells.append(said(figure.get("difference"), unit, signed=True))
+    return cells
 
 
 def _training(r: Mapping[str, Any]) -> str:

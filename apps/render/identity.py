@@ -15,6 +15,7 @@ from typing import Any
 from apps.render import strict_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CARD = frozenset({".md", ".png", ".jpg", ".jpeg", ".webp", ".gif"})  # beside model_index.json
 
 
 def identity(payload: dict[str, Any]) -> str:
@@ -32,7 +33,7 @@ def identity(payload: dict[str, Any]) -> str:
 
 @cache
 def model_revision(ref: str) -> str:
-    """`sha256:...` over the files of a local model, or `hub:commit`.
+    """`sha256:...` over the files of a local model but its card, or `hub:commit`.
 
     Raises:
         ValueError: no such model, in one line.
@@ -64,15 +65,17 @@ def model_folder(ref: str) -> Path | None:
 
 def _folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p, folder)):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and _counts(p, folder)):
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _counts(path: Path, folder: Path) -> bool:
+    """Whether a file may decide pixels: it is neither hidden nor the model's card or a picture."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and not (path.parent == folder and path.suffix.lower() in _CARD)
 
 
 def _hub_commit(ref: str) -> str:

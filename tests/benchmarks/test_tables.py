@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
+from accel import zoo
 from accel.methods import INDEX_FILE
 from benchmarks import results_file, tables
 from caches.native import TaylorSeer
@@ -29,6 +31,32 @@ def test_a_figure_typed_by_hand_is_overwritten():
         tables.render_page("<!-- generated: nothing -->\n<!-- end -->")
 
 
+KILLS = "<!-- generated: kills -->"
+END = "<!-- end -->"
+
+
+@pytest.mark.parametrize(
+    ("marks", "why"),
+    [
+        ([KILLS, "figures"], "line 2: block 'kills' has no end mark"),
+        ([KILLS, "figures", "a person wrote this", KILLS, END], "line 2: block 'kills' has no end"),
+        ([KILLS, END, "words", END], "line 5: an end mark without a block"),
+        ([f"{KILLS} ", END], "line 2: .* is no mark of a block"),
+        ([KILLS, "<!--end-->", "words", KILLS, END], "line 3: .* is no mark of a block"),
+        (["<!-- generated: one two -->", END], "line 2: .* is no mark of a block"),
+    ],
+)
+def test_marks_that_do_not_pair_up_are_refused(marks, why):
+    with pytest.raises(ValueError, match=why):
+        tables.render_page("\n".join(["# Page", *marks, ""]))
+
+
+def test_a_page_with_such_marks_is_named(copy_of_root):
+    (copy_of_root / "README.md").write_text(f"{KILLS}\n")
+    with pytest.raises(ValueError, match=r"README\.md: line 1"):
+        tables.outputs()
+
+
 def _run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["tables", *arguments])
     return tables.main()
@@ -43,6 +71,10 @@ def copy_of_root(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     for page in tables.PAGES:
         shutil.copy(tables.ROOT / page, tmp_path / page)
+    for name in zoo.names():
+        card = Path("accel") / "zoo" / name / "README.md"
+        (tmp_path / card).parent.mkdir(parents=True)
+        shutil.copy(tables.ROOT / card, tmp_path / card)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     return tmp_path
 
@@ -54,13 +86,15 @@ def copy_of_root(tmp_path, monkeypatch):
         ("README.md", "kills"),
         ("benchmarks/README.md", "beside"),
         ("benchmarks/README.md", "overhead"),
+        ("accel/zoo/digits-dit/README.md", None),
     ],
 )
 def test_one_digit_changed_in_a_page_is_found(copy_of_root, monkeypatch, page, block, capsys):
     assert _run(monkeypatch, "--check") == 0
     readme = copy_of_root / page
     good = readme.read_text("utf-8")
-    begin = good.index(f"<!-- generated: {block} -->")
+    mark = "## What accelerating it costs" if block is None else f"<!-- generated: {block} -->"
+    begin = good.index(mark)
     place = re.compile(r"\d").search(good, begin)
     assert place is not None
     digit = str((int(place[0]) + 1) % 10)

@@ -6,22 +6,37 @@ import torch
 
 from accel import zoo
 from accel.zoo.world import DigitWorld
-from benchmarks import bench_zoo, results_file, zoo_pictures
+from apps.evaluation.page import number
+from benchmarks import bench_zoo, results_file, zoo_card, zoo_pictures
 from benchmarks.zoo_subjects import CLASSES, SUBJECTS
 
 
 @pytest.mark.parametrize("name", zoo.names())
 def test_card_is_what_the_results_say(name):
-    """No figure is typed by hand: write it again with `python -m benchmarks.bench_zoo --card`."""
+    """No figure is typed by hand: write it again with `python -m benchmarks.tables`."""
     results = results_file.read(f"zoo_{name}")
     assert results is not None, f"{name} is shipped and not measured"
-    assert (zoo.path(name) / "README.md").read_text() == bench_zoo.card(results)
+    assert (zoo.path(name) / "README.md").read_text() == zoo_card.card(results)
 
 
 @pytest.mark.parametrize("name", zoo.names())
 def test_results_are_of_the_shipped_weights(name):
     results = results_file.read(f"zoo_{name}")
     assert results["training"] == json.loads((zoo.path(name) / "training.json").read_text())
+
+
+def test_a_card_quotes_the_report_or_says_that_there_is_none():
+    results, report = (results_file.read(f"{kind}_digits-dit") for kind in ("zoo", "report"))
+    row = report["recipes"][0]
+    made = zoo_card.pipeline_card(results, SUBJECTS["digits-dit"], report)
+    line = next(x for x in made.splitlines() if x.startswith(f"| [{row['label']}]"))
+    for figure in (row["speedup"], row["figures"]["psnr"]["value"]):
+        for bound in ("estimate", "low", "high"):
+            assert number(figure[bound]) in line
+    assert report["protocol"]["sha256"][:12] in made
+    without = zoo_card.pipeline_card(results, SUBJECTS["digits-dit"], None)
+    assert "Not evaluated yet: `accel evaluate all --model zoo:digits-dit" in without
+    assert row["label"] not in without
 
 
 def test_nearest_finds_the_picture_itself_whatever_its_background():

@@ -18,6 +18,19 @@ def test_revision_follows_content(tmp_path, tiny_model):
     assert model_revision(str(folder)) != model_revision(tiny_model)
 
 
+def test_a_card_is_no_part_of_a_model(tmp_path, tiny_model):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "README.md").write_text("figures of it")
+    (folder / "samples.png").write_bytes(b"pictures of it")
+    assert model_revision(str(folder)) == model_revision(tiny_model)
+    model_revision.cache_clear()
+    (folder / "scheduler" / "notes.md").write_text("not at the card's place")
+    assert model_revision(str(folder)) != model_revision(tiny_model)
+
+
 def test_identity_is_in_every_part_that_decides_pixels():
     payload = {
         "job": {"seed": 1}, "model_revision": "m", "recipe_sha256": None, "threads": 1,
