@@ -63,10 +63,11 @@ def quality(result: dict[str, Any]) -> str:
         names.setdefault(name, {})[density] = row
     densities = sorted({d for rows in names.values() for d in rows}, key=float)
     head = " | ".join(f"density {d}" for d in densities)
+    dense = next(iter(result["rows"].values()))["methods"][0]["settings"]["dense"][0]
     lines = [
-        f"{result['model']}, {result['steps']} steps of which the first fifth is dense, guidance "
-        f"{result['guidance']:g}, {result['videos']} videos: PSNR against dense attention, same "
-        "seeds, mean with interval (density kept where it is another).",
+        f"{result['model']}, {result['steps']} steps of which the first {dense:.0%} are dense, "
+        f"guidance {result['guidance']:g}, {result['videos']} videos: PSNR against dense "
+        "attention, same seeds, mean with interval (density kept where it is another).",
         "",
         f"| policy | {head} |",
         f"|---|{'---|' * len(densities)}",

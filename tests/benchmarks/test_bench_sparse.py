@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bench_sparse, sparse_tables
+from benchmarks import bench_sparse, bench_sparse_quality, sparse_tables
 from benchmarks.bench_sparse import attention_rows, renewed, timed_in_turn
 from benchmarks.bench_sparse_quality import BLOCKS, RandomMask, methods
 from benchmarks.schema import SparseAttentionRow
@@ -65,6 +65,7 @@ def test_the_share_of_attention_is_extrapolated():
 
 
 def test_every_policy_is_asked_for_the_same_density():
+    assert set(methods(0.2, None, parts=False)) < set(methods(0.2, None))
     for name, method in methods(0.2, None).items():
         if name != "SpargePrediction":  # it has no density to ask for
             assert getattr(method, "density", getattr(method, "high", None)) == 0.2, name
@@ -80,3 +81,43 @@ def test_the_random_control_repeats():
     one, two = (RandomMask(density=0.5).keep(q, q, place, None) for _ in "12")
     assert torch.equal(one, two)
     assert one.float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_judged_density_that_is_not_measured_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["it", "--densities", "0.4", "--judged-density", "0.2"])
+    with pytest.raises(SystemExit):
+        bench_sparse_quality.main()
+    assert "none of --densities" in capsys.readouterr().err
+
+
+def test_the_table_of_quality():
+    """A row a policy, a column a density; what a policy lacks, or keeps otherwise, is said."""
+    kept = {"psnr": {"estimate": 30.0, "low": 29.0, "high": 31.0}, "density": 0.2}
+    kept["methods"] = [methods(0.2, None)["SubblockLSE"].to_json()]
+    more = {**kept, "density": 0.35}
+    judged = {
+        "videos": 16,
+        "psnr": kept["psnr"],
+        "judged": {
+            "accuracy": {
+                "before": {"estimate": 0.5},
+                "after": {"estimate": 0.25},
+                "difference": {"low": -0.5, "high": 0.125},
+            }
+        },
+    }
+    text = sparse_tables.quality(
+        {
+            "model": "m",
+            "steps": 20,
+            "guidance": 4.0,
+            "videos": 8,
+            "rows": {"A @ 0.2": kept, "B @ 0.2": more, "A @ 0.4": {**kept, "density": 0.4}},
+            "judged": {"A @ 0.2": judged},
+        }
+    )
+    lines = text.splitlines()
+    assert "20 steps of which the first 20% are dense" in lines[0]
+    assert "| A | 30.0 (29.0 to 31.0) | 30.0 (29.0 to 31.0) |" in lines
+    assert "| B | 30.0 (29.0 to 31.0) (kept 0.35) | - |" in lines
+    assert "| A @ 0.2 | 16 | 30.0 dB | 25.0% (dense 50.0%) | -50.0 to +12.5 |" in lines
