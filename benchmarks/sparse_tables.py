@@ -5,6 +5,28 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from benchmarks.results_file import read
+
+
+def measured_by_psnr(name: str) -> dict[str, Any] | None:
+    """A policy's first row of ``sparse_quality``: no speed, its blocks are too small."""
+    result = read("sparse_quality") or {}
+    for label, row in result.get("rows", {}).items():
+        if [m["method"] for m in row["methods"]] == [name] and not label.startswith("control"):
+            verdict = result["judged"].get(label)
+            return {
+                "study": "sparse_quality",
+                "setting": label,
+                "model": result["model"],
+                "hardware": result["environment"]["hardware"],
+                "threads": result["environment"]["threads"],
+                "protocol": result["protocol"]["sha256"],
+                "speedup": None,
+                "psnr": row["psnr"],
+                "judged": verdict["judged"] if verdict else None,
+            }
+    return None
+
 
 def speed(result: dict[str, Any]) -> str:
     """Attention alone, then whole blocks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bench_sparse, bench_sparse_quality, sparse_tables
+from benchmarks import bench_sparse, bench_sparse_quality, sparse_tables, tables
 from benchmarks.bench_sparse import attention_rows, renewed, timed_in_turn
 from benchmarks.bench_sparse_quality import BLOCKS, RandomMask, methods
 from benchmarks.schema import SparseAttentionRow
@@ -90,7 +90,7 @@ def test_a_judged_density_that_is_not_measured_is_refused_at_once(monkeypatch, c
     assert "none of --densities" in capsys.readouterr().err
 
 
-def test_the_table_of_quality():
+def test_the_table_and_the_list_of_methods(monkeypatch):
     """A row a policy, a column a density; what a policy lacks, or keeps otherwise, is said."""
     kept = {"psnr": {"estimate": 30.0, "low": 29.0, "high": 31.0}, "density": 0.2}
     kept["methods"] = [methods(0.2, None)["SubblockLSE"].to_json()]
@@ -99,25 +99,34 @@ def test_the_table_of_quality():
         "videos": 16,
         "psnr": kept["psnr"],
         "judged": {
+            "frechet": None,
             "accuracy": {
                 "before": {"estimate": 0.5},
                 "after": {"estimate": 0.25},
                 "difference": {"low": -0.5, "high": 0.125},
-            }
+            },
         },
     }
-    text = sparse_tables.quality(
-        {
-            "model": "m",
-            "steps": 20,
-            "guidance": 4.0,
-            "videos": 8,
-            "rows": {"A @ 0.2": kept, "B @ 0.2": more, "A @ 0.4": {**kept, "density": 0.4}},
-            "judged": {"A @ 0.2": judged},
-        }
-    )
-    lines = text.splitlines()
+    result = {
+        "model": "m",
+        "steps": 20,
+        "guidance": 4.0,
+        "videos": 8,
+        "environment": {"hardware": "h", "threads": 1},
+        "protocol": {"sha256": "p"},
+        "rows": {"A @ 0.2": kept, "B @ 0.2": more, "A @ 0.4": {**kept, "density": 0.4}},
+        "judged": {"A @ 0.2": judged},
+    }
+    lines = sparse_tables.quality(result).splitlines()
     assert "20 steps of which the first 20% are dense" in lines[0]
     assert "| A | 30.0 (29.0 to 31.0) | 30.0 (29.0 to 31.0) |" in lines
     assert "| B | 30.0 (29.0 to 31.0) (kept 0.35) | - |" in lines
     assert "| A @ 0.2 | 16 | 30.0 dB | 25.0% (dense 50.0%) | -50.0 to +12.5 |" in lines
+
+    monkeypatch.setattr(sparse_tables, "read", lambda name: result)
+    listed = sparse_tables.measured_by_psnr("sparse_attn.subblock_lse:SubblockLSE")
+    assert listed is not None
+    assert (listed["setting"], listed["judged"]) == ("A @ 0.2", judged["judged"])
+    assert listed["speedup"] is None
+    cells = "- | - | 30.0 dB (29.0 to 31.0) | - | 25.0 % (-50.0 to +12.5) | - |"
+    assert tables._quality(listed) == cells
