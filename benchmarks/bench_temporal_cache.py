@@ -28,7 +28,8 @@ from benchmarks.bench_overhead import dit_xl
 from benchmarks.digits_study import head, row, study
 from benchmarks.public_models import PUBLIC, PublicModel
 from benchmarks.results_file import DEVICES, write
-from quant._dataflow import program, small_enough, table_bytes, watch
+from quant._dataflow import watch
+from quant._program import program, small_enough, table_bytes
 from quant.temporal_cache import MOST_DIMENSIONS, TemporalCache
 
 STEPS = 50

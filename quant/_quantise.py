@@ -18,8 +18,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from accel.artifact import inputs_digest, write_atomically
 from accel.denoiser import Denoiser
 from accel.settings import settings_json
-from quant._dataflow import Program, program, watch
+from quant._dataflow import watch
 from quant._layers import Scheme, layer_for
+from quant._program import Program, program
 from quant._reconstruction import Rounding, reconstruct, reconstruct_temporal, rounded_by_gptq
 from quant._recording import LayerInputs, Recording
 from quant._rounding import (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 
-from quant._dataflow import Program
+from quant._program import Program
 from quant._recording import Call, inputs_and_outputs
 from quant._rounding import (
     WARMUP,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from quant._dataflow import PLAIN, ModuleCall, Program, rows_alike
+from quant._dataflow import PLAIN, ModuleCall
 from quant._grid import TIMESTEP, Time
+from quant._program import Program, rows_alike
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from accel.clock import Run, denoiser_modules
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
 from accel.patch import at_home, stand_in, values_of
-from quant._dataflow import PLAIN, ModuleCall, Program, program, small_enough, watch
+from quant._dataflow import PLAIN, ModuleCall, watch
 from quant._grid import TIMESTEP, Time, steps_to_come, time_key
+from quant._program import Program, program, small_enough
 from quant._shelf import Shelved
 from quant._table import Condition, Entry, Plan, equal, placeholder, rebuilt, version
 

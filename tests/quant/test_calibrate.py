@@ -8,7 +8,8 @@ import torch
 from accel.method import Recipe
 from accel.testing import tiny
 from caches.interval import IntervalCache
-from quant._dataflow import program, watch
+from quant._dataflow import watch
+from quant._program import program
 from quant._quantise import static_grids
 from quant._reconstruction import Rounding, distance, reconstruct_temporal
 from quant._recording import LayerInputs

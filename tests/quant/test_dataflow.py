@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from quant._dataflow import program, small_enough, table_bytes, watch
+from quant._dataflow import watch
+from quant._program import program, small_enough, table_bytes
 
 
 class Toy(nn.Module):
