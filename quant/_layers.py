@@ -1,20 +1,21 @@
 """Quantised layers: weights in 8 or 4 bits, activations in 8 bits or as they are.
 
-``QuantLinear`` and ``QuantConv`` stand in a loaded model, or behind a method's layer on the model's
-own module. Scales are kept as the bits of float32 (integer buffers), because loaders cast floats.
-The timestep reaches a layer through ``Bins``: one tensor that the model writes once a call.
+``QuantLinear``, ``QuantConv`` and ``SplitConv`` stand in a loaded model, or behind a method's layer
+on the model's own module. Scales are kept as the bits of float32 (integer buffers), because loaders
+cast floats. The timestep reaches a layer through ``Bins``: one tensor, written once a call.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant._rounding import bits_of, floats_of, pack4, per_channel, unpack4
+from quant._rounding import bits_of, floats_of, pack4, per_channel, share_outside, unpack4
 from quant.kernels import cpu, reference
 
 Scheme = Literal["static", "token", "weight"]
@@ -91,6 +92,14 @@ class _Quantised(nn.Module):
         self._ready = {}
         return self
 
+    def pieces(self) -> list[_Quantised]:
+        """Parts with grids of their own, by channels of the input."""
+        return [self]
+
+    def clipped(self, x: Tensor) -> list[float]:
+        """Share of x outside the static grid of the present group; empty without such grids."""
+        return [share_outside(x, *self._activation())] if self.scheme == "static" else []
+
     def codes(self) -> Tensor:
         """s8 (o, ...)."""
         q: Any = self.qweight
@@ -110,10 +119,16 @@ class _Quantised(nn.Module):
         index = self.bins[0].index
         return scales.index_select(0, index), zeros.index_select(0, index)  # type: ignore
 
-    def _once(self, name: str, make: Any) -> Tensor:
-        if name not in self._ready:
-            self._ready[name] = make()
-        return self._ready[name]
+    def pack(self) -> None:
+        """Lay the weights out as the integer kernel reads them, if it is to run where they are.
+
+        Done at the first call; before it for compiled graphs, which can not do it themselves.
+        """
+        if "packed" not in self._ready and self._runs_integers(self.wscale):  # type: ignore[arg-type]
+            self._ready["packed"] = self._packed()
+
+    def _packed(self) -> Tensor:
+        raise NotImplementedError
 
     def _runs_integers(self, x: Tensor) -> bool:
         if self.scheme == "weight" or self.kernel == "reference":
@@ -121,7 +136,9 @@ class _Quantised(nn.Module):
         return x.device.type == "cpu" and (self.kernel == "int8" or cpu.fast())
 
     def _float_weight(self, like: Tensor) -> Tensor:
-        return self._once("float", lambda: self.weight.to(like.device, like.dtype))
+        if "float" not in self._ready:
+            self._ready["float"] = self.weight.to(like.device, like.dtype)
+        return self._ready["float"]
 
     def _bias(self) -> Tensor | None:
         bias: Any = self.bias
@@ -133,8 +150,11 @@ class _Quantised(nn.Module):
         return sum(t.nbytes for t in held)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._ready = {}
-        return super()._apply(fn, recurse)
+        was_packed, self._ready = "packed" in self._ready, {}
+        moved = super()._apply(fn, recurse)
+        if was_packed:
+            self.pack()
+        return moved
 
 
 class QuantLinear(_Quantised):
@@ -152,9 +172,13 @@ class QuantLinear(_Quantised):
         out = self._integers(rows) if self._runs_integers(x) else self._reference(rows)
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
+    def _packed(self) -> Tensor:
+        return cpu.pack_linear(self.codes())
+
     def _integers(self, rows: Tensor) -> Tensor:
         scales: Tensor = floats_of(self.wscale)  # type: ignore[arg-type]
-        packed = self._once("packed", lambda: cpu.pack_linear(self.codes()))
+        self.pack()
+        packed = self._ready["packed"]
         if self.scheme == "token":
             return cpu.linear_token(rows, packed, scales, self._bias())
         return cpu.linear_static(rows, packed, scales, self._bias(), *self._activation())
@@ -175,6 +199,10 @@ class QuantConv(_Quantised):
         self.geometry = geometry
         self.out_channels, self.in_channels = shape[0], shape[1] * geometry[3]
 
+    def _packed(self) -> Tensor:
+        scales: Tensor = floats_of(self.wscale)  # type: ignore[arg-type]
+        return cpu.pack_conv(self.codes(), scales, self.geometry)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.scheme == "weight":
             bias: Any = self.bias
@@ -184,29 +212,98 @@ class QuantConv(_Quantised):
         scales: Tensor = floats_of(self.wscale)  # type: ignore[arg-type]
         scale, zero = self._activation()
         if self._runs_integers(x):
-            packed = self._once(
-                "packed", lambda: cpu.pack_conv(self.codes(), scales, self.geometry)
-            )
-            bias = self._bias()
+            self.pack()
+            packed, bias = self._ready["packed"], self._bias()
             out = cpu.conv_static(x.float(), packed, scales, bias, scale, zero, *self.geometry)
         else:
             out = reference.conv_static(
                 x.float(), self.codes(), scales, self._bias(), scale, zero, self.geometry
             )
-        return out.contiguous().to(x.dtype)
+        return out.to(x.dtype)  # channels last, which the next layer takes as it is
 
 
-def layer_for(module: nn.Module, *, bits: int, scheme: Scheme, groups: int) -> _Quantised:
-    """An empty quantised layer in the form of a stock one. Raises ``ValueError`` for others."""
-    how: dict[str, Any] = {"bits": bits, "scheme": scheme, "groups": groups}
+class SplitConv(nn.Module):
+    """A convolution over the concatenation of a UNet's hidden states and a skip connection.
+
+    Both have ranges of their own, so each has its own grids, of weights and of activations: the sum
+    of two convolutions. Q-Diffusion (arXiv 2302.04304) splits in the same way.
+    """
+
+    def __init__(self, hidden: QuantConv, skip: QuantConv) -> None:
+        super().__init__()
+        self.hidden, self.skip = hidden, skip
+        self.out_channels = hidden.out_channels
+        self.in_channels = hidden.in_channels + skip.in_channels
+
+    def pieces(self) -> list[_Quantised]:
+        return [self.hidden, self.skip]
+
+    @property
+    def bits(self) -> int:
+        return self.hidden.bits
+
+    @property
+    def scheme(self) -> Scheme:
+        scheme: Any = self.hidden.scheme
+        return scheme
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Any = self.hidden.bias
+        return bias
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat((self.hidden.weight, self.skip.weight), 1)
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split((self.hidden.in_channels, self.skip.in_channels), 1)
+
+    def clipped(self, x: Tensor) -> list[float]:
+        halves = zip(self.pieces(), self._halves(x), strict=True)
+        return [share for piece, part in halves for share in piece.clipped(part)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, skip = self._halves(x)
+        return self.hidden(hidden) + self.skip(skip)
+
+    def memory(self) -> int:
+        return self.hidden.memory() + self.skip.memory()
+
+
+Layer = QuantLinear | QuantConv | SplitConv
+
+
+def layer_for(
+    module: nn.Module, *, bits: int, scheme: Scheme, groups: int | Sequence[int], split: int = 0
+) -> Layer:
+    """An empty quantised layer in the form of a stock one.
+
+    groups: of timesteps, or for each of two pieces. split: channels of the input's first piece.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    how: dict[str, Any] = {"bits": bits, "scheme": scheme, "bias": module.bias is not None}
     if isinstance(module, nn.Linear):
-        bias = module.bias is not None
-        return QuantLinear(module.out_features, module.in_features, bias=bias, **how)
+        return QuantLinear(module.out_features, module.in_features, groups=groups, **how)
     geometry = conv_geometry(module)
-    if geometry is None or scheme == "token":
+    if geometry is None or scheme == "token" or (split and not splittable(module)):
         raise ValueError(f"quantised layers ({scheme}) stand for no {module}")
     shape = tuple(module.weight.shape)  # type: ignore[union-attr]
-    return QuantConv(shape, geometry, bias=module.bias is not None, **how)
+    if not split:
+        return QuantConv(shape, geometry, groups=groups, **how)
+    of_each = (groups, groups) if isinstance(groups, int) else groups
+    first, second = ((shape[0], n, *shape[2:]) for n in (split, shape[1] - split))
+    return SplitConv(
+        QuantConv(first, geometry, groups=of_each[0], **how),
+        QuantConv(second, geometry, groups=of_each[1], **how | {"bias": False}),
+    )
+
+
+def splittable(module: Any) -> bool:
+    """Whether a convolution may be taken apart by channels of its input."""
+    return conv_geometry(module) is not None and module.groups == 1
 
 
 def conv_geometry(module: Any) -> cpu.GEOMETRY | None:

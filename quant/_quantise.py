@@ -1,58 +1,53 @@
-"""One denoiser being quantised: which layers, their weights part by part, activation schemes."""
+"""One denoiser being quantised: which layers, their weights part by part, what is stored."""
 
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from accel.artifact import inputs_digest, write_atomically
 from accel.denoiser import Denoiser
-from accel.settings import settings_json
+from quant._activations import Groups, activations
 from quant._dataflow import watch
-from quant._layers import Scheme, layer_for
+from quant._layers import Bins, Layer
+from quant._parts import Parts
 from quant._program import Program, program
 from quant._reconstruction import Rounding, reconstruct, reconstruct_temporal, rounded_by_gptq
-from quant._recording import LayerInputs, Recording
-from quant._rounding import (
-    bits_of,
-    largest_scale,
-    nearest,
-    pack4,
-    per_channel,
-    searched_scale,
-    static_grid,
-    through_static,
-    through_token,
-)
+from quant._recording import Recording, skip_splits
+from quant._rounding import bits_of, largest_scale, nearest, per_channel, searched_scale
+from quant._stored import Grids, quantised, stored
 
 HELD = 3  # dimensions of arguments that may be conditions; see TemporalCache(hold="text")
 TRIALS = 5  # of a kernel against the model's own layer
+WHOLE = 16  # bits of a layer that stays as it is, whatever its type
 
 Say = Callable[[str], None]
 
 
 class OneDenoiser:
-    """One denoiser being quantised. The pipeline's own is the teacher; a copy is the student."""
+    """One denoiser being quantised. The pipeline's own is the teacher; a copy is the student.
+
+    how: a ``TFMQCalibration``. folder: where finished parts lie; without one nothing is kept.
+    """
 
     def __init__(
-        self, how: Any, denoiser: Denoiser, seen: Recording, folder: Parts, say: Say
+        self, how: Any, denoiser: Denoiser, seen: Recording, folder: Parts | None, say: Say
     ) -> None:
         self.how, self.denoiser, self.seen, self.folder, self.say = how, denoiser, seen, folder, say
         self.teacher: nn.Module = denoiser.module
         self.student = copy.deepcopy(self.teacher).requires_grad_(False)
         self.plan, self.sources = self._temporal_plan()
+        self.splits = skip_splits(denoiser) if how.split_skips else {}
+        self.groups = Groups(seen.times, how.groups)
         self.codes: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
+        self.seconds_before = 0.0  # that parts took which were found done
+        self._grids: dict[str, tuple[Any, list[Grids]]] = {}
 
     # -- which layers --------------------------------------------------------------------------
 
@@ -90,13 +85,39 @@ class OneDenoiser:
             if "timestep" in call.labels
         )
 
-    def chosen(self) -> list[str]:
-        """Layers to quantise, in the order they run."""
+    def candidates(self) -> list[str]:
+        """Layers that may be quantised, in the order they run: all that no table replaces."""
         order = sorted(self.seen.layers, key=lambda p: self.seen.layers[p].order)
+        if self.how.temporal != "cache":
+            return order
+        return [p for p in order if not self._to_be_cached(p)]
+
+    def bits(self, path: str) -> int:
+        """Of a layer's weights, as the plan or the calibration has it."""
+        if self.how.plan is None:
+            return self.how.bits
+        return dict(self.how.plan).get(f"{self.denoiser.slot}.{path}", WHOLE)
+
+    def chosen(self) -> list[str]:
+        """Layers to quantise, in the order they run: the plan's, or all but the first and last.
+
+        Raises:
+            ValueError: the plan names a layer that no call went through.
+        """
+        if self.how.plan is not None:
+            slot = f"{self.denoiser.slot}."
+            unknown = {p.removeprefix(slot) for p in self.how.plan if p.startswith(slot)}
+            unknown -= self.seen.layers.keys()
+            if unknown:
+                raise ValueError(
+                    f"the plan has {slot}{min(unknown)}, which is no linear layer or convolution "
+                    "that this pipeline uses; make the plan from this model"
+                )
+            order = sorted(self.seen.layers, key=lambda p: self.seen.layers[p].order)
+            return [p for p in order if self.bits(p) < WHOLE]
+        order = self.candidates()
         data = [p for p in order if not self._is_temporal(p)]
         kept = {data[0], data[-1]} if data else set()
-        if self.how.temporal == "cache":
-            kept |= {p for p in order if self._to_be_cached(p)}
         return [p for p in order if p not in kept]
 
     def parts(self, layers: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -122,36 +143,92 @@ class OneDenoiser:
         temporal = [p for p in chosen if self._is_temporal(p)] if apart else []
         rest = [p for p in chosen if p not in temporal]
         units = [*([("temporal", temporal)] if temporal else []), *self.parts(rest)]
+        slot, slower = self.denoiser.slot, 0
         for i, (unit, inside) in enumerate(units):
             began = time.monotonic()
             error = self._round(unit, inside)
             took = f"{time.monotonic() - began:.1f} s"
-            self.say(f"{self.denoiser.slot} {i + 1}/{len(units)} {unit}: {error} {took}")
-        times, groups = self._groups()
-        slot = self.denoiser.slot
-        tensors |= {f"{slot}:times": bits_of(times), f"{slot}:groups": groups}
+            self.say(f"{slot} {i + 1}/{len(units)} {unit}: {error} {took}")
+        tensors |= self.times()
         for path in chosen:
-            scheme, grids = self._activations(path, times, groups)
-            if self.how.only_faster and not self._faster(path, scheme, grids):
+            how, held = self.stored(path, self.codes[path], self.scales[path], self.bits(path))
+            if self.how.only_faster and not self.faster(path, how, held):
+                slower += 1
                 continue
-            name, codes = f"{slot}.{path}", self.codes[path].to(torch.int8)
-            tensors[f"{name}:q"] = pack4(codes) if self.how.bits == 4 else codes
-            tensors[f"{name}:wscale"] = bits_of(self.scales[path])
-            if grids is not None:
-                tensors |= {f"{name}:ascale": bits_of(grids[0]), f"{name}:azero": grids[1]}
-            layers[name] = {"bits": self.how.bits, "scheme": scheme}
+            tensors |= held
+            layers[f"{slot}.{path}"] = how
+        if self.how.only_faster:
+            self.say(
+                f"{slot}: {len(chosen) - slower} of {len(chosen)} layers are faster in integers "
+                "here; the others stay as they are"
+            )
+
+    def times(self) -> dict[str, Tensor]:
+        """What an artifact holds of this denoiser's timesteps."""
+        slot = self.denoiser.slot
+        return {
+            f"{slot}:times": bits_of(self.groups.times),
+            f"{slot}:groups": self.groups.index,
+        }
+
+    def bins(self) -> Bins:
+        return Bins(len(self.groups.times)).fill(self.groups.times, self.groups.index)
+
+    def stored(
+        self, path: str, codes: Tensor, scale: Tensor, bits: int
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """How a layer is made, and its tensors, as in an artifact."""
+        scheme, grids = self._activations(path)
+        how: dict[str, Any] = {"bits": bits, "scheme": scheme}
+        if path in self.splits:
+            how["split"] = self.splits[path]
+        return how, stored(f"{self.denoiser.slot}.{path}", how, codes, scale, grids)
+
+    def layer(self, path: str, how: dict[str, Any], tensors: dict[str, Tensor]) -> Layer:
+        """A layer as it would run, but for its groups of timesteps."""
+        own = self.teacher.get_submodule(path)
+        return quantised(own, tensors, f"{self.denoiser.slot}.{path}", how)
+
+    def _activations(self, path: str) -> tuple[Any, list[Grids]]:
+        """The scheme of a layer, and static grids of each of its pieces; chosen once."""
+        if path not in self._grids:
+            weight, pieces = self.weight(path), [self.seen.layers[path]]
+            weights = [weight]
+            if path in self.splits:
+                pieces = list(self.seen.pieces[path])
+                weights = list(weight.tensor_split([self.splits[path]], 1))
+            found = [
+                activations(self.how.activations, w, seen, self.groups)
+                for w, seen in zip(weights, pieces, strict=True)
+            ]
+            self._grids[path] = found[0][0], [grids for _, grids in found]
+        return self._grids[path]
+
+    def scale(self, path: str, bits: int) -> Tensor:
+        """Of a layer's weights: (o), or one for each value where two pieces have their own."""
+        weight = self.weight(path)
+        search = largest_scale if self.how.rounding == "nearest" else searched_scale
+        if path not in self.splits:
+            return search(weight, bits)
+        both = weight.tensor_split([self.splits[path]], 1)
+        return torch.cat([per_channel(search(w, bits), w.ndim).expand_as(w) for w in both], 1)
 
     def _round(self, unit: str, inside: list[str]) -> str:
         """Codes of the layers in one part, in the student too; kept in the folder."""
-        weights = {p: self._weight(p) for p in inside}
-        found = self.folder.load(self.denoiser.slot, unit)
-        if found is None:
-            search = largest_scale if self.how.rounding == "nearest" else searched_scale
-            scales = {p: search(w, self.how.bits) for p, w in weights.items()}
+        weights = {p: self.weight(p) for p in inside}
+        slot = self.denoiser.slot
+        found = None if self.folder is None else self.folder.load(slot, unit)
+        if found is not None:
+            self.seconds_before += float(found["seconds"])
+        else:
+            began = time.monotonic()
+            scales = {p: self.scale(p, self.bits(p)) for p in weights}
             codes = self._codes(unit, weights, scales)
             found = {f"{p}:codes": c.to(torch.int8) for p, c in codes.items()}
             found |= {f"{p}:scale": s for p, s in scales.items()}
-            self.folder.save(self.denoiser.slot, unit, found)
+            found["seconds"] = torch.tensor(time.monotonic() - began)
+            if self.folder is not None:
+                self.folder.save(slot, unit, found)
         total, off = 0.0, 0.0
         for path, weight in weights.items():
             self.codes[path], self.scales[path] = found[f"{path}:codes"], found[f"{path}:scale"]
@@ -164,39 +241,48 @@ class OneDenoiser:
     def _codes(
         self, unit: str, weights: dict[str, Tensor], scales: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        bits, how = self.how.bits, self.how.rounding
+        how, bits = self.how.rounding, {p: self.bits(p) for p in weights}
         if unit == "temporal" and how != "nearest":
-            return self._tiar(weights, scales)
+            return self._tiar(weights, scales, bits)
         if how == "nearest":
-            return {p: nearest(w, scales[p], bits) for p, w in weights.items()}
+            return {p: nearest(w, scales[p], bits[p]) for p, w in weights.items()}
         calls = self.seen.calls
         if how == "gptq":
             codes: dict[str, Tensor] = {}
             for path, weight in weights.items():
                 if getattr(self.teacher.get_submodule(path), "groups", 1) > 1 or weight.ndim > 4:
-                    codes[path] = nearest(weight, scales[path], bits)
+                    codes[path] = nearest(weight, scales[path], bits[path])
                 else:
-                    codes[path] = rounded_by_gptq(self.student, path, scales[path], bits, calls)
+                    codes[path] = rounded_by_gptq(
+                        self.student, path, scales[path], bits[path], calls
+                    )
             return codes
         inner = {p: f"{p[len(unit) + 1 :]}.weight" if p != unit else "weight" for p in weights}
         rounding = Rounding(
             {inner[p]: w for p, w in weights.items()},
             {inner[p]: s for p, s in scales.items()},
-            bits,
+            {inner[p]: b for p, b in bits.items()},
         )
         reconstruct(self.student, self.teacher, unit, rounding, calls, self.how.steps)
         return {p: rounding.codes()[inner[p]] for p in weights}
 
-    def _tiar(self, weights: dict[str, Tensor], scales: dict[str, Tensor]) -> dict[str, Tensor]:
-        named = {f"{p}.weight": w for p, w in weights.items()}
-        rounding = Rounding(named, {f"{p}.weight": scales[p] for p in weights}, self.how.bits)
+    def _tiar(
+        self, weights: dict[str, Tensor], scales: dict[str, Tensor], bits: dict[str, int]
+    ) -> dict[str, Tensor]:
+        name = "{}.weight".format
+        rounding = Rounding(
+            {name(p): w for p, w in weights.items()},
+            {name(p): s for p, s in scales.items()},
+            {name(p): b for p, b in bits.items()},
+        )
         everything = {**dict(self.student.named_parameters()), **dict(self.student.named_buffers())}
         shape = self.sources["timestep"]
         times = [torch.full_like(shape, t) for t in self.seen.times]
         reconstruct_temporal(self.plan, self.sources, times, rounding, everything, self.how.steps)
-        return {p: rounding.codes()[f"{p}.weight"] for p in weights}
+        return {p: rounding.codes()[name(p)] for p in weights}
 
-    def _weight(self, path: str) -> Tensor:
+    def weight(self, path: str) -> Tensor:
+        """A layer's own, float32."""
         weight: Any = self.teacher.get_submodule(path).weight
         return weight.detach().float()
 
@@ -218,127 +304,44 @@ class OneDenoiser:
                     total += float(a.pow(2).sum())
         return (off / max(total, 1e-30)) ** 0.5
 
-    # -- activations ---------------------------------------------------------------------------
+    # -- time ----------------------------------------------------------------------------------
 
-    def _groups(self) -> tuple[Tensor, Tensor]:
-        """Calibrated timesteps, and the group of each: as many groups of neighbours as asked."""
-        steps = len(self.seen.times)
-        groups = torch.arange(steps) * min(self.how.groups, steps) // steps
-        return torch.tensor(self.seen.times), groups
-
-    def _activations(
-        self, path: str, times: Tensor, groups: Tensor
-    ) -> tuple[Scheme, tuple[Tensor, Tensor] | None]:
-        """The scheme of one layer and its static grids."""
-        asked, inputs = self.how.activations, self.seen.layers[path]
-        linear = isinstance(self.teacher.get_submodule(path), nn.Linear)
-        if asked == "whole":
-            return "weight", None
-        if asked == "token" and linear:
-            return "token", None
-        one, many = (
-            static_grids(inputs, times, torch.zeros_like(groups)),
-            static_grids(inputs, times, groups),
-        )
-        if asked == "static":
-            return "static", one
-        if asked in ("groups", "token"):
-            return "static", many
-        group_of = dict(zip(times.tolist(), groups.tolist(), strict=True))
-        errors: dict[str, float] = {
-            "one": self._error(path, lambda t, x: through_static(x, one[0][0], one[1][0])),
-            "many": self._error(
-                path,
-                lambda t, x: through_static(x, many[0][group_of[t]], many[1][group_of[t]]),
-            ),
-        }
-        if linear:
-            errors["token"] = self._error(path, lambda t, x: through_token(x))
-        best = min(errors, key=lambda k: errors[k])
-        if best == "token":
-            return "token", None
-        return "static", one if best == "one" else many
-
-    def _error(self, path: str, through: Callable[[float, Tensor], Tensor]) -> float:
-        """Squared error of the layer's output, by rows of the second half of the calls."""
-        weight: Any = self._weight(path)
-        weight = weight if weight.ndim == 2 else weight.flatten(2).abs().sum(2)
-        rows = self.seen.layers[path].rows
-        total = 0.0
-        for when, x in rows[len(rows) // 2 :]:
-            if x.shape[1] != weight.shape[1]:  # a grouped convolution
-                total += float((through(when, x) - x).pow(2).mean())
-            else:
-                total += float(F.linear(through(when, x) - x, weight).pow(2).mean())
-        return total
-
-    def _faster(self, path: str, scheme: Scheme, grids: tuple[Tensor, Tensor] | None) -> bool:
+    def faster(self, path: str, how: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
         """Whether the integer kernel beats the model's own layer at the shape that was seen."""
-        own: Any = self.teacher.get_submodule(path)
-        groups = 1 if grids is None else len(grids[0])
-        layer: Any = layer_for(own, bits=self.how.bits, scheme=scheme, groups=groups)
-        layer.fill(self.codes[path], self.scales[path], own.bias, grids)
-        if grids is not None:
-            layer.ascale, layer.azero = layer.ascale[:1], layer.azero[:1]
-        x = torch.randn(self.seen.layers[path].shape)
-        with torch.no_grad():
-            ours, theirs = _quickest(lambda: layer(x)), _quickest(lambda: own(x))
+        ours, theirs = self.seconds(path, how, tensors)
         return ours < theirs
 
-
-def static_grids(inputs: LayerInputs, times: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each group, from its timesteps and the next one either side."""
-    known = [t for t in times.tolist() if t in inputs.low]
-    low = torch.stack([inputs.low[t] for t in known])
-    high = torch.stack([inputs.high[t] for t in known])
-    group_of = dict(zip(times.tolist(), groups.tolist(), strict=True))
-    own = torch.tensor([group_of[t] for t in known])
-    lows, highs = [], []
-    for group in range(int(groups.max()) + 1):
-        inside = (own == group).nonzero().flatten()
-        if not len(inside):
-            lows.append(low.min())
-            highs.append(high.max())
-            continue
-        begin, end = max(int(inside[0]) - 1, 0), int(inside[-1]) + 2
-        lows.append(low[begin:end].min())
-        highs.append(high[begin:end].max())
-    return static_grid(torch.stack(lows), torch.stack(highs))
+    @torch.no_grad()
+    def seconds(
+        self, path: str, how: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[float, float]:
+        """Of the quantised layer and the model's own, at the shape that was seen, in turn."""
+        layer, own = self.layer(path, how, tensors), self.teacher.get_submodule(path)
+        for piece in layer.pieces():
+            part: Any = piece
+            if part.scheme == "static":  # any group: all take the same time
+                part.ascale, part.azero = part.ascale[:1], part.azero[:1]
+        weight = self.weight(path)
+        x = torch.randn(self.seen.layers[path].shape, device=weight.device)
+        x = x.to(own.weight.dtype)  # type: ignore[union-attr, arg-type]
+        return _quickest(lambda: layer(x), lambda: own(x))
 
 
-def _quickest(fn: Callable[[], Any]) -> float:
-    fn()
-    seconds = []
-    for _ in range(TRIALS):
-        began = time.perf_counter()
-        fn()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def _quickest(*fns: Callable[[], Any]) -> Any:
+    """Least seconds of each, timed in turn after a first call."""
+    seconds: list[list[float]] = [[] for _ in fns]
+    for trial in range(TRIALS + 1):
+        for fn, kept in zip(fns, seconds, strict=True):
+            began = time.perf_counter()
+            fn()
+            if trial:
+                kept.append(time.perf_counter() - began)
+    return tuple(min(kept) for kept in seconds)
 
 
-# what another run over a folder may change: it has nothing to do with the weights
-_NOT_WEIGHTS = ("activations", "groups", "only_faster")
-
-
-class Parts:
-    """Finished parts on disk, of one calibration (``how``)."""
-
-    def __init__(self, path: Path, how: Any, inputs: list[dict[str, Any]]) -> None:
-        self.path = path
-        weights_only = {k: v for k, v in settings_json(how).items() if k not in _NOT_WEIGHTS}
-        text = json.dumps({"how": weights_only, "inputs": inputs_digest(inputs)}, sort_keys=True)
-        mark = path / "calibration.json"
-        if mark.is_file() and mark.read_text() != text:
-            raise ValueError(f"{path} holds another calibration; give another folder")
-        write_atomically(mark, text.encode())
-
-    def _file(self, slot: str, unit: str) -> Path:
-        return self.path / f"{slot}.{unit}.safetensors"
-
-    def load(self, slot: str, unit: str) -> dict[str, Tensor] | None:
-        file = self._file(slot, unit)
-        return load_file(file) if file.is_file() else None
-
-    def save(self, slot: str, unit: str, tensors: dict[str, Tensor]) -> None:
-        held = {k: v.detach().contiguous() for k, v in tensors.items()}
-        write_atomically(self._file(slot, unit), save(held))
+def refuse_adapters(module: nn.Module) -> None:
+    if any(hasattr(part, "base_layer") for part in module.modules()):
+        raise ValueError(
+            "the model has adapters: fuse them (fuse_lora) and calibrate, or calibrate without "
+            "them and load them after, to run beside the quantised layers"
+        )

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 
 from quant._program import Program
-from quant._recording import Call, inputs_and_outputs
+from quant._recording import Call, inputs_and_outputs, inputs_of
 from quant._rounding import (
     WARMUP,
     beta_at,
@@ -38,18 +38,19 @@ Weights = Mapping[str, Tensor]
 class Rounding:
     """AdaRound variables of some layers, by name of the weight."""
 
-    def __init__(self, weights: Weights, scales: Weights, bits: int) -> None:
-        self.weights, self.scales, self.bits = dict(weights), dict(scales), bits
+    def __init__(self, weights: Weights, scales: Weights, bits: Mapping[str, int]) -> None:
+        self.weights, self.scales, self.bits = dict(weights), dict(scales), dict(bits)
         self.v = {n: first_rounding(w, scales[n]).requires_grad_() for n, w in weights.items()}
 
     def soft(self) -> dict[str, Tensor]:
         return {
-            n: soft_weight(w, self.scales[n], self.v[n], self.bits) for n, w in self.weights.items()
+            n: soft_weight(w, self.scales[n], self.v[n], self.bits[n])
+            for n, w in self.weights.items()
         }
 
     def codes(self) -> dict[str, Tensor]:
         return {
-            n: soft_codes(w, self.scales[n], v.detach(), self.bits, hard=True)
+            n: soft_codes(w, self.scales[n], v.detach(), self.bits[n], hard=True)
             for (n, w), v in zip(self.weights.items(), self.v.values(), strict=True)
         }
 
@@ -142,8 +143,8 @@ def rounded_by_gptq(
     columns = layer.weight[0].numel()
     groups = getattr(layer, "groups", 1)
     hessian = torch.zeros(columns, columns, dtype=torch.float64)
-    for args, kwargs, _ in inputs_and_outputs(student, path, calls):
-        x = (args[0] if args else kwargs["input"]).float()
+    for given in inputs_of(student, path, calls):
+        x = given.float()
         if x.ndim == 4:
             x = F.unfold(
                 x[:, : x.shape[1] // groups],
@@ -155,4 +156,5 @@ def rounded_by_gptq(
             x = x.transpose(1, 2)  # (b, places, c * k * k)
         rows = x.reshape(-1, columns).double()
         hessian += rows.t() @ rows
-    return gptq(layer.weight.flatten(1), scale, bits, hessian).view_as(layer.weight)
+    of_each = scale.expand_as(layer.weight).flatten(1) if scale.ndim > 1 else scale
+    return gptq(layer.weight.flatten(1), of_each, bits, hessian).view_as(layer.weight)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from accel.denoiser import Denoiser
 from accel.measure import pipeline_samples
 from accel.method import Recipe, attached
 from accel.patch import Patch
-from quant._layers import quantisable
+from quant._layers import quantisable, splittable
 
 ROWS = 256  # of one layer's inputs at one call that are kept, to choose among activation schemes
 
@@ -51,18 +52,36 @@ class Recording:
 
     calls: list[Call] = field(default_factory=list)
     layers: dict[str, LayerInputs] = field(default_factory=dict)
+    pieces: dict[str, tuple[LayerInputs, LayerInputs]] = field(default_factory=dict)  # of splits
     times: list[float] = field(default_factory=list)  # of the grid, in order, each once
 
 
+def skip_splits(denoiser: Denoiser) -> dict[str, int]:
+    """Layers that are fed with a concatenation as it is, with the channels of its first piece.
+
+    Those of a UNet's decoder that pass hidden states and skip by the residual branch; that branch
+    itself normalises the concatenation first, which gives both pieces one range.
+    """
+    found = {f"{s.resnet}.conv_shortcut": s.hidden for s in denoiser.skip_concats}
+    parts = dict(denoiser.module.named_modules())
+    return {path: n for path, n in found.items() if splittable(parts.get(path))}
+
+
 def record(
-    pipe: Any, denoiser: Denoiser, inputs: list[dict[str, Any]], recipe: Recipe, *, calls: int
+    pipe: Any,
+    denoiser: Denoiser,
+    inputs: list[dict[str, Any]],
+    recipe: Recipe,
+    *,
+    calls: int,
+    seed: int = 0,
 ) -> Recording:
     """Run the pipeline with ``recipe`` on ``inputs`` and look.
 
-    ``calls``: denoiser calls to keep of each run, evenly over its steps (the later for texts' two
-    branches alike).
+    calls: denoiser calls to keep of each run, evenly over its steps (the later for texts' two
+    branches alike). seed: of the first input's noise; the next ones follow.
     """
-    seen, patch = Recording(), Patch()
+    seen, patch, splits = Recording(), Patch(), skip_splits(denoiser)
     now: dict[str, Any] = {"time": None, "keep": False}
     clock = clock_of(pipe)
 
@@ -79,15 +98,22 @@ def record(
             seen.calls.append(Call(tree_map(_copied, args), tree_map(_copied, kwargs), time))
         return call_next(*args, **kwargs)
 
+    def look(found: LayerInputs, x: Tensor) -> None:
+        found.see(now["time"], x)
+        found.shape = tuple(x.shape)
+        if now["keep"]:
+            found.rows.append((now["time"], _some_rows(x)))
+
     def on_layer(path: str) -> Callable[..., Any]:
         def layer(call_next: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if now["time"] is None:
                 return call_next(x, *args, **kwargs)
             found = seen.layers.setdefault(path, LayerInputs(order=len(seen.layers)))
-            found.see(now["time"], x)
-            found.shape = tuple(x.shape)
-            if now["keep"]:
-                found.rows.append((now["time"], _some_rows(x)))
+            look(found, x)
+            if path in splits:
+                both = seen.pieces.setdefault(path, (LayerInputs(), LayerInputs()))
+                for piece, part in zip(both, x.tensor_split([splits[path]], 1), strict=True):
+                    look(piece, part)
             return call_next(x, *args, **kwargs)
 
         return layer
@@ -98,8 +124,8 @@ def record(
             if quantisable(part):
                 patch.around_call(part, on_layer(path))
         try:
-            for seed, call in enumerate(inputs):
-                pipeline_samples(pipe, {**call, **recipe.call_changes()}, seed)
+            for i, call in enumerate(inputs):
+                pipeline_samples(pipe, {**call, **recipe.call_changes()}, seed + i)
                 now["time"] = None
         finally:
             patch.undo()
@@ -114,6 +140,31 @@ def _some_rows(x: Tensor) -> Tensor:
     """Rows (n, k) of a linear layer's input, or values of a convolution's by channel, evenly."""
     rows = x.detach().flatten(0, -2) if x.ndim < 4 else x.detach().movedim(1, -1).flatten(0, -2)
     return rows[:: max(1, len(rows) // ROWS)][:ROWS].float().clone()
+
+
+class _Enough(Exception):
+    """Raised to leave a forward whose rest is not wanted."""
+
+
+@torch.no_grad()
+def inputs_of(module: nn.Module, path: str, calls: Iterable[Call]) -> Iterator[Tensor]:
+    """What the layer at ``path`` is given first in each call; the rest of it is not computed."""
+    found: list[Tensor] = []
+    patch = Patch()
+
+    def layer(call_next: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(x.detach().clone())
+        raise _Enough
+
+    patch.around_call(module.get_submodule(path), layer)
+    try:
+        for call in calls:
+            with suppress(_Enough):
+                module(*call.args, **call.kwargs)
+            yield from found
+            found.clear()
+    finally:
+        patch.undo()
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ def nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def per_channel(scale: Tensor, ndim: int) -> Tensor:
-    return scale.view(-1, *(1,) * (ndim - 1))
+    """One scale (o) for each output channel of a weight; one for each value stays as it is."""
+    return scale if scale.ndim > 1 else scale.view(-1, *(1,) * (ndim - 1))
 
 
 # -- AdaRound --------------------------------------------------------------------------------
@@ -102,8 +103,8 @@ def beta_at(step: int, steps: int) -> float:
 def gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor:
     """Codes (o, k) of a weight (o, k), columns in turn, each error spread over those that follow.
 
-    hessian: (k, k), sum of x x^T over inputs. Columns go by falling diagonal; damping is 1 % of
-    its mean.
+    scale: (o), or (o, k). hessian: (k, k), sum of x x^T over inputs. Columns go by falling
+    diagonal; damping is 1 % of its mean.
     """
     w, h = weight.double().clone(), hessian.double().clone()
     dead = h.diagonal() == 0
@@ -113,11 +114,12 @@ def gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor:
     h.diagonal().add_(DAMPING * h.diagonal().mean())
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     codes = torch.empty_like(w)
-    step = scale.double()
+    steps = per_channel(scale.double(), 2).expand_as(w)[:, order]
     for begin in range(0, w.shape[1], COLUMNS):
         end = min(begin + COLUMNS, w.shape[1])
         errors = torch.zeros_like(w[:, begin:end])
         for j in range(begin, end):
+            step = steps[:, j]
             codes[:, j] = (w[:, j] / step).round().clamp(-top(bits), top(bits))
             error = (w[:, j] - codes[:, j] * step) / inverse[j, j]
             w[:, j:end] -= error[:, None] * inverse[j, j:end]
@@ -142,6 +144,18 @@ def static_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 def through_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """x as a static grid gives it back."""
     return ((x / scale + zero + 0.5).floor().clamp_(0, 255) - zero) * scale
+
+
+def share_outside(x: Tensor, scale: Tensor, zero: Tensor) -> float:
+    """Share of x that a static grid (one element each) clips; 1 if any of it is not a number."""
+    low, high = float(x.amin()), float(x.amax())  # aminmax is slow where channels come last
+    step, at = float(scale), float(zero)
+    bottom, top = (-0.5 - at) * step, (255.5 - at) * step
+    if bottom <= low and high <= top:
+        return 0.0
+    if math.isnan(low):
+        return 1.0
+    return float(((x < bottom) | (x > top)).float().mean())
 
 
 def through_token(x: Tensor) -> Tensor:

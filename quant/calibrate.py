@@ -1,8 +1,8 @@
 """From a pipeline and some calls of it to an artifact for ``quant.tfmq.TFMQ``; resumable.
 
 Runs the pipeline once with the recipe that it will be used with (quantisation and caching do not
-add up), rounds the weights part by part, chooses activation schemes on inputs held out from the
-ranges, and leaves a layer whole where the integer kernel is slower than the model's own.
+add up), rounds the weights part by part, chooses activation schemes on held-out rows, and, if
+asked, leaves a layer whole where the integer kernel is slower than the model's own.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel.artifact import Artifact, Fingerprint, inputs_digest
 from accel.clock import sampling_grid
 from accel.denoiser import denoisers
 from accel.method import Recipe, Trainer
-from accel.settings import check_fields, settings_json
-from quant._quantise import OneDenoiser, Parts, Say
+from accel.settings import Settings, check_fields, settings_json
+from quant._parts import Parts, conditions
+from quant._quantise import WHOLE, OneDenoiser, Say, refuse_adapters
 from quant._recording import record
 
 METHOD = "quant.tfmq:TFMQ"
@@ -29,13 +30,17 @@ METHOD = "quant.tfmq:TFMQ"
 class TFMQCalibration(Trainer):
     """How to quantise.
 
-    bits: of weights, 8 or 4. activations: "auto" chooses for each layer, on held-out inputs, among
+    bits: of weights, 8 or 4. plan: of each layer's instead, 8, 4 or 16 (left as it is), by path
+    from the slot on; what it does not name stays whole (``quant.mixed_precision`` makes one).
+    activations: "auto" chooses for each layer, on held-out inputs, among
     one static scale, static scales for ``groups`` of timesteps and dynamic rows; or one of these
     for all; "whole" leaves activations as they are. rounding: "nearest", "gptq" or "adaround".
     temporal: what depends on the timestep, not the sample, is left whole for ``TemporalCache``
     where its table is smaller than its weights in these bits, and rounded on its own elsewhere
-    ("cache"); always rounded on its own ("tiar"); or like all else ("plain"). steps: of AdaRound,
-    for each part. only_faster: leave layers whole that the integer kernel makes slower here.
+    ("cache"); always rounded on its own ("tiar"); or like all else ("plain"). split_skips: in
+    UNets, separate grids for hidden states and skip where a layer is fed with both as they are.
+    steps: of AdaRound, for each part. calls: of the denoiser, kept from each run. only_faster:
+    leave layers whole that the integer kernel makes slower here. seed: of the noise.
     """
 
     bits: Literal[4, 8] = 8
@@ -46,12 +51,18 @@ class TFMQCalibration(Trainer):
     steps: int = 300
     calls: int = 8
     only_faster: bool = False
+    split_skips: bool = True
+    plan: Settings | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("groups", "steps", "calls"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TFMQCalibration.{name} = {getattr(self, name)}: at least 1")
+        for path, bits in (self.plan or {}).items():
+            if bits not in (4, 8, WHOLE):
+                raise ValueError(f"TFMQCalibration.plan: {path} in {bits} bits; 4, 8 or {WHOLE}")
 
     def fit(
         self,
@@ -64,25 +75,32 @@ class TFMQCalibration(Trainer):
         """Calibrate on ``inputs``; parts that are done lie in ``out`` and are not done again.
 
         Raises:
-            ValueError: no inputs, a model with adapters (fuse them first, or load them after), or
-                a folder of another calibration.
+            ValueError: no inputs, a model with adapters (fuse them first, or load them after), a
+                folder of another calibration, a plan of another model, or nothing to quantise.
         """
         if not inputs:
             raise ValueError("TFMQCalibration.fit: no inputs")
         recipe = student_recipe or Recipe(())
-        folder = Parts(Path(out), self, inputs)
+        for denoiser in denoisers(pipe):
+            refuse_adapters(denoiser.module)
+        folder = Parts(Path(out), settings_json(self), conditions(pipe, inputs, recipe))
         tensors: dict[str, Tensor] = {}
         layers: dict[str, Any] = {}
         errors: dict[str, float] = {}
-        began = time.monotonic()
+        began, before = time.monotonic(), 0.0
         for denoiser in denoisers(pipe):
-            _refuse_adapters(denoiser.module)
-            seen = record(pipe, denoiser, inputs, recipe, calls=self.calls)
+            seen = record(pipe, denoiser, inputs, recipe, calls=self.calls, seed=self.seed)
             say(f"{denoiser.slot}: {len(seen.layers)} layers seen at {len(seen.times)} timesteps")
             one = OneDenoiser(self, denoiser, seen, folder, say)
             one.quantise(tensors, layers)
             errors[denoiser.slot] = one.temporal_error()
-        seconds = time.monotonic() - began
+            before += one.seconds_before
+        if not layers:
+            why = (
+                "the integer kernels make none faster here" if self.only_faster else "see the plan"
+            )
+            raise ValueError(f"no layer is left to quantise: {why}; nothing was written")
+        seconds = time.monotonic() - began + before
         say(f"{len(layers)} layers in {seconds:.0f} s")
         return Artifact(
             method=METHOD,
@@ -96,12 +114,4 @@ class TFMQCalibration(Trainer):
                 "temporal_error": errors,
                 "seconds": round(seconds, 2),
             },
-        )
-
-
-def _refuse_adapters(module: nn.Module) -> None:
-    if any(hasattr(part, "base_layer") for part in module.modules()):
-        raise ValueError(
-            "the model has adapters: fuse them (fuse_lora) and calibrate, or calibrate without "
-            "them and load them after, to run beside the quantised layers"
         )

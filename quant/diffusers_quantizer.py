@@ -163,7 +163,7 @@ def put_in(model: nn.Module, config: TFMQConfig) -> None:
         with torch.device(own.weight.device):
             layer = layer_for(own, **how)
             if own.bias is not None:
-                layer.bias = torch.zeros_like(own.bias)
+                layer.pieces()[0].bias = torch.zeros_like(own.bias)
         model.set_submodule(path, layer)
     if config.steps:
         model.add_module(BINS, Bins(config.steps))
@@ -172,11 +172,12 @@ def put_in(model: nn.Module, config: TFMQConfig) -> None:
 def connect(model: Any) -> None:
     """Layers hear of the timestep: the model writes its group once a call."""
     bins = getattr(model, BINS, None)
-    if bins is None:
-        return
     for part in model.modules():
         if hasattr(part, "qweight"):
             part.bins = [bins]
+            part.pack()
+    if bins is None:
+        return
 
     def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bins.set(kwargs["timestep"] if "timestep" in kwargs else args[1])
@@ -200,9 +201,9 @@ def save_quantised(pipe: Any, artifact: Artifact, folder: str | os.PathLike[str]
         layers: dict[str, dict[str, Any]] = {}
         for path in sorted(paths):
             inner, how = path.partition(".")[2], artifact.settings["layers"][path]
-            layer = quantised(model.get_submodule(inner), artifact, path, how)
-            groups = len(layer.ascale) if how["scheme"] == "static" else 1
-            layers[inner] = {**how, "groups": groups}
+            layer = quantised(model.get_submodule(inner), artifact.tensors, path, how)
+            groups = [len(getattr(piece, "ascale", "?")) for piece in layer.pieces()]
+            layers[inner] = {**how, "groups": groups if len(groups) > 1 else groups[0]}
             model.set_submodule(inner, layer)
         bins = bins_of(artifact, denoiser.slot)
         model.add_module(BINS, bins)

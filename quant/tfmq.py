@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from accel.artifact import Artifact, ArtifactRef
-from accel.clock import Run
+from accel.clock import Run, denoiser_modules
+from accel.compat import is_compiled
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
 from accel.patch import at_home
-from quant._layers import Bins, Kernel
+from quant._layers import Bins, Kernel, Layer
 from quant._shelf import Shelved
 from quant._stored import bins_of, quantised
+
+CLIPPED = 0.05  # share of a layer's inputs; on other noise than was calibrated it is below 0.002
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class TFMQ(Method):
 
     kernel: "auto" uses integers where this CPU is fast at them and the reference elsewhere,
     "int8" always, "reference" never. weights: the model's own, meanwhile: in place, or mapped from
-    disk. An output that is not finite is computed again with the model's own weights.
+    disk. What looks wrong is computed with the model's own weights, and counted: a layer whose
+    inputs are clipped at the calibrated range by more than 5 %, a whole call whose output is not
+    finite, or the same everywhere.
     """
 
     SLOTS = ("linear", "denoiser.call")
@@ -74,11 +79,12 @@ class _Live(Attached):
 
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
-        self.layers: dict[str, Any] = {}
+        self.layers: dict[str, Layer] = {}
         self.bins: dict[str, Bins] = {}
         self.homes: list[Shelved] = []
-        self.whole = False  # whether layers compute with the model's own weights now
+        self.whole = False  # whether all layers compute with the model's own weights now
         self.replaced = 0  # bytes of the model's own weights
+        self.saturated: Counter[str] = Counter()  # calls in which a layer computed whole, by path
 
     def put_on(self, denoiser: Denoiser, artifact: Artifact) -> None:
         """Layers around the model's own, which stay in the module tree."""
@@ -97,50 +103,83 @@ class _Live(Attached):
                 continue
             own = module.get_submodule(inner)
             own = getattr(own, "base_layer", own)  # beside an adapter, which stays as it is
-            layer = quantised(own, artifact, path, how)
-            layer.kernel, layer.bins = self.method.kernel, [bins]
+            layer = quantised(own, artifact.tensors, path, how)
+            for piece in layer.pieces():
+                piece.kernel, piece.bins = self.method.kernel, [bins]
+                piece.pack()
             self.layers[path] = layer
-            self.patch.around_call(own, self._around(layer, own))
+            self.patch.around_call(own, self._around(path, layer, own))
             self.replaced += own.weight.nbytes  # type: ignore[union-attr, operator]
             if self.method.weights == "disk":
                 self.homes.append(Shelved(own.weight, "disk"))  # type: ignore[arg-type]
                 self.patch.lend(own.weight, self.homes[-1])
         self.patch.around_call(denoiser.module, self._around_model(denoiser, bins))
+        self.around_denoiser(denoiser.slot, self._watched(denoiser))
 
-    def _around(self, layer: Any, own: nn.Module) -> Callable[..., Any]:
+    def _around(self, path: str, layer: Layer, own: nn.Module) -> Callable[..., Any]:
         def run(call_next: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self.whole:
-                self.counts["changed"] += 1
+            if self.whole:
+                return call_next(x, *args, **kwargs)
+            if torch.compiler.is_compiling():  # counts would be guards of the graph
+                return layer(x)
+            if not self._clips(path, layer, x):
+                self.count("changed")
                 return layer(x)
             with at_home([own.weight] if self.homes else []):
                 return call_next(x, *args, **kwargs)
 
         return run
 
+    def _clips(self, path: str, layer: Layer, x: Tensor) -> bool:
+        """Whether the calibrated range is not one for these inputs."""
+        if max(layer.clipped(x), default=0.0) <= CLIPPED:
+            return False
+        self.saturated[path] += 1
+        self.fallback("a layer's inputs lay outside the calibrated range (calibrate on such)")
+        return True
+
     def _around_model(self, denoiser: Denoiser, bins: Bins) -> Callable[..., Any]:
         def call(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
             bins.set(denoiser.argument("timestep", args, kwargs))
+            return call_next(*args, **kwargs)
+
+        return call
+
+    def _watched(self, denoiser: Denoiser) -> Callable[..., Any]:
+        """Outside a graph, if there is one."""
+        weights = [p for p in denoiser.module.parameters() if self.homes]
+
+        def call(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
             output = call_next(*args, **kwargs)
-            if torch.compiler.is_compiling() or _finite(output):
+            wrong = _wrong(output)
+            if wrong is None:
                 return output
-            self.fallback("an output was not finite")
+            self.fallback(wrong)
             self.whole = True
             try:
-                return call_next(*args, **kwargs)
+                with at_home(weights):
+                    return call_next(*args, **kwargs)
             finally:
                 self.whole = False
 
         return call
 
     def on_run(self, run: Run) -> None:
+        self.saturated.clear()
         slow = any(b.index.device.type != "cpu" for b in self.bins.values())  # type: ignore[union-attr]
         if slow and self.method.kernel == "auto":
             self.fallback("no integer kernels for this device: its reference computes, slowly")
 
     def on_run_end(self, run: Run) -> None:
+        graphs = [slot for slot, module in denoiser_modules(self._pipe()) if is_compiled(module)]
+        if graphs:
+            self.detail["graphs"] = "ranges of layers' inputs are not looked at in compiled graphs"
+            self.count("changed", run.calls)
         kinds = Counter(f"{x.scheme}, {x.bits} bits" for x in self.layers.values())
         self.detail["layers"] = dict(kinds)
         self.detail["weights_bytes"] = self.replaced
+        if self.saturated:
+            self.detail["clipped_calls"] = dict(self.saturated)
         self.detail["quantised_bytes"] = sum(x.memory() for x in self.layers.values())
 
     def memory(self) -> dict[str, int]:
@@ -149,6 +188,14 @@ class _Live(Attached):
         return {"bytes_device": 0 if on_host else held, "bytes_host": held if on_host else 0}
 
 
-def _finite(output: Any) -> bool:
+def _wrong(output: Any) -> str | None:
+    """What is certainly wrong with a denoiser's output, in words."""
     leaves = [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
-    return all(bool(x.isfinite().all()) for x in leaves if x.is_floating_point())
+    for x in leaves:
+        if x.is_floating_point() and x.numel() > 1:
+            low, high = x.amin(), x.amax()
+            if not bool(low.isfinite() & high.isfinite()):
+                return "an output was not finite"
+            if bool(low == high):
+                return "an output was the same everywhere"
+    return None

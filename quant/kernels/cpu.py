@@ -22,9 +22,14 @@ NAMESPACE = "accel_quant"
 GEOMETRY = tuple[list[int], list[int], list[int], int]
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def fast() -> bool:
     """Whether this CPU has the instructions that the kernels are written for."""
+    return _has_vnni()
+
+
+@functools.cache
+def _has_vnni() -> bool:
     return torch.cpu._is_vnni_supported()
 
 
@@ -70,8 +75,12 @@ def _quantised(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """float -> u8 by way of int32: both conversions are vectorised, the direct one is not."""
-    return x.to(torch.int32).to(torch.uint8)
+    """float -> u8 by way of int32: both conversions are vectorised, the direct one is not.
+
+    The integers take the place of ``x``, value by value: fresh memory costs more than the work.
+    """
+    whole = x.view(torch.int32)
+    return whole.copy_(x).to(torch.uint8)
 
 
 def _linear(

@@ -8,9 +8,9 @@ import torch
 from accel.method import Recipe
 from accel.testing import tiny
 from caches.interval import IntervalCache
+from quant._activations import static_grids
 from quant._dataflow import watch
 from quant._program import program
-from quant._quantise import static_grids
 from quant._reconstruction import Rounding, distance, reconstruct_temporal
 from quant._recording import LayerInputs
 from quant._rounding import nearest, per_channel, searched_scale
@@ -65,7 +65,7 @@ def test_reconstruction_of_temporal_modules_lowers_their_error():
         pairs = ((a[p][0], b[p][0]) for a, b in zip(outputs, wanted, strict=True) for p in a)
         return float(sum((a - b).pow(2).sum() for a, b in pairs))
 
-    rounding = Rounding(weights, scales, 4)
+    rounding = Rounding(weights, scales, dict.fromkeys(weights, 4))
     reconstruct_temporal(plan, {}, times, rounding, everything, 150)
     plain = {n: nearest(w, scales[n], 4) for n, w in weights.items()}
     assert error(rounding.codes()) < 0.7 * error(plain)
@@ -77,7 +77,7 @@ def test_rounding_learns_from_outputs():
     mixing = torch.randn(16, 16) / 4 + torch.eye(16)
     inputs = torch.randn(256, 16) @ mixing
     scale = searched_scale(weight, 4)
-    rounding = Rounding({"w": weight}, {"w": scale}, 4)
+    rounding = Rounding({"w": weight}, {"w": scale}, {"w": 4})
     wanted = inputs @ weight.t()
     rounding.fit(lambda soft, step: distance(inputs @ soft["w"].t(), wanted), 300)
     codes = rounding.codes()["w"]
