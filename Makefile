@@ -31,6 +31,8 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_time_shift
 	$(PY) -m benchmarks.bench_temporal_cache
 	$(PY) -m benchmarks.bench_quant
+	$(PY) -m benchmarks.bench_quant --model zoo:digits-ddpm
+	$(PY) -m benchmarks.bench_quant --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_quant_kernels
 	$(PY) -m benchmarks.bench_caches
 	$(PY) -m benchmarks.bench_caches --steps 20

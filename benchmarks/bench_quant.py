@@ -1,17 +1,22 @@
 """Quantisation, part by part, beside torchao and quanto: ``quant.json``, ``_ddpm``, ``_sd``.
 
-    python -m benchmarks.bench_quant [--model zoo:digits-ddpm] [--samples 100] [--only W4A8]
+    python -m benchmarks.bench_quant [--model zoo:digits-ddpm] [--only "W4A8: plain"]
 
-Each row is paired with the unmodified model: same noise, same inputs, timed in turn. The first row
-of each width rounds to the nearest with one static scale; each further one adds a part. Controls
-have the scales of the last row shuffled among channels and layers. Calibrated on other noise.
+Each row is paired with the unmodified model: same noise, same inputs, timed in turn. Rows go from
+plain rounding with one static scale to everything, one part more at a time; controls have their
+scales shuffled among channels and layers. Calibrated on one batch of other noise. Rows that the
+file has already are not measured again, so a stopped run goes on; ``--again`` measures all.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import tempfile
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,10 @@ import torch
 from accel.artifact import Artifact, ArtifactRef
 from accel.denoiser import denoisers
 from accel.loading import quiet_loading
-from accel.measure import Study, load_average
+from accel.measure import Referee, Study, Verdict, environment, load_average
 from accel.method import Method, Recipe
-from apps.digits_referee import NAME
+from accel.settings import Settings, settings_json
+from apps.digits_referee import NAME, real_samples
 from benchmarks.bench_native import kept_rows
 from benchmarks.digits_study import (
     BATCH,
@@ -37,43 +43,120 @@ from benchmarks.digits_study import (
 )
 from benchmarks.quant_peers import Quanto, TorchAO
 from benchmarks.results_file import DEVICES, read, write
+from quant import mixed_precision
+from quant._parts import NOT_WEIGHTS
 from quant.calibrate import TFMQCalibration
 from quant.tfmq import TFMQ
 
 DDPM = "zoo:digits-ddpm"
 NAMES = {MODEL: "quant", SD: "quant_sd", DDPM: "quant_ddpm"}
-STEPS, SAMPLES = 20, 100
-FIRST = ("W8A8: + GPTQ", "W4A8: + GPTQ")  # stand for the method where one row does
+STEPS, SAMPLES = 20, 140  # enough samples for a Frechet distance of 64 features
 ROUNDING_STEPS = 100
-EIGHT = ("plain", "+ scales by timestep", "+ scheme by layer", "+ GPTQ")  # parts that 8 bits need
+NOISES = (1, 2)  # of further calibrations of the same setting
+SIZES = {"6 bits": 0.19, "5 bits": 0.16}  # of layers' bytes in float32; 8 bits are 0.25, 4 0.125
 
 
-def calibrations(bits: int) -> dict[str, TFMQCalibration]:
-    """From plain rounding to everything, one part more at a time."""
-    how: dict[str, Any] = {"bits": bits, "steps": ROUNDING_STEPS, "calls": 5}
-    plain = {"activations": "static", "rounding": "nearest", "temporal": "plain"}
-    return {
-        "plain": TFMQCalibration(**how, **plain),
-        "+ temporal modules whole": TFMQCalibration(**how, **plain | {"temporal": "cache"}),
-        "+ scales by timestep": TFMQCalibration(
-            **how, **plain | {"temporal": "cache", "activations": "groups"}
-        ),
-        "+ scheme by layer": TFMQCalibration(
-            **how, **plain | {"temporal": "cache", "activations": "auto"}
-        ),
-        "+ GPTQ": TFMQCalibration(**how, rounding="gptq"),
-        "+ AdaRound by blocks": TFMQCalibration(**how, rounding="adaround"),
-        "TIAR, AdaRound by blocks": TFMQCalibration(**how, rounding="adaround", temporal="tiar"),
+@dataclass(frozen=True)
+class Spec:
+    """One row: a calibration, perhaps of a plan within a share of bytes, or shuffled; or a peer."""
+
+    label: str
+    how: TFMQCalibration | None = None
+    share: float | None = None
+    shuffled: bool = False
+    peer: Method | None = None
+
+
+def specs(model: str) -> list[Spec]:
+    """Rows in order of worth."""
+    shared = TFMQCalibration(steps=ROUNDING_STEPS, calls=5)
+    gptq = {8: replace(shared, bits=8), 4: replace(shared, bits=4)}
+    plain = {
+        bits: replace(how, rounding="nearest", activations="static", temporal="plain")
+        for bits, how in gptq.items()
     }
+    whole = {bits: replace(how, temporal="cache") for bits, how in plain.items()}
+    brecq = replace(plain[4], rounding="adaround")
+    tiar = replace(brecq, temporal="tiar")
+    only = replace(gptq[4], activations="whole")
+    found = [
+        Spec("W8A8: GPTQ", gptq[8]),
+        Spec("W4A8: GPTQ", gptq[4]),
+        Spec("W4A8: plain", plain[4]),
+        Spec("W8A8: plain", plain[8]),
+        Spec("control: W4A8, scales shuffled", gptq[4], shuffled=True),
+        Spec("control: W8A8, scales shuffled", gptq[8], shuffled=True),
+        Spec("W4A8: + temporal whole", whole[4]),
+        Spec("W4A8: + scales by timestep", replace(whole[4], activations="groups")),
+        Spec("W4A8: + scheme by layer", replace(whole[4], activations="auto")),
+        Spec("W8A8: GPTQ, faster layers only", replace(gptq[8], only_faster=True)),
+        *(Spec(f"mixed: {k} on average", gptq[4], share=s) for k, s in SIZES.items()),
+        Spec("W4A8: AdaRound, one scale", brecq),
+        Spec("W4A8: AdaRound, + TIAR", tiar),
+        Spec("W4A8: AdaRound, + TIAR, by timestep", replace(tiar, activations="groups")),
+        Spec("W4A8: AdaRound, temporal whole, by layer", replace(gptq[4], rounding="adaround")),
+        *skips(model, plain, gptq),
+        Spec("W8A8: + temporal whole", whole[8]),
+        Spec("W8A8: + scales by timestep", replace(whole[8], activations="groups")),
+        Spec("W8A8: + scheme by layer", replace(whole[8], activations="auto")),
+        Spec("W4A16: plain", replace(plain[4], activations="whole")),
+        Spec("W4A16: + temporal whole", replace(whole[4], activations="whole")),
+        Spec("W4A16: GPTQ", only),
+        Spec("torchao: int8 dynamic", peer=TorchAO("int8 dynamic")),
+        Spec("quanto: int8 weights", peer=Quanto(8)),
+        Spec("quanto: int4 weights", peer=Quanto(4)),
+        Spec("torchao: int8 weight-only", peer=TorchAO("int8 weight-only")),
+    ]
+    return found + [
+        Spec(f"W{bits}A8: GPTQ, calibration {seed + 1}", replace(gptq[bits], seed=seed))
+        for seed in NOISES
+        for bits in (4, 8)
+    ]
 
 
-def weight_only() -> dict[str, TFMQCalibration]:
-    how: dict[str, Any] = {"bits": 4, "steps": ROUNDING_STEPS, "calls": 5, "activations": "whole"}
-    return {
-        "plain": TFMQCalibration(**how, rounding="nearest", temporal="plain"),
-        "+ temporal modules whole": TFMQCalibration(**how, rounding="nearest"),
-        "+ GPTQ": TFMQCalibration(**how, rounding="gptq"),
-    }
+def skips(model: str, plain: dict[int, Any], gptq: dict[int, Any]) -> list[Spec]:
+    """In UNets: what separate grids for hidden states and skips are worth."""
+    if model == MODEL:
+        return []
+    return [
+        Spec("W4A8: plain, skips not split", replace(plain[4], split_skips=False)),
+        Spec("W8A8: plain, skips not split", replace(plain[8], split_skips=False)),
+        Spec("W4A8: GPTQ, skips not split", replace(gptq[4], split_skips=False)),
+    ]
+
+
+class Calibrator:
+    """Artifacts of calibrations; what two of them have in common is done once."""
+
+    def __init__(self, pipe: Any, calls: list[dict[str, Any]], folder: Path) -> None:
+        self.pipe, self.calls, self.folder = pipe, calls, folder
+
+    def method(self, spec: Spec) -> tuple[Method, dict[str, Any]]:
+        """A row's method, and what its calibration says of itself."""
+        if spec.peer is not None:
+            return spec.peer, {}
+        assert spec.how is not None
+        how = spec.how if spec.share is None else self._planned(spec.how, spec.share)
+        artifact = how.fit(self.pipe, self.calls, self._parts(how), say=lambda _: None)
+        if spec.shuffled:
+            artifact = shuffled(artifact)
+        ref = artifact.save(self.folder / f"{_digest(spec.label)}.safetensors")
+        return TFMQ(ref), facts(self.pipe, artifact, ref)
+
+    def _parts(self, how: TFMQCalibration) -> str:
+        kept = {k: v for k, v in settings_json(how).items() if k not in NOT_WEIGHTS}
+        return str(self.folder / _digest(json.dumps(kept, sort_keys=True)))
+
+    def _planned(self, how: TFMQCalibration, share: float) -> TFMQCalibration:
+        nearest = replace(how, rounding="nearest", bits=8)
+        costs = mixed_precision.measured(
+            self.pipe, self.calls, nearest, str(self.folder / "costs"), say=lambda _: None
+        )
+        return replace(how, plan=Settings(mixed_precision.within(costs, "bytes", share)))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def shuffled(artifact: Artifact) -> Artifact:
@@ -88,41 +171,11 @@ def shuffled(artifact: Artifact) -> Artifact:
     mixed = {grids[i]: tensors[grids[j]] for i, j in enumerate(places)}
     for i, j in enumerate(places):
         mixed[_zero(grids[i])] = tensors[_zero(grids[j])]
-    artifact.tensors = tensors | mixed
-    return artifact
+    return replace(artifact, tensors=tensors | mixed)
 
 
 def _zero(name: str) -> str:
     return name.replace(":ascale", ":azero")
-
-
-def rows(
-    pipe: Any, calls: list[dict[str, Any]], folder: Path, only: Container[str]
-) -> Iterator[tuple[str, Method, dict[str, Any]]]:
-    """Label, method, and what the calibration says of itself."""
-    eight = {k: v for k, v in calibrations(8).items() if k in EIGHT}
-    widths = {"W4A8": calibrations(4), "W4A16": weight_only(), "W8A8": eight}
-    last: ArtifactRef | None = None
-    for width, found in widths.items():
-        for label, how in found.items():
-            name = f"{width}: {label}"
-            if not only or name in only:
-                place = folder / name.replace(" ", "_").replace(":", "")
-                artifact = how.fit(pipe, calls, str(place), say=lambda _: None)
-                last = artifact.save(f"{place}.safetensors")
-                yield name, TFMQ(last), facts(pipe, artifact, last)
-        control = f"control: {width}, scales shuffled"
-        if last is not None and (not only or control in only) and width != "W4A16":
-            mixed = shuffled(Artifact.load(last)).save(folder / f"{width}-shuffled.safetensors")
-            yield control, TFMQ(mixed), {}
-    for name, peer in (
-        ("torchao: int8 dynamic", TorchAO("int8 dynamic")),
-        ("torchao: int8 weight-only", TorchAO("int8 weight-only")),
-        ("quanto: int8 weights", Quanto(8)),
-        ("quanto: int4 weights", Quanto(4)),
-    ):
-        if not only or name in only:
-            yield name, peer, {}
 
 
 def facts(pipe: Any, artifact: Artifact, ref: ArtifactRef) -> dict[str, Any]:
@@ -130,22 +183,26 @@ def facts(pipe: Any, artifact: Artifact, ref: ArtifactRef) -> dict[str, Any]:
     layers = artifact.settings["layers"]
     whole = 0
     for denoiser in denoisers(pipe):
-        taken = {f"{path.partition('.')[2]}.weight" for path in layers}
+        own = f"{denoiser.slot}."
+        taken = {f"{p.removeprefix(own)}.weight" for p in layers if p.startswith(own)}
         whole += sum(p.nbytes for n, p in denoiser.module.named_parameters() if n not in taken)
     total = sum(p.nbytes for d in denoisers(pipe) for p in d.module.parameters())
     return {
         "calibration_seconds": artifact.settings["seconds"],
         "temporal_error": max(artifact.settings["temporal_error"].values()),
         "quantised_layers": len(layers),
+        "layers_by_bits": dict(Counter(str(how["bits"]) for how in layers.values())),
         "bytes_on_disk": [total, whole + Path(ref.path).stat().st_size],
     }
 
 
-def ddpm_study(samples: int, steps: int) -> Study:
-    """digits-ddpm: no question, so only distances."""
+def unconditional(samples: int, steps: int) -> Study:
+    """digits-ddpm: no question, so the referee says whether it takes a sample for a digit."""
     import diffusers
 
     from accel import zoo
+    from accel.metrics.protocol import file_sha256
+    from accel.zoo.judge import judge
 
     torch.set_num_threads(1)
     folder = zoo.path("digits-ddpm")
@@ -153,8 +210,40 @@ def ddpm_study(samples: int, steps: int) -> Study:
         pipe = diffusers.DDIMPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     calls = [{"batch_size": BATCH, "num_inference_steps": steps} for _ in range(samples // BATCH)]
+    reader = judge(NAME)
+    referee = Referee(
+        name=NAME,
+        sha256=file_sha256(zoo.path(NAME) / "model.safetensors"),
+        judge=lambda made, _: Verdict(reader.digit_like(made), reader.features_of(made)),
+        real=lambda given, draw: reader.features_of(real_samples(given, draw)),
+    )
+    seeds = [1000 + i for i in range(len(calls))]
     model = {"name": DDPM, "weights_sha256": weights_sha256(folder)}
-    return Study(pipe, calls, seeds=list(range(len(calls))), timed=1, model=model)
+    return Study(pipe, calls, seeds=seeds, timed=1, referee=referee, model=model)
+
+
+def studied(model: str, samples: int, device: str) -> tuple[Study, list[dict[str, Any]]]:
+    """A study, and the calls to calibrate on, which are none of it."""
+    if model == DDPM:
+        calls = [{"batch_size": BATCH, "num_inference_steps": STEPS}]
+        return unconditional(samples, STEPS), calls  # of other noise: seeds from 0 on
+    made: Callable[..., Any] = inputs if model == MODEL else prompts
+    return study(samples, device, NAME, model, STEPS), made(samples + BATCH, STEPS)[-1:]
+
+
+def missing(model: str, only: list[str], have: dict[str, Any]) -> Iterator[Spec]:
+    """Rows to measure: the named ones, or those that the file has not.
+
+    Raises:
+        ValueError: a name of no row.
+    """
+    known = specs(model)
+    unknown = set(only) - {spec.label for spec in known}
+    if unknown:
+        raise ValueError(f"no row is called {min(unknown)!r}; rows: {[s.label for s in known]}")
+    for spec in known:
+        if spec.label in only or (not only and spec.label not in have):
+            yield spec
 
 
 def main() -> None:
@@ -164,39 +253,40 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--only", nargs="*", default=[], help="rows to measure; the others stay")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
     given = parser.parse_args()
-    load = load_average()
-    if given.model == DDPM:
-        bench = ddpm_study(given.samples, STEPS)
-        calls = [{"batch_size": BATCH, "num_inference_steps": STEPS}]
-    else:
-        bench = study(given.samples, given.device, NAME, given.model, STEPS)
-        made = inputs if given.model == MODEL else prompts
-        calls = made(given.samples + BATCH, STEPS)[-1:]
-    name = NAMES[given.model]
-    print(name, flush=True)
+    load, name = load_average(), NAMES[given.model]
+    bench, calls = studied(given.model, given.samples, given.device)
     block = environment_of(given.device, load)
-    kept = kept_rows(read(name, given.device), bench.protocol(), block) if given.only else {}
-    measured = dict(kept)
+    old = None if given.again else read(name, given.device)
+    measured = dict(kept_rows(old, bench.protocol(), block))
     with tempfile.TemporaryDirectory() as folder:
-        for label, method, found in rows(bench.pipe, calls, Path(folder), given.only):
-            recipe = Recipe((method,))
-            result = bench.compare(recipe, rounds=given.rounds)
-            detail = result.report["members"][0]["runs"][-1]["detail"]
-            sizes = {k: detail[k] for k in ("weights_bytes", "quantised_bytes") if k in detail}
-            measured[label] = {**row(recipe, result, folder), "facts": {**found, **sizes}}
-            print(label, *(measured[label][k] for k in ("speedup", "psnr", "facts")), flush=True)
+        made = Calibrator(bench.pipe, calls, Path(folder))
+        for spec in missing(given.model, given.only, measured):
+            method, found = made.method(spec)
+            result = bench.compare(Recipe((method,)), rounds=given.rounds)
+            run = result.report["members"][0]["runs"][-1]
+            sizes = ("weights_bytes", "quantised_bytes")
+            found |= {k: run["detail"][k] for k in sizes if k in run["detail"]}
+            found["fallbacks"] = sum(run["fallbacks"].values())
+            measured[spec.label] = {**row(Recipe((method,)), result, folder), "facts": found}
+            print(spec.label, *(measured[spec.label][k] for k in ("speedup", "psnr", "facts")))
             block = environment_of(given.device, load)
-            first = {k: measured[k] for k in FIRST if k in measured}
-            content = {**head(bench, given.samples, block), "rows": first | measured}
+            content = {
+                **head(bench, given.samples, block),
+                "rows": _in_order(given.model, measured),
+            }
             write(name, given.device, content)  # after each: a stopped run has not been for nothing
+
+
+def _in_order(model: str, measured: dict[str, Any]) -> dict[str, Any]:
+    labels = [spec.label for spec in specs(model)]
+    return {k: measured[k] for k in sorted(measured, key=labels.index)}
 
 
 def environment_of(device: str, load: float | None) -> dict[str, Any]:
     """The environment block, with the peers' versions."""
     from importlib.metadata import version
-
-    from accel.measure import environment
 
     block = environment(device, load)
     peers = {p: version(p) for p in ("torchao", "optimum-quanto")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from accel.metrics.statistics import paired_test
+
 HOLDS = ("timestep", "pooled", "text")
 
 
@@ -62,19 +64,87 @@ def _speed(span: dict[str, float]) -> str:
     return f"{span['estimate']:.2f}x ({span['low']:.2f} to {span['high']:.2f})"
 
 
+# What a part changes: (what, the row without it, the row with it).
+PARTS = (
+    ("temporal modules whole", "{w}: plain", "{w}: + temporal whole"),
+    ("static scales by timestep", "{w}: + temporal whole", "{w}: + scales by timestep"),
+    ("scheme chosen by layer", "{w}: + scales by timestep", "{w}: + scheme by layer"),
+    ("GPTQ for rounding to the nearest", "{w}: + scheme by layer", "{w}: GPTQ"),
+    ("AdaRound for rounding to the nearest", "{w}: plain", "{w}: AdaRound, one scale"),
+    ("TIAR", "{w}: AdaRound, one scale", "{w}: AdaRound, + TIAR"),
+    (
+        "static scales by timestep, after TIAR",
+        "{w}: AdaRound, + TIAR",
+        "{w}: AdaRound, + TIAR, by timestep",
+    ),
+    ("AdaRound for GPTQ", "{w}: GPTQ", "{w}: AdaRound, temporal whole, by layer"),
+    ("skips split", "{w}: plain, skips not split", "{w}: plain"),
+    ("skips split, with GPTQ", "{w}: GPTQ, skips not split", "{w}: GPTQ"),
+    ("4, 8 and 16 bits for 4 (6 on average)", "{w}: GPTQ", "mixed: 6 bits on average"),
+)
+
+
+def parts(result: dict[str, Any]) -> str:
+    """Whether each part earns its place: PSNR with it less PSNR without, paired by sample."""
+    lines = [
+        "| part | width | PSNR | its change, paired | p | earns its place |",
+        "|---|---|---|---|---|---|",
+    ]
+    for width in ("W8A8", "W4A8", "W4A16"):
+        for what, *labels in PARTS:
+            rows = [result["rows"].get(label.format(w=width)) for label in labels]
+            if None in rows or (width == "W8A8" and "mixed" in labels[1]):
+                continue
+            without, with_it = (row["per_sample"]["psnr"] for row in rows)
+            test = paired_test(with_it, without)
+            span, low = test.difference, test.difference.low
+            verdict = "yes" if low > 0 else "harms" if span.high < 0 else "no"
+            lines.append(
+                f"| {what} | {width} | {rows[0]['psnr']['estimate']:.1f} to "
+                f"{rows[1]['psnr']['estimate']:.1f} dB | {span.estimate:+.2f} dB ({low:+.2f} to "
+                f"{span.high:+.2f}) | {test.p:.4f} | {verdict} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def facts(result: dict[str, Any]) -> str:
     """What is beside a study's rows: time to calibrate, sizes, error of temporal modules."""
     lines = [
-        "| what is on | layers | calibration | error of temporal features | weights on disk |",
-        "|---|---|---|---|---|",
+        "| what is on | layers (by bits) | calibration | error of temporal features | weights on "
+        "disk | fallbacks |",
+        "|---|---|---|---|---|---|",
     ]
     for label, row in result["rows"].items():
         own = row["facts"]
         if own.get("calibration_seconds") is None:
             continue
         whole, packed = own["bytes_on_disk"]
+        bits = ", ".join(f"{n} in {b}" for b, n in (own.get("layers_by_bits") or {}).items())
         lines.append(
-            f"| {label} | {own['quantised_layers']} | {own['calibration_seconds']:.0f} s | "
-            f"{own['temporal_error']:.4f} | {packed / whole:.0%} |"
+            f"| {label} | {own['quantised_layers']} ({bits}) | {own['calibration_seconds']:.0f} s "
+            f"| {own['temporal_error']:.4f} | {packed / whole:.0%} | {own.get('fallbacks') or 0} |"
         )
     return "\n".join(lines)
+
+
+def study(result: dict[str, Any], rows: str) -> str:
+    """All that is said of a model; ``rows``: the table of its rows."""
+    told = [rows, parts(result), facts(result), cost(result)]
+    return "\n\n".join(text for text in told if text)
+
+
+FAST, SLOW = "W4A8: GPTQ", "W4A8: AdaRound, one scale"
+
+
+def cost(result: dict[str, Any]) -> str:
+    """How much time not reconstructing everything saves."""
+    seconds = [
+        result["rows"].get(label, {}).get("facts", {}).get("calibration_seconds")
+        for label in (SLOW, FAST)
+    ]
+    if None in seconds:
+        return ""
+    return (
+        f"Calibrating `{FAST}` takes {seconds[1]:.0f} s, `{SLOW}`, which reconstructs everything, "
+        f"{seconds[0]:.0f} s: {seconds[0] / seconds[1]:.1f}x."
+    )

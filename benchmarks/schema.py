@@ -407,11 +407,14 @@ class TemporalCacheStudy(Study):
 
 class QuantFacts(_Strict):
     """bytes_on_disk: of the model's weights without, and with what stays whole beside the artifact.
-    temporal_error: relative, of what depends on the timestep, by its weights alone."""
+    temporal_error: relative, of what depends on the timestep, by its weights alone. fallbacks:
+    calls of layers or of the whole model, in the last run, that were computed as they are."""
 
     calibration_seconds: Annotated[float, Field(ge=0)] | None = None
     temporal_error: Annotated[float, Field(ge=0)] | None = None
     quantised_layers: Count | None = None
+    layers_by_bits: dict[str, Count] | None = None
+    fallbacks: Count | None = None
     bytes_on_disk: Pair | None = None
     weights_bytes: Count | None = None
     quantised_bytes: Count | None = None

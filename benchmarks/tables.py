@@ -268,10 +268,10 @@ def _caches_on(result: dict[str, Any]) -> str:
 
 def _quant_on(result: dict[str, Any]) -> str:
     said = (
-        "Weights and activations in fewer bits, one part more in each row, beside peers; the "
-        f"controls have their scales shuffled; {result['steps']} steps"
+        "Weights and activations in fewer bits, beside peers; the controls have their scales "
+        f"shuffled; {result['steps']} steps"
     )
-    return f"{_rows_on(result, said)}\n\n{quant_tables.facts(result)}"
+    return quant_tables.study(result, _rows_on(result, said))
 
 
 def _waterfall_on(result: dict[str, Any]) -> str:
@@ -328,6 +328,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cache_speed": lambda: _every_device("cache_speed", cache_tables.speed),
     "robustness": lambda: _every_device("robustness", cache_tables.robustness),
     "quant": lambda: _every_device("quant", _quant_on),
+    "quant_sd": lambda: _every_device("quant_sd", _quant_on),
+    "quant_ddpm": lambda: _every_device("quant_ddpm", _quant_on),
     "quant_kernels": lambda: _every_device("quant_kernels", quant_tables.kernels),
     "temporal_counts": lambda: _every_device("temporal_counts", quant_tables.temporal_counts),
     "temporal_times": lambda: _every_device("temporal_times", quant_tables.temporal_times),

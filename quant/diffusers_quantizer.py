@@ -5,7 +5,8 @@ that ``save_quantised`` wrote, ``PipelineQuantizationConfig(quant_mapping={"tran
 TFMQConfig()})`` for 8- or 4-bit weights on the fly (rounded to the nearest, without calibration).
 Without the import, diffusers says that it does not know "tfmq". Integers are what they are in the
 file, 4-bit ones two to a byte; scales are stored as the bits of float32, because the loader casts
-every float to the type that was asked for.
+every float to the type that was asked for. A model loaded so has no weights of its own to fall back
+to, so nothing looks for clipped inputs or outputs that are not finite, as ``quant.tfmq`` does.
 """
 
 from __future__ import annotations

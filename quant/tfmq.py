@@ -52,19 +52,22 @@ class TFMQ(Method):
     weights: Literal["keep", "disk"] = "keep"
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        artifact = Artifact.load(self.artifact)
-        paths = frozenset(artifact.settings["layers"])
+        paths = frozenset(self._read().settings["layers"])
         slots = frozenset(d.slot for d in denoisers(pipe))
         return frozenset({("linear", paths), ("denoiser.call", slots)})
+
+    def _read(self) -> Artifact:
+        artifact = Artifact.load(self.artifact)
+        if artifact.method != self.name():
+            raise ValueError(f"{self.artifact.path} is for {artifact.method}, not {self.name()}")
+        return artifact
 
     def new_live(self, pipe: Any) -> Attached:
         return _Live(self, pipe)
 
     def build(self, pipe: Any, live: Attached) -> None:
         assert isinstance(live, _Live)
-        artifact = Artifact.load(self.artifact)
-        if artifact.method != self.name():
-            raise ValueError(f"{self.artifact.path} is for {artifact.method}, not {self.name()}")
+        artifact = self._read()
         found = {d.slot: d for d in denoisers(pipe)}
         asked = {path.partition(".")[0] for path in artifact.settings["layers"]}
         if not asked <= found.keys():

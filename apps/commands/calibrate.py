@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands.calibrate_bits import bits
 from apps.commands.calibrate_tfmq import tfmq
 from apps.commands.drafts import draft
 from apps.commands.say import told
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(commands, name="calibrate")
     commands.command()(sparse)
     commands.command()(tfmq)
+    commands.command()(bits)
     commands.command()(draft)
 
 

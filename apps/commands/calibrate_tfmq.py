@@ -43,11 +43,17 @@ def tfmq(
         Path | None, typer.Option(help="Recipe that the quantised model will be used with.")
     ] = None,
     bits: Annotated[int, typer.Option(min=4, max=8, help="Of weights: 4 or 8.")] = 8,
+    plan: Annotated[
+        Path | None, typer.Option(help="Bits by layer instead, from `calibrate bits`.")
+    ] = None,
     activations: Annotated[Activations, typer.Option(help="8 bits, or whole.")] = Activations.auto,
     rounding: Annotated[Rounding, typer.Option(help="Of weights.")] = Rounding.gptq,
     temporal: Annotated[
         Temporal, typer.Option(help="What depends on the timestep: whole, apart, or like the rest.")
     ] = Temporal.cache,
+    only_faster: Annotated[
+        bool, typer.Option(help="Leave layers whole that integers do not make faster here.")
+    ] = False,
     save_model: Annotated[
         Path | None, typer.Option(help="Also write the model, for diffusers' from_pretrained.")
     ] = None,
@@ -64,8 +70,10 @@ def tfmq(
         import accel
         from accel.method import Recipe
         from accel.recipe_file import write_recipe
+        from accel.settings import Settings
         from apps.commands.calibrate import _pipeline
         from quant.calibrate import TFMQCalibration
+        from quant.mixed_precision import read_plan
         from quant.temporal_cache import TemporalCache
         from quant.tfmq import TFMQ
 
@@ -77,6 +85,8 @@ def tfmq(
             activations=activations.value,
             rounding=rounding.value,
             temporal=temporal.value,
+            only_faster=only_faster,
+            plan=None if plan is None else Settings(read_plan(plan)),
         )
         pipe, inputs, _ = _pipeline(model, jobs, None, count)
         others = accel.read_recipe(recipe).recipe if recipe is not None else Recipe(())

@@ -11,9 +11,11 @@ from caches.interval import IntervalCache
 from quant._activations import static_grids
 from quant._dataflow import watch
 from quant._program import program
+from quant._quantise import OneDenoiser
 from quant._reconstruction import Rounding, distance, reconstruct_temporal
 from quant._recording import LayerInputs
-from quant._rounding import nearest, per_channel, searched_scale
+from quant._rounding import nearest, per_channel, searched_scale, static_grid
+from quant._stored import quantised, stored
 from quant.calibrate import TFMQCalibration
 
 
@@ -145,6 +147,80 @@ def test_groups_cover_their_steps_and_a_neighbour():
     scale, zero = static_grids(seen, times, torch.tensor([0, 0, 1, 1]))
     assert scale.tolist() == pytest.approx([2 * 3 / 255, 2 * 4 / 255])  # 0: 9, 7 and next 5
     assert all(abs(z - 127.5) <= 0.5 for z in zero.tolist())
+
+
+def test_layers_that_integers_make_slower_stay_whole(tmp_path, fit, monkeypatch):
+    times = {True: (1.0, 2.0), False: (2.0, 1.0)}
+    monkeypatch.setattr(OneDenoiser, "seconds", lambda self, path, *_: times[".ff." in path])
+    said = []
+    how = TFMQCalibration(rounding="nearest", calls=1, only_faster=True)
+    layers = fit(how, tiny("dit"), tmp_path, said.append).settings["layers"]
+    assert layers
+    assert all(".ff." in path for path in layers)
+    assert any(f"{len(layers)} of " in line and "stay as they are" in line for line in said)
+
+
+def test_a_tiny_model_has_no_layer_that_integers_make_faster(tmp_path, fit):
+    """Eight rows of 32 numbers: quantising them alone takes longer than the layer."""
+    how = TFMQCalibration(rounding="nearest", calls=1, only_faster=True)
+    with pytest.raises(ValueError, match="no layer is left"):
+        fit(how, tiny("dit"), tmp_path)
+
+
+def test_parts_of_another_model_are_refused(tmp_path, fit):
+    how = TFMQCalibration(rounding="nearest", calls=1)
+    fit(how, tiny("dit"), tmp_path)
+    with pytest.raises(ValueError, match=r"another calibration \(model "):
+        fit(how, tiny("dit", seed=1), tmp_path)
+
+
+def test_a_damaged_part_is_made_again(tmp_path, fit):
+    how = TFMQCalibration(rounding="nearest", calls=1)
+    whole = fit(how, tiny("dit"), tmp_path)
+    part = next(tmp_path.glob("transformer.*.safetensors"))
+    part.write_bytes(part.read_bytes()[:100])
+    again = fit(how, tiny("dit"), tmp_path)
+    assert all(torch.equal(x, again.tensors[name]) for name, x in whole.tensors.items())
+
+
+def test_skips_have_grids_of_their_own(calibrated):
+    split = calibrated("ddim")[0]
+    layers = {p: how for p, how in split.settings["layers"].items() if "split" in how}
+    assert layers
+    assert all("up_blocks" in p and p.endswith("conv_shortcut") for p in layers)
+    for path in layers:
+        pieces = (f"{path}.hidden", f"{path}.skip")
+        assert {f"{p}:ascale" for p in pieces} <= split.tensors.keys()
+        assert split.tensors[f"{pieces[0]}:q"].shape[1] == layers[path]["split"]
+    joint = calibrated("ddim", split_skips=False)[0]
+    assert joint.settings["layers"].keys() == split.settings["layers"].keys()
+    assert not any("split" in how for how in joint.settings["layers"].values())
+
+
+def test_a_quiet_skip_beside_loud_hidden_states_keeps_its_values():
+    """The error of one grid for both is the loud one's step; two grids leave each its own."""
+    torch.manual_seed(0)
+    own = torch.nn.Conv2d(12, 6, 1).requires_grad_(False)
+    own.weight[:, :8] /= 64  # so that both pieces matter as much in the output
+    x = torch.cat((64 * torch.randn(2, 8, 5, 5), torch.randn(2, 4, 5, 5)), 1)
+    errors = {}
+    for split in (0, 8):
+        pieces = x.tensor_split([split], 1) if split else [x]
+        weights = own.weight.tensor_split([split], 1) if split else [own.weight]
+        scales = [per_channel(searched_scale(w, 8), 4).expand_as(w) for w in weights]
+        scale = torch.cat(scales, 1)
+        how = {"bits": 8, "scheme": "static", **({"split": split} if split else {})}
+        grids = [static_grid(p.min()[None], p.max()[None]) for p in pieces]
+        tensors = stored("c", how, nearest(own.weight, scale, 8), scale, grids)
+        made = {}
+        for kernel in ("int8", "reference"):
+            layer = quantised(own, tensors, "c", how)
+            for piece in layer.pieces():
+                piece.kernel = kernel
+            made[kernel] = layer(x)
+        torch.testing.assert_close(made["int8"], made["reference"])
+        errors[split] = float((made["int8"] - own(x)).pow(2).mean())
+    assert errors[8] < errors[0] / 4
 
 
 @pytest.mark.parametrize("name", ["groups", "steps", "calls"])

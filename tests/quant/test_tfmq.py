@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from accel.artifact import Artifact
 from accel.measure import mean_psnr
@@ -11,6 +15,7 @@ from accel.method import FallbackWarning, Recipe, attached
 from accel.testing import assert_equal, checks, conform, tiny
 from caches.interval import IntervalCache
 from caches.native import TaylorSeer
+from quant._rounding import bits_of, floats_of
 from quant.temporal_cache import TemporalCache
 from quant.tfmq import TFMQ
 
@@ -92,6 +97,65 @@ def test_an_output_that_is_not_finite_is_computed_whole(weights, calibrated, tmp
     assert report["fallbacks"] == {"an output was not finite": report["calls"]}
 
 
+def test_inputs_far_outside_the_calibrated_range_are_computed_whole(calibrated, tmp_path):
+    """As if the model had been calibrated on inputs a hundred times smaller."""
+    artifact, _ = calibrated("ddim", activations="static")
+    name = "unet.mid_block.resnets.0.conv1"
+    small = floats_of(artifact.tensors[f"{name}:ascale"]) / 100
+    tensors = {**artifact.tensors, f"{name}:ascale": bits_of(small)}
+    method = TFMQ(replace(artifact, tensors=tensors).save(tmp_path / "small.safetensors"))
+    host = tiny("ddim")
+    with attached(method, host.pipe) as live:
+        with pytest.warns(FallbackWarning, match="outside the calibrated range"):
+            rescued = host.run()
+        report = live.report()["runs"][0]
+    assert report["detail"]["clipped_calls"] == {name: report["calls"]}
+    assert sum(report["fallbacks"].values()) == report["calls"]
+    held = dict(artifact.settings["layers"])
+    del held[name]
+    settings = {**artifact.settings, "layers": held}
+    without = replace(artifact, settings=settings).save(tmp_path / "without.safetensors")
+    with attached(TFMQ(without), host.pipe):
+        assert_equal(host.run(), rescued, "that layer whole, all others quantised")
+
+
+def test_an_output_that_says_nothing_is_computed_whole(calibrated):
+    host = tiny("dit")
+    plain = host.run()
+    with attached(TFMQ(calibrated("dit")[1]), host.pipe) as live:
+        first = host.pipe.transformer.transformer_blocks[0].attn1.to_q
+        live.patch.around_call(
+            host.pipe.transformer,
+            lambda nxt, *a, **k: nxt(*a, **k) if live.whole else tuple(x * 0 for x in nxt(*a, **k)),
+        )
+        with pytest.warns(FallbackWarning, match="the same everywhere"):
+            assert_equal(plain, host.run(), "with the model's own weights")
+    assert "forward" not in vars(first)
+
+
+@pytest.mark.parametrize("name", ["dit", "ddim"])
+@pytest.mark.parametrize("first", [True, False], ids=["compiled before", "compiled after"])
+def test_one_graph_for_the_whole_model(name, first, calibrated):
+    """With a scale for each timestep (ddim) as well; the sentinel on outputs is outside of it."""
+    ref = calibrated(name, activations="groups" if name == "ddim" else "auto", groups=4)[1]
+    host, frames = tiny(name), CompileCounter()
+    with attached(TFMQ(ref), host.pipe):
+        wanted = host.run()
+    module = host.pipe.transformer if name == "dit" else host.pipe.unet
+    torch._dynamo.reset()
+    if first:
+        module.compile(backend=frames, fullgraph=True)
+    with attached(TFMQ(ref), host.pipe) as live:
+        if not first:
+            module.compile(backend=frames, fullgraph=True)
+        for _ in range(2):
+            assert_equal(wanted, host.run(), "compiled")
+        report = live.report()
+    assert frames.frame_count == 1
+    assert report["effect"] == "some"
+    assert "graphs" in report["runs"][0]["detail"]
+
+
 def test_scales_follow_the_timestep(calibrated):
     artifact, ref = calibrated("ddim", activations="groups", groups=4)
     static = [n for n in artifact.tensors if n.endswith(":ascale")]
@@ -156,3 +220,16 @@ def test_composes_with_the_temporal_cache_and_feature_caches(first, calibrated):
             for _ in range(2):
                 assert_equal(wanted, host.run(num_inference_steps=6), str(recipe))
         assert all(m["effect"] == "some" for m in live.report()["members"])
+
+
+def test_an_artifact_of_another_method_or_a_damaged_one_is_refused(calibrated, tmp_path):
+    artifact, ref = calibrated("dit")
+    other = replace(artifact, method="caches.router:RouterCache", settings={})
+    with pytest.raises(ValueError, match="is for caches"):
+        TFMQ(other.save(tmp_path / "other.safetensors")).attach(tiny("dit").pipe)
+    data = bytearray(Path(ref.path).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "damaged.safetensors").write_bytes(data)
+    damaged = replace(ref, path=str(tmp_path / "damaged.safetensors"))
+    with pytest.raises(ValueError, match="SHA-256"):
+        TFMQ(damaged).attach(tiny("dit").pipe)
