@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ CONTRACT: dict[str, str] = {
     "TaylorSeer": "diffusers.hooks.taylorseer_cache:apply_taylorseer_cache",
     "TaylorSeer module": "diffusers.hooks.taylorseer_cache:TaylorSeerCacheHook.new_forward",
     "TaylorSeer state": "diffusers.hooks.taylorseer_cache:TaylorSeerState.predict",
+    "leaving dispatch modes": "torch.utils._python_dispatch:_disable_current_modes",
 }
 
 
@@ -90,6 +91,11 @@ def is_compiled(module: Any) -> bool:
     """Whether calls of ``module`` enter one compiled graph (or several) as a whole."""
     compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
     return compiled_in_place or compiled_entry(module) is not module
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """Operations inside are not seen by dispatch modes that are on (a watched or counted call)."""
+    return lookup("leaving dispatch modes")()
 
 
 def wrapped_callable(call: Any) -> Any:

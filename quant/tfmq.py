@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 
 from accel.artifact import Artifact, ArtifactRef
 from accel.clock import Run, denoiser_modules
-from accel.compat import is_compiled
+from accel.compat import is_compiled, unwatched
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
 from accel.patch import at_home
@@ -135,7 +135,10 @@ class _Live(Attached):
 
     def _clips(self, path: str, layer: Layer, x: Tensor) -> bool:
         """Whether the calibrated range is not one for these inputs."""
-        if max(layer.clipped(x), default=0.0) <= CLIPPED:
+        with unwatched():  # a look at values, which decides nothing of what a trace shows
+            shares = layer.clipped(x)
+        self.count("syncs", 2 * len(shares) * x.is_cuda)
+        if max(shares, default=0.0) <= CLIPPED:
             return False
         self.saturated[path] += 1
         self.fallback("a layer's inputs lay outside the calibrated range (calibrate on such)")

@@ -207,6 +207,18 @@ def test_an_adapter_stays_whole_beside_the_layers(calibrated):
     assert not torch.equal(without, beside)
 
 
+def test_looking_at_ranges_does_not_stop_the_temporal_cache(calibrated):
+    """Projections of the text are quantised and known before the sample is."""
+    ref = calibrated("sd", activations="static")[1]
+    host = tiny("sd")
+    with attached(TFMQ(ref), host.pipe):
+        wanted = host.run()
+    with attached(Recipe((TFMQ(ref), TemporalCache(weights="disk"))), host.pipe) as live:
+        for _ in range(2):
+            assert_equal(wanted, host.run(), "with the cache")
+        assert [run["fallbacks"] for m in live.report()["members"] for run in m["runs"]] == [{}] * 4
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_composes_with_the_temporal_cache_and_feature_caches(first, calibrated):
     quantised = TFMQ(calibrated("dit")[1])
