@@ -15,7 +15,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,8 +231,8 @@ def studied(model: str, samples: int, device: str) -> tuple[Study, list[dict[str
     return study(samples, device, NAME, model, STEPS), made(samples + BATCH, STEPS)[-1:]
 
 
-def missing(model: str, only: list[str], have: dict[str, Any]) -> Iterator[Spec]:
-    """Rows to measure: the named ones, or those that the file has not.
+def missing(model: str, only: list[str], have: Container[str]) -> Iterator[Spec]:
+    """Of the named rows, or of all, those that are not there yet.
 
     Raises:
         ValueError: a name of no row.
@@ -242,7 +242,7 @@ def missing(model: str, only: list[str], have: dict[str, Any]) -> Iterator[Spec]
     if unknown:
         raise ValueError(f"no row is called {min(unknown)!r}; rows: {[s.label for s in known]}")
     for spec in known:
-        if spec.label in only or (not only and spec.label not in have):
+        if spec.label not in have and (not only or spec.label in only):
             yield spec
 
 
@@ -252,17 +252,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=DEVICES)
-    parser.add_argument("--only", nargs="*", default=[], help="rows to measure; the others stay")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
+    parser.add_argument("--only", nargs="*", default=[], help="rows to measure; all by default")
+    parser.add_argument("--again", action="store_true", help="measure these anew if they are there")
     given = parser.parse_args()
     load, name = load_average(), NAMES[given.model]
     bench, calls = studied(given.model, given.samples, given.device)
     block = environment_of(given.device, load)
-    old = None if given.again else read(name, given.device)
+    old = read(name, given.device) if given.only or not given.again else None
     measured = dict(kept_rows(old, bench.protocol(), block))
     with tempfile.TemporaryDirectory() as folder:
         made = Calibrator(bench.pipe, calls, Path(folder))
-        for spec in missing(given.model, given.only, measured):
+        for spec in missing(given.model, given.only, () if given.again else set(measured)):
             method, found = made.method(spec)
             result = bench.compare(Recipe((method,)), rounds=given.rounds)
             run = result.report["members"][0]["runs"][-1]
