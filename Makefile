@@ -45,6 +45,7 @@ bench: $(READY) figures
 	$(VENV)/bin/accel evaluate all --model zoo:digits-sd --samples 200 --out out/evaluate-sd \
 		$(addprefix --recipe ,$(wildcard recipes/digits-sd-*.yaml))
 	$(PY) -m benchmarks.recipe_cards out/evaluate-dit out/evaluate-sd
+	$(PY) -m benchmarks.bench_backend
 	$(PY) -m benchmarks.bench_sparse
 	$(PY) -m benchmarks.bench_sparse_quality
 	$(PY) -m benchmarks.bench_search --prompts 100
@@ -74,6 +75,7 @@ gpu: $(READY)
 	$(PY) -m benchmarks.bench_tdm --device cuda
 	$(PY) -m benchmarks.waterfall --device cuda
 	$(PY) -m benchmarks.bench_overhead --device cuda
+	$(PY) -m benchmarks.bench_backend --device cuda
 	$(PY) -m benchmarks.bench_sparse --device cuda
 	$(PY) -m benchmarks.bench_sparse_quality --device cuda
 	$(PY) -m benchmarks.tables

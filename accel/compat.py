@@ -34,6 +34,15 @@ CONTRACT: dict[str, str] = {
     "TaylorSeer module": "diffusers.hooks.taylorseer_cache:TaylorSeerCacheHook.new_forward",
     "TaylorSeer state": "diffusers.hooks.taylorseer_cache:TaylorSeerState.predict",
     "leaving dispatch modes": "torch.utils._python_dispatch:_disable_current_modes",
+    "attention kernels": "diffusers.models.attention_dispatch:_AttentionBackendRegistry",
+    "names of attention kernels": "diffusers.models.attention_dispatch:AttentionBackendName",
+    "attention by a kernel": "diffusers.models.attention_dispatch:dispatch_attention_fn",
+    "packages of attention kernels": (
+        "diffusers.models.attention_dispatch:_check_attention_backend_requirements"
+    ),
+    "attention kernels of the hub": (
+        "diffusers.models.attention_dispatch:_maybe_download_kernel_for_backend"
+    ),
 }
 
 
@@ -238,3 +247,42 @@ def hooked_blocks(module: Any) -> list[tuple[str, Any]]:
 def feed_forward_chunk(block: Any) -> int | None:
     """Tokens per call of a block's feed-forward, if chunking was enabled on it."""
     return getattr(block, "_chunk_size", None)
+
+
+KERNEL_ATTRIBUTE = "_attention_backend"  # of processors that take their kernel from diffusers
+
+
+def attention_kernels() -> dict[str, Any]:
+    """diffusers' kernels for dense attention, by name without its leading underscore."""
+    return {kernel.value.lstrip("_"): kernel for kernel in lookup("names of attention kernels")}
+
+
+def attention_kernel_of(processor: Any) -> Any | None:
+    """The kernel a processor attends with now; ``None``: it calls torch's attention itself."""
+    if not hasattr(processor, KERNEL_ATTRIBUTE):
+        return None
+    chosen = getattr(processor, KERNEL_ATTRIBUTE)
+    if chosen is None:
+        return lookup("attention kernels").get_active_backend()[0]
+    return lookup("names of attention kernels")(chosen)
+
+
+def fetch_attention_kernel(kernel: Any) -> None:
+    """Load what a kernel needs; those of the hub are fetched, as diffusers itself would do.
+
+    Raises:
+        RuntimeError: a package is missing; says which.
+    """
+    lookup("packages of attention kernels")(kernel)
+    lookup("attention kernels of the hub")(kernel)
+
+
+def attention_constraints(kernel: Any) -> list[Callable[..., None]]:
+    """Checks of query, key and value that diffusers knows and leaves out by default."""
+    return lookup("attention kernels")._constraints[kernel]
+
+
+def cannot_be_spread(processor: Any, kernel: Any) -> bool:
+    """Whether a processor's tokens lie on several devices, which a kernel knows nothing of."""
+    spread = getattr(processor, "_parallel_config", None) is not None
+    return spread and not lookup("attention kernels")._is_context_parallel_available(kernel)

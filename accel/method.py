@@ -29,7 +29,8 @@ Claim = tuple[str, frozenset[str]]  # (slot, module or component paths)
 
 # Slots that one method holds alone, where the paths meet. Others stack in recipe order.
 EXCLUSIVE_SLOTS = frozenset(
-    {"scheduler", "block.skip", "attention", "linear", "tokens", "weights", "temporal"}
+    {"scheduler", "block.skip", "attention", "attention.kernel", "linear", "tokens", "weights"}
+    | {"temporal"}
 )
 STACKING_SLOTS = frozenset({"denoiser.call", "initial_latents", "scheduler.modifier"})
 MAX_FIELDS = 8

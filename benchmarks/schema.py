@@ -190,6 +190,19 @@ class Caches(Study):
     from careful to bold; a row's name begins with its curve."""
 
 
+class KernelRow(Row):
+    """kernels: operators that attended, as counted in a run's first denoiser call."""
+
+    kernels: list[str]
+
+
+class AttentionKernels(Study):
+    """``attention_backend.json``: kernels of dense attention; refused: what does not work there."""
+
+    rows: dict[str, KernelRow]  # type: ignore[assignment]  # pydantic fields are covariant here
+    refused: dict[str, str]
+
+
 class Students(Study):
     """``tdm.json``, ``tdm_sd.json``: distilled students, and their teacher in as few steps."""
 
@@ -659,6 +672,7 @@ class SparseQuality(_Strict):
 KINDS: dict[str, type[BaseModel]] = {
     "sparse_quality": SparseQuality,
     "sparse": SparseSpeed,
+    "attention_backend": AttentionKernels,
     "evaluate": Evaluation,
     "native": Native,
     "caches": Caches,

@@ -124,3 +124,21 @@ def _psnr(row: dict[str, Any] | None, asked: float) -> str:
 
 def _span(value: dict[str, float]) -> str:
     return f"{value['estimate']:.2f}x ({value['low']:.2f} to {value['high']:.2f})"
+
+
+def backends(result: dict[str, Any]) -> str:
+    """Kernels of dense attention, in turn with the pipeline's own."""
+    env = result["environment"]
+    lines = [
+        f"{result['model']}, {result['steps']} steps, {result['samples']} samples "
+        f"({env['hardware']}, {env['threads']} thread(s)): against the pipeline's own kernel, "
+        "timed in turn.",
+        "",
+        "| kernel | operators that ran | speed-up | PSNR |",
+        "|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        ran = ", ".join(f"`{kernel}`" for kernel in row["kernels"])
+        psnr = row["psnr"]["estimate"]
+        lines.append(f"| {name} | {ran} | {_span(row['speedup'])} | {psnr:.1f} dB |")
+    return "\n".join([*lines, "", f"Refused there: {', '.join(result['refused'])}."])

@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
 RESULTS_WITH_METHODS = (
     *("native", "caches", "caches_20", "caches_sd", "leap", "temporal_cache", "quant"),
+    "attention_backend",
 )
 PEERS = "benchmarks.peers:"
 
@@ -334,6 +335,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "temporal_counts": lambda: _every_device("temporal_counts", quant_tables.temporal_counts),
     "temporal_times": lambda: _every_device("temporal_times", quant_tables.temporal_times),
     "sparse": lambda: _every_device("sparse", sparse_tables.speed),
+    "attention_backend": lambda: _every_device("attention_backend", sparse_tables.backends),
     "sparse_quality": lambda: _every_device("sparse_quality", sparse_tables.quality),
     "leap": lambda: _every_device("leap", _leaps_on),
     "evaluate": lambda: _every_device("evaluate", recipe_cards.evaluation),

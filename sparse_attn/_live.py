@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 from accel import compat
-from accel.clock import Run
+from accel.clock import Run, denoiser_modules
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
+from sparse_attn import _graphs
+from sparse_attn._dense import Attention
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.reference import Pooled
 from sparse_attn.processors import family_of, processor_for
-from sparse_attn.speed import worth_it
+from sparse_attn.speed import Size, worth_it
 from sparse_attn.token_order import Grid, TokenOrder, gilbert, raster
 
 CANARY_ROWS = 64  # queries that a canary attends densely
@@ -131,6 +133,8 @@ class SparseAttention(ABC):
 # Modules around which the tokens of a whole forward can be put in another order: the video tokens
 # appear, the rotary table is made, the tokens are given back.
 REORDERED_ONCE = {"WanTransformer3DModel": ("patch_embedding", "rope", "proj_out")}
+# Dense attention with a mask, which the operator that stands in compiled graphs does not get.
+MASKED = ("HunyuanVideoTransformer3DModel",)
 
 
 def attention_paths(denoiser: Denoiser) -> list[str]:
@@ -164,7 +168,9 @@ class LiveSparse(Attached):
         self._canaries: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         self._dense: dict[str, int] = defaultdict(int)
         self._adopted: list[Denoiser] = []
-        self._compiled = False
+        self._whole: set[str] = set()  # denoisers that are one compiled graph
+        self._in_graphs: set[str] = set()  # these, and denoisers with compiled blocks
+        self._unable: dict[str, str] = {}  # denoisers that attend densely, and why
 
     # -- attaching ---------------------------------------------------------------------------
 
@@ -174,7 +180,7 @@ class LiveSparse(Attached):
         self._adopted.append(denoiser)
         for layer, path in enumerate(paths):
             module = denoiser.module.get_submodule(path)
-            site = _Site(self, layer, len(paths))
+            site = _Site(self, layer, len(paths), module.processor, denoiser.cls not in MASKED)
             processor = processor_for(denoiser.cls, path, module.processor, site)
             self.patch.swap(module, "processor", processor)
             self._layered.add(id(module))
@@ -192,7 +198,7 @@ class LiveSparse(Attached):
         self, denoiser: Denoiser, call_next: Callable, *args: Any, **kwargs: Any
     ) -> Any:
         self.geometry = self._geometry(denoiser, args, kwargs)
-        if self.geometry is not None and denoiser.cls in REORDERED_ONCE:
+        if self.geometry is not None and self.geometry.sequence is None:
             args, kwargs = self._reorder_timesteps(denoiser, args, kwargs)
         try:
             return call_next(*args, **kwargs)
@@ -204,8 +210,11 @@ class LiveSparse(Attached):
         now, run = self.now, self.clock.run
         assert now is not None
         assert run is not None
-        if self._compiled:
-            return self._all_dense("compiled")
+        if denoiser.slot in self._unable:
+            return self._all_dense(self._unable[denoiser.slot])
+        if denoiser.slot in self._in_graphs and torch.is_grad_enabled():
+            self.fallback("compiled graphs have no gradients of sparse attention")
+            return None
         if now.step < math.ceil(self.policy.dense[0] * run.steps):
             return self._all_dense("first steps")
         try:
@@ -215,15 +224,13 @@ class LiveSparse(Attached):
             return None
         span = denoiser.text_span(args, kwargs)
         text = 0 if span is None else span.stop - span.start
-        device = denoiser.sample(args, kwargs).device
-        tokens = math.prod(grid) + text
-        if self.policy.guard and not worth_it(
-            device.type, tokens, self.policy.blocks, self.policy.nominal()
-        ):
+        sample = denoiser.sample(args, kwargs)
+        if self.policy.guard and not self._gains(denoiser, sample, math.prod(grid) + text):
             return self._all_dense("guard: dense attention is faster here")
+        device = sample.device
         order = ORDERS[self.policy.ORDER](grid).on(device)
         sequence = None
-        if denoiser.cls not in REORDERED_ONCE:
+        if denoiser.cls not in REORDERED_ONCE or denoiser.slot in self._whole:
             sequence = _joint_order(grid, self.policy.ORDER, text, span is None or span.start > 0)
             sequence = sequence.on(device)
         hidden = self._hidden_text(denoiser, args, kwargs)
@@ -232,12 +239,17 @@ class LiveSparse(Attached):
             return None
         return _Geometry(denoiser, grid, order, sequence, text, hidden)
 
+    def _gains(self, denoiser: Denoiser, sample: Tensor, tokens: int) -> bool:
+        shape = Attention("", denoiser.module.get_submodule(attention_paths(denoiser)[0])).shape
+        size = Size(sample.device, sample.dtype, *shape, tokens, self.policy.blocks)
+        return worth_it(size, self.policy.nominal())
+
     def _all_dense(self, reason: str) -> None:
         self._dense[reason] += 1
 
     def _hidden_text(self, denoiser: Denoiser, args: tuple, kwargs: dict) -> int | None:
         """Text tokens at the end that are padding; None where batch rows differ."""
-        if denoiser.cls != "HunyuanVideoTransformer3DModel":
+        if denoiser.cls not in MASKED:
             return 0
         mask = denoiser.argument("encoder_attention_mask", args, kwargs)
         known = _hidden_lengths()
@@ -249,21 +261,26 @@ class LiveSparse(Attached):
 
     # -- the order of tokens -----------------------------------------------------------------
 
+    @property
+    def _order_of_all(self) -> TokenOrder | None:
+        """Where the tokens of a whole forward are put in order; None: at each attention, or not."""
+        geometry = self.geometry
+        return None if geometry is None or geometry.sequence is not None else geometry.order
+
     def _reorder_embedded(self, call_next: Callable, *args: Any, **kwargs: Any) -> Tensor:
         out = call_next(*args, **kwargs)  # (b, c, f, h, w)
-        if self.geometry is None:
-            return out
-        return out.flatten(2)[:, :, self.geometry.order.forward].view_as(out)
+        order = self._order_of_all
+        return out if order is None else out.flatten(2)[:, :, order.forward].view_as(out)
 
     def _reorder_rotary(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
         tables = call_next(*args, **kwargs)  # (1, s, 1, d) each
-        if self.geometry is None:
-            return tables
-        return tuple(table[:, self.geometry.order.forward] for table in tables)
+        order = self._order_of_all
+        return tables if order is None else tuple(table[:, order.forward] for table in tables)
 
     def _restore(self, call_next: Callable, *args: Any, **kwargs: Any) -> Tensor:
         out = call_next(*args, **kwargs)  # (b, s, c)
-        return out if self.geometry is None else out[:, self.geometry.order.back]
+        order = self._order_of_all
+        return out if order is None else out[:, order.back]
 
     def _reorder_timesteps(
         self, denoiser: Denoiser, args: tuple, kwargs: dict
@@ -279,8 +296,6 @@ class LiveSparse(Attached):
 
     def plan(self, layer: int, layers: int) -> Callable[..., Tensor] | None:
         """How the attention numbered `layer` attends now; None: densely."""
-        if compat.is_compiling():
-            return None  # nothing may be counted inside a graph
         if self.geometry is None or self.now is None:
             self.count("computed")
             return None
@@ -333,13 +348,27 @@ class LiveSparse(Attached):
 
     def on_run(self, run: Run) -> None:
         self.geometry = None
-        blocks = (d.module.get_submodule(b.path) for d in self._adopted for b in d.blocks)
-        in_blocks = any(compat.is_compiled(block) for block in blocks)
-        self._compiled = in_blocks or self._hidden_by_compile()
-        if in_blocks:
-            self.fallback("blocks are compiled, which hides their attention")
+        modules = denoiser_modules(self._pipe())
+        self._whole = {slot for slot, module in modules if compat.is_compiled(module)}
+        self._in_graphs = self._whole | {d.slot for d in self._adopted if _has_compiled_blocks(d)}
+        self._unable = {d.slot: why for d in self._adopted if (why := self._why_dense(d))}
+        for reason in self._unable.values():
+            self.fallback(reason)
         for counts in (self._kept, self._canaries, self._dense):
             counts.clear()
+
+    def _why_dense(self, denoiser: Denoiser) -> str | None:
+        """What keeps all of a denoiser from being sparse in this run."""
+        get = denoiser.module.get_submodule
+        processors = [get(path).processor for path in attention_paths(denoiser)]
+        if any(getattr(p, "_parallel_config", None) is not None for p in processors):
+            return "context parallelism is on, which splits the tokens"
+        if denoiser.slot in self._in_graphs and denoiser.cls in MASKED:
+            return "its blocks are compiled, and their attention has a mask"
+        return None
+
+    def _hidden_by_compile(self) -> bool:
+        return False  # attention is an operator of its own in graphs
 
     def on_run_end(self, run: Run) -> None:
         """Densities are read here, so that no step waits for the device."""
@@ -362,14 +391,37 @@ class LiveSparse(Attached):
                     self.detail[name] = {"mean": _mean(values.values()), "by_layer": by_layer}
 
 
-class _Site:
-    """See `processors.site.Site`."""
+def _has_compiled_blocks(denoiser: Denoiser) -> bool:
+    get = denoiser.module.get_submodule
+    return any(compat.is_compiled(get(block.path)) for block in denoiser.blocks)
 
-    def __init__(self, live: LiveSparse, layer: int, layers: int) -> None:
-        self.live, self.layer, self.layers = live, layer, layers
+
+class _Site:
+    """See `processors.site.Site`. stock: the host's processor there. in_graphs: whether a compiled
+    graph may call this attention."""
+
+    def __init__(
+        self, live: LiveSparse, layer: int, layers: int, stock: Any, in_graphs: bool
+    ) -> None:
+        self.live, self.layer, self.layers, self.stock = live, layer, layers, stock
+        self.taken = 0
+        self.number = _graphs.numbered(self) if in_graphs else None
 
     def sparse(self) -> Callable[..., Tensor] | None:
-        return self.live.plan(self.layer, self.layers)
+        if compat.is_compiling():
+            able = self.number is not None and not torch.is_grad_enabled()
+            return self._in_graph if able else None
+        found = self.live.plan(self.layer, self.layers)
+        self.taken += found is not None
+        return found
+
+    def _in_graph(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _graphs.attend(q, k, v, self.number)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What a graph calls: sparse or dense, as it is now."""
+        found = self.sparse()
+        return _graphs.attend_as_host(self.stock, q, k, v) if found is None else found(q, k, v)
 
 
 ORDERS: dict[str, Callable[[Grid], TokenOrder]] = {"gilbert": gilbert, "raster": raster}

@@ -14,7 +14,9 @@ class Sparse(Protocol):
 
 
 class Site(Protocol):
-    """One attention module of a model under a method."""
+    """One attention module of a model under a method. taken: calls that attended sparsely."""
+
+    taken: int
 
     def sparse(self) -> Sparse | None:
         """How to attend in the call being computed; None: as the host does."""

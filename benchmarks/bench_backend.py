@@ -1,0 +1,65 @@
+"""Every kernel of dense attention that works here, on ``zoo:digits-dit``, which has none by name.
+
+    python -m benchmarks.bench_backend [--samples 60] [--rounds 5] [--device cuda]
+
+Each row gives all attention to one of diffusers' kernels and is paired with the unmodified
+pipeline, as in ``bench_native``: same seeds, same inputs, timed in turn, judged. The model's
+processors call torch's attention themselves, so calls are rerouted one by one, which is in the
+times. What does not work here is named with its reason. A model of 16 tokens says what a kernel
+costs and whether it is right, not how fast it is on long sequences: ``bench_sparse`` has those.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from accel import compat
+from accel.measure import environment, load_average
+from accel.method import Recipe
+from benchmarks.digits_study import head, row, study
+from benchmarks.results_file import DEVICES, write
+from sparse_attn.backend import AttentionBackend
+
+
+def usable(pipe: Any) -> tuple[list[str], dict[str, str]]:
+    """Names that attach to a pipeline, and why the others do not."""
+    works, refused = [], {}
+    for name in sorted(compat.attention_kernels()):
+        try:
+            AttentionBackend((name,)).attach(pipe).detach()
+        except ValueError as error:
+            refused[name] = str(error)
+        else:
+            works.append(name)
+    return works, refused
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
+    given = parser.parse_args()
+    load = load_average()
+    bench = study(given.samples, given.device)
+    works, refused = usable(bench.pipe)
+    rows = {}
+    for name in works:
+        recipe = Recipe((AttentionBackend((name,)),))
+        result = bench.compare(recipe, rounds=given.rounds)
+        rows[name] = row(recipe, result)
+        rows[name]["kernels"] = kernels(result.report)
+        print(name, rows[name]["speedup"], rows[name]["kernels"], flush=True)
+    content = head(bench, given.samples, environment(given.device, load))
+    write("attention_backend", given.device, {**content, "rows": rows, "refused": refused})
+
+
+def kernels(report: dict[str, Any]) -> list[str]:
+    """Names of the operators that attended, as the report of a row's first run has them."""
+    (member,) = report["members"]
+    return sorted(member["runs"][0]["detail"].get("kernels", {}))
+
+
+if __name__ == "__main__":
+    main()
