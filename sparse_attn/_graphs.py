@@ -53,4 +53,5 @@ attend.register_fake(_shape)
 def attend_as_host(processor: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense, q, k, v (b, s, h, d), by the kernel that a processor of the host has."""
     kernel = compat.attention_kernel_of(processor) or compat.attention_kernels()["native"]
-    return attend_by(kernel, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attend_by(kernel, q, k, v).transpose(1, 2)
