@@ -11,6 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers.hooks import FirstBlockCacheConfig
 
 import accel
+from accel import compat
 from accel.testing import assert_equal, assert_same_state, host_state, spy, tiny
 from caches.native import FirstBlockCache, TaylorSeer
 
@@ -142,10 +143,13 @@ def test_lora_load_and_unload_while_attached():
 def test_attention_backend_set_while_attached():
     host = tiny("flux")
     expected = host.run()
+    default, _ = compat.lookup("attention kernels").get_active_backend()
     with accel.attached(spy(), host.pipe):
         host.pipe.transformer.set_attention_backend("_native_math")
         near = host.run()
     host.pipe.transformer.reset_attention_backend()
+    # which leaves the default of the process behind, for all tests that follow
+    compat.lookup("attention kernels").set_active_backend(default)
     # another summation order of the same attention in fp32: relative 1e-3 is far above rounding
     torch.testing.assert_close(near, expected, rtol=1e-3, atol=1e-3)
 

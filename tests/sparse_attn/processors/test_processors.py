@@ -11,9 +11,11 @@ import inspect
 import pytest
 import torch
 
+from accel import compat
 from accel.denoiser import denoisers
 from accel.patch import Patch
 from accel.testing import assert_equal, tiny
+from sparse_attn._graphs import attend_as_host
 from sparse_attn.processors import FAMILIES, processor_for
 
 PIPELINES = {
@@ -34,30 +36,29 @@ SOURCES = {
 
 
 class _HostKernel:
-    """A site that attends as the host does, through the code of our processor."""
+    """A site that attends as the host's processor does, through the code of ours."""
 
-    def __init__(self, mask):
-        self.mask, self.calls = mask, 0
+    def __init__(self, stock):
+        self.stock, self.taken = stock, 0
 
     def sparse(self):
+        self.taken += 1
         return self.attend
 
     def attend(self, q, k, v):
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        self.calls += 1
-        return dispatch_attention_fn(q, k, v, attn_mask=self.mask, dropout_p=0.0)
+        return attend_as_host(self.stock, q, k, v)
 
 
-def replaced(host, patch, mask=None):
+def replaced(host, patch):
     """All self-attentions through our processors."""
-    site = _HostKernel(mask)
+    sites = []
     for denoiser in denoisers(host.pipe):
         for block in denoiser.blocks:
             module = denoiser.module.get_submodule(block.self_attn)
+            sites.append(site := _HostKernel(module.processor))
             ours = processor_for(denoiser.cls, block.self_attn, module.processor, site)
             patch.swap(module, "processor", ours)
-    return site
+    return sites
 
 
 @pytest.mark.parametrize("pipeline", list(PIPELINES))
@@ -68,20 +69,35 @@ def test_bit_equal_to_the_stock_processor(pipeline, fused):
         if pipeline not in ("wan", "flux"):
             pytest.skip("fused projections take a processor of their own in this family")
         host.pipe.transformer.fuse_qkv_projections()
-    mask = None
-    if pipeline == "hunyuanvideo":  # no padding, so that no mask is needed
+    if pipeline == "hunyuanvideo":  # no padding: a mask of ones, which has a kernel of its own
         host.inputs["negative_prompt_attention_mask"] = torch.ones(1, 7)
     plain, patch = host.run(), Patch()
-    site = replaced(host, patch, mask)
+    sites = replaced(host, patch)
     found = host.run()
     patch.undo()
-    assert site.calls > 0
-    # HunyuanVideo has a mask of ones, which takes another kernel; CogVideoX has another layout,
-    # which sums in another order on some machines
-    if pipeline in ("hunyuanvideo", "cogvideox"):
+    assert all(site.taken for site in sites)
+    if pipeline == "hunyuanvideo":
         assert (found - plain).abs().max().item() < 1e-5
     else:
         assert_equal(plain, found, "output through our processors")
+
+
+@pytest.mark.parametrize("pipeline", ["wan", "cogvideox"])
+def test_bit_equal_whatever_the_default_of_the_process_is(pipeline):
+    """Wan's processor follows the default, CogVideoX's calls torch's attention in any case."""
+    registry = compat.lookup("attention kernels")
+    before = registry.get_active_backend()[0]
+    host = tiny(pipeline)
+    native = host.run()
+    try:
+        registry.set_active_backend(compat.attention_kernels()["native_math"])
+        plain, patch = host.run(), Patch()
+        replaced(host, patch)
+        assert_equal(plain, host.run(), "output through our processors")
+        patch.undo()
+    finally:
+        registry.set_active_backend(before)
+    assert torch.equal(plain, native) == (pipeline == "cogvideox")
 
 
 @pytest.mark.parametrize("cls", list(FAMILIES))
