@@ -57,7 +57,7 @@ def refusal(kernel: Any, heads: int, width: int, like: Tensor) -> str | None:
 
 
 def in_a_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def fault(out: Tensor, frames: int = 2) -> str | None:

@@ -160,6 +160,7 @@ class _Live(Attached):
 
     def on_run_end(self, run: Run) -> None:
         self._give_back()
+        self.detail["attended"] = self.counts["changed"]  # attentions, by the chosen kernel
         if self._names:
             self.detail["kernels"] = dict(self._names)
 

@@ -19,9 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.block_map import BlockMap
-from sparse_attn.kernels import triton_forward
+from sparse_attn.kernels import launch, triton_forward
+from sparse_attn.kernels.launch import (
+    Config,
+    capability,
+    last_stride_one,
+    padded,
+    pooled_arguments,
+    strides,
+)
 from sparse_attn.kernels.reference import Attention, Pooled
-from sparse_attn.kernels.triton_forward import Config, padded
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -182,7 +189,7 @@ def constants(
     blocks: BlockMap, width: int, repeat: int, config: Config, dtype: torch.dtype, pooled: bool
 ) -> dict[str, Any]:
     """What the kernels are compiled for; tiles lie within blocks on both sides."""
-    found = triton_forward.constants(blocks, width, repeat, config, dtype, pooled)
+    found = launch.constants(blocks, width, repeat, config, dtype, pooled)
     return {**found, "BLOCK_N": min(config.block_n, blocks.key_block)}
 
 
@@ -214,14 +221,13 @@ class _Backward:
     """Launches of one backward pass."""
 
     def __init__(self, q, k, v, out, lse, grad, blocks, pooled, scale, config) -> None:
-        self.q, self.k, self.v = (triton_forward._last_stride_one(x) for x in (q, k, v))
-        self.grad = triton_forward._last_stride_one(grad)
+        self.q, self.k, self.v = (last_stride_one(x) for x in (q, k, v))
+        self.grad = last_stride_one(grad)
         self.lse = lse.contiguous()
         self.delta = (grad.float() * out.float()).sum(-1).contiguous()
         self.blocks, self.pooled = blocks, pooled
         self.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        capability = triton_forward._capability(q.device)
-        self.config = config or config_for(capability, padded(q.shape[-1]), q.dtype)
+        self.config = config or config_for(capability(q.device), padded(q.shape[-1]), q.dtype)
 
     def queries(self) -> Tensor:
         b, h, s, width = self.q.shape
@@ -231,11 +237,11 @@ class _Backward:
             self.pooled is not None,
         )  # fmt: skip
         lists, counts = self.blocks.lists(), self.blocks.counts
-        more = triton_forward._pooled_arguments(self.q, self.k, self.pooled, self.blocks)
-        launch: Any = backward_q[(-(-s // meta["BLOCK_M"]), h, b)]
-        launch(
+        more = pooled_arguments(self.q, self.k, self.pooled, self.blocks)
+        kernel: Any = backward_q[(-(-s // meta["BLOCK_M"]), h, b)]
+        kernel(
             self.q, self.k, self.v, self.grad, dq, self.lse, self.delta, lists, counts, *more[:3],
-            *_strides(self.q, self.k, self.v, self.grad, dq), *more[3:],
+            *strides(self.q, self.k, self.v, self.grad, dq), *more[3:],
             h, s, self.blocks.keys, 0 if self.pooled is None else self.pooled.k.shape[2],
             counts.shape[-1], lists.shape[-1], self.scale,
             **meta, num_warps=self.config.num_warps, num_stages=self.config.num_stages,
@@ -247,7 +253,7 @@ class _Backward:
     ) -> tuple[Tensor, Tensor]:
         """Of keys whose blocks are seen by listed blocks of queries, with their bias if any."""
         b, h, s, width = self.q.shape
-        k, v = (triton_forward._last_stride_one(x) for x in (k, v))
+        k, v = (last_stride_one(x) for x in (k, v))
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         here = BlockMap(
             seen_by.keep.transpose(-1, -2), seen_by.key_block, seen_by.query_block,
@@ -256,10 +262,10 @@ class _Backward:
         meta = constants(here, width, h // k.shape[1], self.config, k.dtype, bias is not None)
         lists, counts = seen_by.lists(), seen_by.counts
         table = self.q if bias is None else bias
-        launch: Any = backward_kv[(-(-k.shape[2] // meta["BLOCK_N"]), k.shape[1], b)]
-        launch(
+        kernel: Any = backward_kv[(-(-k.shape[2] // meta["BLOCK_N"]), k.shape[1], b)]
+        kernel(
             self.q, k, v, self.grad, dk, dv, self.lse, self.delta, lists, counts, table,
-            *_strides(self.q, k, v, self.grad, dk, dv),
+            *strides(self.q, k, v, self.grad, dk, dv),
             *((0,) * 4 if bias is None else bias.stride()),
             h, s, k.shape[2], counts.shape[-1], lists.shape[-1], self.scale,
             **meta, num_warps=self.config.num_warps, num_stages=self.config.num_stages,
@@ -275,10 +281,6 @@ class _Backward:
         keep = torch.ones(b, h, -(-count // size), nq, dtype=torch.bool, device=self.q.device)
         seen_by = BlockMap(keep, size, self.blocks.query_block, count, self.blocks.queries)
         return seen_by, self.pooled.bias.float().expand(b, h, nq, count)
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def attend(

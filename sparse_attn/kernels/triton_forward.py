@@ -15,9 +15,8 @@ two); float32 in full precision.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.block_map import BlockMap
+from sparse_attn.kernels.launch import (
+    Config,
+    capability,
+    constants,
+    last_stride_one,
+    padded,
+    pooled_arguments,
+    strides,
+)
 from sparse_attn.kernels.reference import Attention, Pooled
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -136,15 +144,6 @@ def forward(
     tl.store(Lse + (b * heads + h).to(tl.int64) * queries + rows, lse, mask=inside)
 
 
-class Config(NamedTuple):
-    """A tile of queries and keys, and what runs it."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 # By compute capability of the part, then padded head size; from compiling (registers, spills,
 # shared memory), not from timing. (0, 0): any other part, ROCm's among them, and float32.
 CONFIGS: dict[tuple[int, int], dict[int, Config]] = {
@@ -166,76 +165,29 @@ def config_for(capability: tuple[int, int], width: int, dtype: torch.dtype) -> C
     return CONFIGS[key][max(64, width)]
 
 
-@functools.lru_cache(maxsize=8)
-def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0, 0
-    return torch.cuda.get_device_capability(device)
-
-
-def padded(width: int) -> int:
-    """Head size as tiles have it. Raises ValueError above 256."""
-    if width > 256:
-        raise ValueError(f"triton_forward: head size {width}, at most 256")
-    return max(16, triton.next_power_of_2(width))
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, pooled: Pooled | None = None,
     *, scale: float | None = None, config: Config | None = None,
 ) -> Attention:  # fmt: skip
     """The same as ``reference.attend``, without gradients. config: instead of the table's."""
     b, h, s, width = q.shape
-    q, k, v = (_last_stride_one(x) for x in (q, k, v))
+    q, k, v = (last_stride_one(x) for x in (q, k, v))
     out = torch.empty_like(q)
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
-    chosen = config or config_for(_capability(q.device), padded(width), q.dtype)
+    chosen = config or config_for(capability(q.device), padded(width), q.dtype)
     counts = blocks.counts
     order = counts.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     lists = blocks.lists()
-    more = _pooled_arguments(q, k, pooled, blocks)
+    more = pooled_arguments(q, k, pooled, blocks)
     meta = constants(blocks, width, h // k.shape[1], chosen, q.dtype, pooled is not None)
     nq = counts.shape[-1]
     grid = (nq * (blocks.query_block // meta["BLOCK_M"]), h, b)
-    launch: Any = forward[grid]
-    launch(
+    kernel: Any = forward[grid]
+    kernel(
         q, k, v, out, lse, lists, counts, order, *more[:3],
-        *(stride for x in (q, k, v, out) for stride in x.stride()[:3]), *more[3:],
+        *strides(q, k, v, out), *more[3:],
         h, s, blocks.keys, 0 if pooled is None else pooled.k.shape[2], nq, lists.shape[-1],
         1 / math.sqrt(width) if scale is None else scale,
         **meta, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
     return Attention(out, lse)
-
-
-def constants(
-    blocks: BlockMap, width: int, repeat: int, config: Config, dtype: torch.dtype, pooled: bool
-) -> dict[str, Any]:
-    """What the kernel is compiled for."""
-    return {
-        "REPEAT": repeat,
-        "QUERY_BLOCK": blocks.query_block,
-        "KEY_BLOCK": blocks.key_block,
-        "HEAD_DIM": width,
-        "BLOCK_D": padded(width),
-        "BLOCK_M": min(config.block_m, blocks.query_block),
-        "BLOCK_N": config.block_n,
-        "POOLED": pooled,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",  # ignored by narrow types
-    }
-
-
-def _pooled_arguments(
-    q: Tensor, k: Tensor, pooled: Pooled | None, blocks: BlockMap
-) -> tuple[Any, ...]:
-    """Tensors, then strides; stand-ins where there is none."""
-    if pooled is None:
-        return (k, k, q, *[0] * 10)
-    b, h, nq, _ = blocks.keep.shape
-    pk, pv = (_last_stride_one(x.to(k.dtype)) for x in (pooled.k, pooled.v))
-    bias = pooled.bias.float().expand(b, h, nq, pk.shape[2])
-    return (pk, pv, bias, *pk.stride()[:3], *pv.stride()[:3], *bias.stride())
-
-
-def _last_stride_one(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

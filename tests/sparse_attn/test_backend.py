@@ -114,6 +114,7 @@ def test_the_first_that_works_is_taken_and_the_others_are_named(wan):
     assert list(run["detail"]["refused"]) == ["flash_3"]
     assert run["detail"]["kernels"] == {"products and softmax": WAN[2] * 2}  # of one call
     assert run["computed"] == 0
+    assert run["detail"]["attended"] == CALLS
     assert run["syncs"] == WAN[0] * WAN[1]
     assert report["effect"] == "some"
     # the same sums in another order: float32 through 4 steps, outputs in 0..1
@@ -142,7 +143,7 @@ def test_a_package_that_is_there_computes_all_attention(wan, sage):
         assert compat.lookup("attention kernels").get_active_backend()[0] is default
         assert processor._attention_backend is None
     assert sage.calls == 1 + CALLS
-    assert live.report()["effect"] == "some"
+    assert live.report()["runs"][0]["detail"]["attended"] == CALLS
 
 
 def test_a_kernel_that_overflows_loses_the_rest_of_the_run(wan, sage):

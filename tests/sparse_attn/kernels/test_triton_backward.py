@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels import reference, triton_backward
+from sparse_attn.kernels.launch import Config
 from sparse_attn.kernels.reference import Pooled
-from sparse_attn.kernels.triton_forward import Config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in the interpreter
 

@@ -15,8 +15,9 @@ pytest.importorskip("triton")
 
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels import dispatch, triton_forward
+from sparse_attn.kernels.launch import Config, padded
 from sparse_attn.kernels.reference import Pooled
-from sparse_attn.kernels.triton_forward import Config, config_for
+from sparse_attn.kernels.triton_forward import config_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in the interpreter
 TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -72,7 +73,7 @@ def test_head_sizes_and_tiles_of_the_table(attention, dtype, width, tiles, with_
 def test_a_head_size_is_filled_up(attention):
     run(attention, Config(32, 32, 4, 2), torch.float32, False, n=40, m=40, d=24, h=2, g=2)
     with pytest.raises(ValueError, match="512"):
-        triton_forward.padded(512)
+        padded(512)
 
 
 def test_every_known_part_has_a_configuration():
@@ -95,7 +96,7 @@ def test_the_dispatcher_says_what_is_missing(monkeypatch):
 
 
 def compiled(*cases):
-    """In a fresh process without the interpreter; cases (kernel, part, head)."""
+    """In a fresh process without the interpreter; cases (kernel, part, head[, pooled])."""
     code = (
         "import json, sys; from sparse_attn.kernels.compile_only import compiled\n"
         "found = [compiled(*case) for case in json.loads(sys.argv[1])]\n"
@@ -116,7 +117,10 @@ def test_compiles_for_hopper_as_the_first_call_of_a_process():
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
 @pytest.mark.parametrize("part", [80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("head", [64, 96, 128])
-def test_compiles_without_spills_for_every_part(kernel, part, head):
-    ((_, _, problems),) = compiled((kernel, part, head))
-    assert problems == []
+def test_compiles_without_spills_for_every_part(kernel, part):
+    """Every head size, with pooled keys and without."""
+    cases = [(kernel, part, head, pooled) for head in (64, 96, 128) for pooled in (True, False)]
+    found = compiled(*cases)
+    assert {case: problems for case, (*_, problems) in zip(cases, found, strict=True)} == {
+        case: [] for case in cases
+    }
