@@ -55,6 +55,7 @@ bench: $(READY) figures
 figures: $(READY)
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
 	$(PY) -m benchmarks.bench_native
+	$(PY) -m benchmarks.bench_peers
 	$(PY) -m benchmarks.waterfall
 	$(PY) -m benchmarks.bench_overhead
 	set -e; for recipe in recipes/*.yaml; do \
@@ -68,6 +69,7 @@ gpu: $(READY)
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
 	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers tests/quant/test_temporal_cache.py tests/sparse_attn
 	$(PY) -m benchmarks.bench_native --device cuda
+	$(PY) -m benchmarks.bench_peers --device cuda
 	$(PY) -m benchmarks.bench_temporal_cache --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda --model zoo:digits-sd

@@ -11,8 +11,10 @@ same call continues; with another recipe more, it renders only what is new.
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,19 +77,28 @@ def run(
         ValueError: as `plan`; or a side of which nothing could be rendered, with its reason.
         StorageFault, FolderBusy: as `apps.render.driver.submit`.
     """
-    from apps.evaluation.page import write_page
-    from apps.evaluation.report import build
     from apps.render.driver import RunOptions
-    from apps.render.files import write_atomically
 
     made = plan(made) if isinstance(made, Request) else made
+    options = RunOptions(workers, trust_remote_code, stop=stop, executor=executor)
+    with _told_of_storage(out):
+        return _run(made, out, options, progress)
+
+
+def _run(made: Plan, out: Path, options: RunOptions, progress: Progress | None) -> dict[str, Any]:
+    from apps.evaluation.page import write_page
+    from apps.evaluation.report import build
+    from apps.render.files import write_atomically
+
     folder = out / RENDERS
+    files = [str(place) for place in (out, *out.parents) if place.is_file()]
+    if files:
+        raise ValueError(f"evaluate: {files[0]} is a file; a report wants a folder (--out)")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / REQUEST, _text(made.request.as_json()))
     renders = [task for tasks in made.renders.values() for task in tasks]
     times = time_tasks(made)
     heard = _Heard(progress, len(renders) + len(times) + len(look_tasks(made, set())))
-    options = RunOptions(workers, trust_remote_code, stop=stop, executor=executor)
     phases = _Phases(folder, options, heard)
     failed = phases.run("render", renders)
     lost = _lost(made, failed)
@@ -97,7 +108,7 @@ def run(
     failed |= phases.run("look", looks)
     broken = [failed[task.id] for task in looks if task.id in failed]
     if broken:
-        raise ValueError(f"evaluate: {broken[0]}")
+        raise ValueError(f"evaluate: {broken[0].removeprefix('ValueError: ')}")
     heard.phase("report")
     found = build(made, folder, looks, times, lost)
     found["warnings"] += [
@@ -106,6 +117,24 @@ def run(
     write_atomically(out / REPORT, _text(found))
     write_page(found, folder, out / PAGE)
     return found
+
+
+@contextmanager
+def _told_of_storage(out: Path) -> Iterator[None]:
+    """Storage errors as one that names the report's folder, and what to do."""
+    from apps.render.faults import StorageFault, is_storage, storage_reason
+
+    try:
+        yield
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error, StorageFault) else error
+        began = (out / RENDERS).is_dir()
+        if not (isinstance(cause, OSError | sqlite3.Error) and (is_storage(cause) or not began)):
+            raise
+        advice = "; nothing that was done is lost, the same command continues" if began else ""
+        fault = StorageFault(f"report folder {out}: {storage_reason(cause)}{advice}")
+        fault.started = began
+        raise fault from error
 
 
 def report(out: Path) -> dict[str, Any]:

@@ -185,6 +185,18 @@ class Native(Study):
     """``native.json``: single methods, combinations, peers and controls."""
 
 
+class PeersRow(Row):
+    """whose: the project whose code does it; "recipe": several of them; "control": none."""
+
+    whose: Literal["ours", "diffusers", "recipe", "cache-dit", "torchao", "quanto", "control"]
+
+
+class Peers(Study):
+    """``peers.json``: every method in turn, recipes, peers and controls under one protocol."""
+
+    rows: dict[str, PeersRow]  # type: ignore[assignment]  # pydantic fields are covariant here
+
+
 class Caches(Study):
     """``caches.json`` (50 steps), ``caches_20.json``, ``caches_sd.json``: settings of each cache,
     from careful to bold; a row's name begins with its curve."""
@@ -675,6 +687,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "attention_backend": AttentionKernels,
     "evaluate": Evaluation,
     "native": Native,
+    "peers": Peers,
     "caches": Caches,
     "caches_20": Caches,
     "caches_sd": Caches,

@@ -283,6 +283,34 @@ def _waterfall_on(result: dict[str, Any]) -> str:
     return f"![{text}]({picture.parent.name}/{picture.name})"
 
 
+def _peers_on(result: dict[str, Any]) -> str:
+    """Every method, recipe, peer and control of one study, the fastest of each group first."""
+    env, rows = result["environment"], result["rows"]
+    where = f"{result['model']}, {env['hardware']}, {env['threads']} thread(s)"
+    lines = [
+        f"{where}, {result['samples']} samples in batches of {result['batch']}, "
+        f"{result['steps']} steps asked:",
+        "",
+        f"| whose | what is on | {QUALITY}",
+        f"|---|---|{RULE}",
+    ]
+    for group in (
+        ("recipe",),
+        ("ours", "diffusers"),
+        ("cache-dit", "torchao", "quanto"),
+        ("control",),
+    ):
+        found = [(name, r) for name, r in rows.items() if r["whose"] in group]
+        for name, r in sorted(found, key=lambda one: -one[1]["speedup"]["estimate"]):
+            lines.append(f"| {r['whose']} | {name} | {_quality(r)}")
+    judged = next((r["judged"] for r in rows.values() if r["judged"]), None)
+    there = {m["method"] for r in rows.values() for m in r["methods"]}
+    listed = [row["name"] for package in OWN for row in index_rows(package)]
+    missing = ", ".join(name.partition(":")[2] for name in listed if name not in there)
+    said = f"Measured elsewhere, on what they are for: {missing}." if missing else ""
+    return "\n\n".join(filter(None, ["\n".join(lines), judged and _baseline(judged).strip(), said]))
+
+
 def _overhead_on(result: dict[str, Any]) -> str:
     per_call, env = result["microseconds_per_wrapped_call"], result["environment"]
     where = f"{env['hardware']}, {env['threads']} threads"
@@ -315,6 +343,7 @@ def _kills() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "methods": _methods,
     "waterfall": lambda: _every_device("waterfall", _waterfall_on),
+    "peers": lambda: _every_device("peers", _peers_on),
     "beside": lambda: _every_device("native", _beside_on),
     "overhead": lambda: _every_device("overhead", _overhead_on),
     "kills": _kills,

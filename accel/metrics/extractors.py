@@ -50,12 +50,30 @@ def extractor(spec: str) -> Extractor:
     Raises:
         ValueError: no such kind, or nothing usable there, in one line.
     """
+    kind, what = require(spec)
+    return {"zoo": _zoo, "torchscript": _torchscript, "transformers": _transformers}[kind](what)
+
+
+def require(spec: str) -> tuple[str, str]:
+    """Kind and what of an extractor that is there, without loading it.
+
+    Raises:
+        ValueError: no such kind, or no such file or folder, in one line.
+    """
     kind, _, what = spec.partition(":")
     if kind not in KINDS or not what:
         raise ValueError(
             f"features {spec!r}: wants zoo:NAME, torchscript:FILE or transformers:FOLDER"
         )
-    return {"zoo": _zoo, "torchscript": _torchscript, "transformers": _transformers}[kind](what)
+    if kind == "zoo":
+        from accel import zoo
+
+        zoo.path(what)
+    elif kind == "torchscript" and not Path(what).is_file():
+        raise ValueError(f"features {spec}: no such file")
+    elif kind == "transformers" and not (Path(what) / "config.json").is_file():
+        raise ValueError(f"features {spec}: no config.json there")
+    return kind, what
 
 
 def _zoo(name: str) -> Extractor:
@@ -80,8 +98,6 @@ def _torchscript(path: str) -> Extractor:
     import torch
 
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"features torchscript:{path}: no such file")
     try:
         with warnings.catch_warnings():  # the format is of the past, and what releases come in
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -112,8 +128,6 @@ def _transformers(folder: str) -> Extractor:
     from transformers import AutoImageProcessor, AutoModel
 
     path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"features transformers:{folder}: no config.json there")
     try:
         model: Any = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
         processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)

@@ -43,4 +43,11 @@ def told() -> Iterator[None]:
     except KeyboardInterrupt:
         raise fail("interrupted", code=130) from None
     except (OSError, FolderBusy, LedgerCorrupt, ValueError, ImportError) as error:
-        raise fail(" ".join(str(error).split())) from None
+        raise fail(" ".join(_words(error).split())) from None
+
+
+def _words(error: BaseException) -> str:
+    """An error of the operating system without its number; others as they are."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{str(error.filename)[:200]}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error)

@@ -45,9 +45,7 @@ def pictures(folder: Path, batch: int = 32) -> Iterator[np.ndarray]:
     """
     from PIL import Image
 
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-    if not paths:
-        raise ValueError(f"{folder}: no pictures ({', '.join(PICTURES)}) there")
+    paths = require_pictures(folder)
     held: list[np.ndarray] = []
     for path in paths:
         with Image.open(path) as picture:
@@ -57,3 +55,12 @@ def pictures(folder: Path, batch: int = 32) -> Iterator[np.ndarray]:
             held = []
         held.append(pixels)
     yield np.stack(held)
+
+
+def require_pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder, by name. Raises ValueError if there is none."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    paths = sorted(p for p in files if p.suffix.lower() in PICTURES)
+    if not paths:
+        raise ValueError(f"{folder}: no pictures ({', '.join(PICTURES)}) there")
+    return paths

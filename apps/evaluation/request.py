@@ -118,13 +118,22 @@ def make_plan(request: Request) -> Plan:
         ValueError: the model, a recipe, the calls or an option is not usable, in one line each.
         FileNotFoundError: no recipe or job file at a path.
     """
+    from accel.metrics.extractors import require
+    from apps.evaluation.frames import require_pictures
+
     revision = model_revision(request.model)
     calls = _calls(request)
     sides = (_side(request.against, BASELINE), *_named(request.recipes))
     features, referee = _judges(request, calls)
+    if features is not None:
+        require(features)
+    if request.real is not None and "fid" in request.kinds:
+        require_pictures(Path(request.real))
     if "clip" in request.kinds:
         if request.clip is None:
             raise ValueError("evaluate clip: give a folder with a CLIP model (--clip FOLDER)")
+        if not (Path(request.clip) / "config.json").is_file():
+            raise ValueError(f"evaluate clip: {request.clip}: no config.json of a CLIP model there")
         if not all("prompt" in call["inputs"] for call in calls):
             raise ValueError("evaluate clip: every call needs a prompt")
     settings = Settings(

@@ -12,6 +12,7 @@ import gradio as gr
 from apps.web import markup
 from apps.web.checks import offers, sentence
 from apps.web.job_fields import JobFields
+from apps.web.method_settings import Field, about, edited, fields
 from apps.web.recipe_view import choices, default_choice, told
 from apps.web.site import PLAIN, RECIPES, Refused
 from apps.web.trial_view import NOTHING_YET, view
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from apps.web.page import App
 
 REFRESH = 0.15  # seconds between two looks at a running trial
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+Edits = dict[str, dict[str, Any]]  # what the form has, by a method's key and a setting's name
 BY_RECIPE, BY_METHODS = "A recipe", "Methods of my choice"
 
 
@@ -47,6 +50,9 @@ class CreateTab:
         self.recipe = gr.Dropdown([("nothing", PLAIN)], value=PLAIN, label="Recipe")
         self.recipe_note = gr.HTML()
         self.methods = gr.CheckboxGroup([], label="Methods", visible=False, elem_classes="ac-list")
+        self.edits = gr.State({})
+        with gr.Column(visible=False, elem_id="settings") as self.settings:
+            self._settings_form()
         self.conflict = gr.HTML()
         with gr.Accordion("More settings", open=False):
             self.job.build_more()
@@ -59,21 +65,56 @@ class CreateTab:
             self.stop = gr.Button("Cancel", interactive=False, elem_id="cancel", min_width=90)
         self.notice = gr.HTML()
 
+    def _settings_form(self) -> None:
+        """Fields of every ticked method; what is in them is kept in `edits`, by key and name."""
+
+        @gr.render(
+            [self.methods, self.edits], triggers=[self.methods.change], show_progress="hidden"
+        )
+        def form(keys: list[str], edits: dict[str, dict[str, Any]]) -> None:
+            known = {one.key: one for one in offers(self._app.site.recipes().values())}
+            places, inputs = [], []
+            for key in keys:
+                if key not in known:
+                    continue
+                method = known[key].method
+                with gr.Accordion(f"Settings of {known[key].label}", open=False):
+                    gr.HTML(f'<div class="ac-hint"><p>{markup.text(about(method))}</p></div>')
+                    for field in fields(method):
+                        value = edits.get(key, {}).get(field.name, field.value)
+                        places.append((key, field.name))
+                        inputs.append(_component(field, value))
+            if not inputs:
+                return
+
+            def gathered(*values: Any) -> dict[str, dict[str, Any]]:
+                found: dict[str, dict[str, Any]] = {}
+                for (key, name), value in zip(places, values, strict=True):
+                    found.setdefault(key, {})[name] = value
+                return found
+
+            changed = gr.on(  # at once, so that a click on Generate finds what was typed before it
+                [one.input for one in inputs], gathered, inputs, self.edits, queue=False, **QUIET
+            )
+            asked_of = [self.job.model, self.methods, self.edits]
+            changed.then(self._check, asked_of, self.conflict, **QUIET)
+
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        quiet = QUIET
         job = self.job
         chosen = [*job.following, self.recipe, self.methods, self.recipe_note, self.conflict]
         gr.on(
             [blocks.load, job.model.change], self._choose_model, job.model, chosen,
             api_visibility="private", show_progress="minimal",
         )  # fmt: skip
-        self.how.change(self._choose_way, self.how, [self.recipe, self.recipe_note, self.methods,
-                                                     self.conflict], **quiet)  # fmt: skip
+        ways = [self.recipe, self.recipe_note, self.methods, self.settings, self.conflict]
+        self.how.change(self._choose_way, self.how, ways, **quiet)
         self.recipe.change(self._describe, [self.recipe, job.model], self.recipe_note, **quiet)
-        self.methods.change(self._check, [job.model, self.methods], self.conflict, **quiet)
+        asked_of = [job.model, self.methods, self.edits]
+        self.methods.change(self._check, asked_of, self.conflict, **quiet)
         self.dice.click(lambda: random.randrange(2**31), None, job.seed, **quiet)
-        asked = [self.how, self.recipe, self.methods, self.keep, *job.all]
+        asked = [self.how, self.recipe, self.methods, self.edits, self.keep, *job.all]
         watched = [self.result, self.go, self.stop]
         gr.on(
             [self.go.click, job.prompt.submit],
@@ -105,49 +146,55 @@ class CreateTab:
 
     def _choose_way(self, how: str) -> list[Any]:
         recipe = how == BY_RECIPE
-        return [gr.update(visible=recipe), gr.update(visible=recipe),
-                gr.update(visible=not recipe), gr.update(visible=not recipe)]  # fmt: skip
+        return [gr.update(visible=recipe)] * 2 + [gr.update(visible=not recipe)] * 3
 
     def _describe(self, recipe: str, model: str) -> str:
         return told(self._app, recipe, model)
 
-    def _check(self, model: str, keys: list[str]) -> str:
+    def _check(self, model: str, keys: list[str], edits: Edits) -> str:
         try:
-            methods = self._ticked(keys)
+            methods = self._ticked(keys, edits)
             if not methods:
                 return ""
             problem = self._app.checks.problem(self._app.site.model(model), methods)
-        except Refused as error:
-            problem = str(error)
+        except (Refused, ValueError) as error:
+            problem = sentence(str(error))
         if problem is None:
             words = "These go together." if len(methods) > 1 else "This fits the model."
             return markup.notice(words, "info")
         return markup.notice(problem)
 
-    def _ticked(self, keys: list[str]) -> list[Any]:
+    def _ticked(self, keys: list[str], edits: Edits) -> list[Any]:
+        """The ticked methods with the settings that the form has.
+
+        Raises:
+            Refused, ValueError: no such method, or a value that it cannot have.
+        """
         known = {one.key: one.method for one in offers(self._app.site.recipes().values())}
         if missing := [key for key in keys if key not in known]:
             raise Refused(f"There is no method {str(missing[0])[:80]!r} here.")
-        return [known[key] for key in keys]
+        return [edited(known[key], edits.get(key, {})) for key in keys]
 
     def _start(
-        self, how: str, recipe: str, keys: list[str], keep: bool, *values: Any
+        self, how: str, recipe: str, keys: list[str], edits: Edits, keep: bool, *values: Any
     ) -> tuple[Any, str]:
         try:
             model, job = self.job.job(list(values))
-            path = self._recipe(how, recipe, keys, model)
+            path = self._recipe(how, recipe, keys, edits, model)
             trial = self._app.trials.start(model, path, job, keep=keep)
         except (Refused, ValueError, OSError) as error:
             return gr.skip(), markup.notice(sentence(str(error)))
         return trial.id, ""
 
-    def _recipe(self, how: str, recipe: str, keys: list[str], model: str) -> Path | None:
+    def _recipe(
+        self, how: str, recipe: str, keys: list[str], edits: Edits, model: str
+    ) -> Path | None:
         """The recipe file to use: the chosen one, or the ticked methods written as one."""
         import accel
 
         if how == BY_RECIPE:
             return None if recipe == PLAIN else self._app.site.recipe(recipe)
-        methods = self._ticked(keys)
+        methods = self._ticked(keys, edits)
         if not methods:
             raise Refused("Tick at least one method, or choose a recipe.")
         if problem := self._app.checks.problem(model, methods):
@@ -182,3 +229,15 @@ class CreateTab:
             if over and trial.version == last[0]:
                 return
             await asyncio.sleep(REFRESH)
+
+
+def _component(field: Field, value: Any) -> Any:
+    """The field of a form for one setting."""
+    usual: dict[str, Any] = {"label": field.label, "interactive": True}
+    if field.kind == "switch":
+        return gr.Checkbox(value, **usual)
+    if field.kind == "choice":
+        return gr.Dropdown(list(field.choices), value=value, **usual)
+    if field.kind == "number":
+        return gr.Number(value, step=0.01 if isinstance(value, float) else 1, **usual)
+    return gr.Textbox(value, **usual)

@@ -31,7 +31,7 @@ ENDS = ("done", "failed", "lost", "stopped", "cancelled", "skipped")
 class Work:
     """A task on its way through the device. `sink` gets its events, on the device's thread.
 
-    warm_up: only run if its model is not loaded yet; else it ends as `skipped`.
+    warm_up: only run if its model or its recipe is the first of its kind; else it is `skipped`.
     """
 
     task: str
@@ -54,6 +54,7 @@ class Device:
         self._executor = executor or Spawned(WorkerSettings(out="."), 1)
         self._executor.start(self._on_event, lambda: None)
         self._loaded: tuple[Any, ...] | None = None
+        self._ran: set[str | None] = set()  # recipes that the loaded model has run under
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self.current: Work | None = None
@@ -107,7 +108,7 @@ class Device:
             _tell(work, {"event": work.asked, "task": work.task})
 
     def _work(self, work: Work) -> None:
-        if work.asked or (work.warm_up and self._loaded == _model_key(work.payload)):
+        if work.asked or (work.warm_up and self._is_warm(work)):
             self._finish(work, {"event": work.asked or "skipped", "task": work.task})
             return
         _tell(work, {"event": "start", "task": work.task})
@@ -138,13 +139,24 @@ class Device:
         if event["event"] not in ENDS:
             _tell(work, event)
             return
+        self._remember(work, event["event"])
         if event["event"] == "lost":
-            self._loaded = None
             self._executor.warm_up()
-        elif event["event"] != "failed":
-            self._loaded = _model_key(work.payload)
         ended = event["event"] in ("cancelled", "stopped", "lost") and work.asked
         self._finish(work, {**event, "event": work.asked} if ended else event)
+
+    def _is_warm(self, work: Work) -> bool:
+        known = self._loaded == _model_key(work.payload)
+        return known and work.payload.get("recipe_sha256") in self._ran
+
+    def _remember(self, work: Work, ended: str) -> None:
+        """What the worker has loaded and run; a render that did not end well proves neither."""
+        key, recipe = _model_key(work.payload), work.payload.get("recipe_sha256")
+        if ended == "done" and work.payload.get("kind", "render") == "render":
+            self._ran = {recipe} if key != self._loaded else self._ran | {recipe}
+            self._loaded = key
+        elif ended == "lost" or key != self._loaded:
+            self._loaded = None
 
     def _finish(self, work: Work, event: Event) -> None:
         self.current = None

@@ -109,11 +109,11 @@ class Trials:
             self._known[trial.id] = trial
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
-        warm = self._warm_up(trial)
+        warm = [self._warm_up(trial, side) for side in sides]
         if keep:
             _adopt(sides[0], "kept")
         waiting = [side for side in sides if side.rendered is None]
-        trial.works = [warm, *(self._work(trial, side) for side in waiting)]
+        trial.works = [*warm, *(self._work(trial, side) for side in waiting)]
         for work in trial.works if waiting else []:
             self._device.submit(work)
         return trial
@@ -148,16 +148,17 @@ class Trials:
         except JobFileError as error:
             raise Refused("; ".join(error.problems)) from None
 
-    def _warm_up(self, trial: Trial) -> Work:
-        """A short run if the model has to be loaded first, so that no side pays for it in time."""
-        task = trial.sides[0].task
+    def _warm_up(self, trial: Trial, side: Side) -> Work:
+        """A short run of what is the first of its kind on the device, so that no side pays in time
+        for loading the model, or for what a method imports and reads."""
+        task = side.task
         job = task.payload["job"]
         inputs = dict(job["inputs"])
         if "num_inference_steps" in inputs:
             inputs["num_inference_steps"] = min(WARM_UP_STEPS, inputs["num_inference_steps"])
         payload = {**task.payload, "job": {**job, "inputs": inputs}, "metadata": False}
         out = self._site.out / WARM_UP_FOLDER
-        sink = functools.partial(_on_warm_up, trial)
+        sink = functools.partial(_on_warm_up, trial, side)
         return Work(task.id, payload, out, sink, FIRST, warm_up=True)
 
     def _work(self, trial: Trial, side: Side) -> Work:
@@ -189,13 +190,13 @@ class Trials:
         trial.version += 1
 
 
-def _on_warm_up(trial: Trial, event: Event) -> None:
-    kind = event["event"]
+def _on_warm_up(trial: Trial, side: Side, event: Event) -> None:
+    kind, first = event["event"], side is trial.sides[0]
     if kind in ("start", "done", "skipped"):
-        trial.loading = kind == "start"
-    elif kind in ("failed", "lost") and not trial.over:
+        trial.loading = first and kind == "start"
+    elif kind == "lost" or (kind == "failed" and first):  # else: the steps may be too few for it
         trial.loading = False
-        trial.error = trial.error or _told(event["fault"]["message"])
+        trial.error = trial.error or (None if trial.over else _told(event["fault"]["message"]))
         for work in trial.works:
             work.asked = work.asked or "cancelled"
     trial.version += 1

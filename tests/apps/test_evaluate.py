@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,8 @@ import torch
 
 import accel
 from accel.recipe_file import write_recipe
-from apps.evaluate import Request, Unfinished, compare, plan, report, run
+from apps.evaluate import REPORT, Request, Unfinished, compare, plan, report, run
+from apps.render.faults import StorageFault
 from apps.render.ledger import Ledger, integrity_problem
 from caches.interval import IntervalCache
 
@@ -151,6 +153,10 @@ def test_a_call_that_fails_is_left_out_of_every_side(tmp_path, tiny_model, job_f
         ({"kinds": ("judge",)}, "no judge"),
         ({"kinds": ("fid",)}, "--features"),
         ({"kinds": ("fid",), "features": "zoo:digits-judge-b"}, "--real"),
+        ({"kinds": ("fid",), "features": "torchscript:/gone.pt", "real": "/etc"}, "no such file"),
+        ({"kinds": ("fid",), "features": "zoo:judge-of-all", "real": "/etc"}, "judge-of-all"),
+        ({"kinds": ("fid",), "features": "zoo:digits-judge-b", "real": "/gone"}, "no pictures"),
+        ({"kinds": ("fid",), "features": "zoo:digits-judge-b", "real": "/etc"}, "no pictures"),
         ({"rounds": 1}, "rounds"),
         ({"samples": 10}, "job file"),
     ],
@@ -158,6 +164,37 @@ def test_a_call_that_fails_is_left_out_of_every_side(tmp_path, tiny_model, job_f
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_rendered(request_of, change, why):
     with pytest.raises(ValueError, match=why):
         plan(request_of(**change))
+
+
+def test_a_report_that_cannot_be_written_is_told_in_one_line(tmp_path, request_of):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="file is a file; a report wants a folder"):
+            run(request_of(jobs=2), out)
+
+
+def test_a_full_disk_is_told_with_what_to_do_and_nothing_is_lost(tmp_path, request_of, monkeypatch):
+    from apps.render import files
+
+    whole = files.write_atomically
+
+    def full(target, data, *rest, **more):
+        if Path(target).name == REPORT:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return whole(target, data, *rest, **more)
+
+    monkeypatch.setattr(files, "write_atomically", full)
+    with pytest.raises(StorageFault) as error:
+        run(request_of(jobs=2), tmp_path)
+    assert error.value.started
+    assert str(error.value) == (
+        f"report folder {tmp_path}: the disk is full; nothing that was done is lost, "
+        "the same command continues"
+    )
+    monkeypatch.undo()
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "renders").glob("*.json")}
+    assert run(request_of(jobs=2), tmp_path)["samples"] == 4
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "renders").glob("*.json")} == before
 
 
 def test_the_same_recipe_twice_is_refused(request_of, recipes):

@@ -59,9 +59,9 @@ def running(tmp_path):
         devices.append(device)
         device.start()
 
-        def work(name, turn=FIRST, **more):
+        def work(name, turn=FIRST, payload=None, **more):
             events = queue.Queue()
-            one = Work(name, PAYLOAD, tmp_path, events.put, turn, **more)
+            one = Work(name, PAYLOAD | (payload or {}), tmp_path, events.put, turn, **more)
             device.submit(one)
             return one, events
 
@@ -140,6 +140,27 @@ def test_a_loaded_model_needs_no_warm_up(running):
     acted.release("third")
     _until(events, "done")
     assert acted.ran == ["first", "dies", "third"]
+
+
+def test_each_recipe_is_warmed_up_once_for_a_loaded_model(running):
+    acted = Acted()
+    _, work = running(acted)
+
+    def outcome(name, **payload):
+        _, events = work(name, payload=payload, warm_up=True)
+        if _until(events, "skipped", "start") == ["skipped"]:
+            return "skipped"
+        acted.release(name)
+        _until(events, "done")
+        return "ran"
+
+    assert outcome("plain") == "ran"
+    assert outcome("a", recipe_sha256="a") == "ran"
+    assert [outcome(str(i), recipe_sha256=sha) for i, sha in enumerate((None, "a"))] == [
+        "skipped", "skipped",
+    ]  # fmt: skip
+    assert outcome("look", kind="evaluate", model="n") == "ran"
+    assert outcome("after", recipe_sha256="a") == "ran", "another model was in between"
 
 
 def test_a_batch_that_is_stopped_takes_no_other_task(running, tmp_path):

@@ -1,11 +1,13 @@
 """The app in a real browser: the main path of every tab, and what must not work."""
 
+import json
 import re
 from urllib.parse import quote, urlparse
 
 import pytest
 
 from apps.render.ledger import Ledger
+from apps.web.site import REPORTS
 
 SLOW_STEPS = 900  # of digits-dit: about ten seconds, so that there is time to cancel
 
@@ -54,6 +56,45 @@ def test_methods_that_cannot_go_together_are_explained_as_they_are_ticked(app, t
     page.locator("#generate").click()
     page.locator(".ac-error").nth(1).wait_for()
     assert page.locator("#trial [data-state]").count() == 0, "nothing was started"
+
+
+def test_settings_of_a_method_are_edited_and_a_wrong_one_is_a_sentence(app, tab):
+    one = tab(app.address)
+    page = one.page
+    page.get_by_text("Methods of my choice").click()
+    page.get_by_label("FirstBlockCache", exact=True).check()
+    page.get_by_text("This fits the model.").wait_for()
+    page.get_by_text("Settings of FirstBlockCache").click()
+    threshold = page.locator("#settings").get_by_label("threshold")
+    assert threshold.input_value() == "0.08", "the form begins with the method's own settings"
+    page.get_by_label("Steps", exact=True).fill("10")
+    threshold.fill("-1")
+    page.get_by_text("FirstBlockCache: threshold cannot be -1; it must be").first.wait_for()
+    page.locator("#generate").click()
+    page.locator(".ac-error").nth(1).wait_for()
+    assert page.locator("#trial [data-state]").count() == 0, "nothing was started"
+    share = page.locator("#trial .ac-figures div", has_text="Network that ran").locator("dd")
+    for value, ran in (("0.0001", r"100%"), ("10", r"[1-4]?\d%")):  # never reused, reused always
+        threshold.fill(value)
+        page.locator("#generate").click()
+        share.get_by_text(re.compile(f"^{ran}$")).wait_for()
+        assert one.state("#trial", "done", "failed") == "done"
+    assert one.errors == []
+
+
+def test_conflicts_follow_the_settings(app, tab):
+    """IntervalCache skips blocks as TaylorSeer does: they clash whatever is set."""
+    page = tab(app.address).page
+    page.get_by_text("Methods of my choice").click()
+    for name in ("FirstBlockCache", "TaylorSeer"):
+        page.get_by_label(name, exact=True).check()
+    page.get_by_text("FirstBlockCache and TaylorSeer cannot go together").wait_for()
+    page.get_by_text("Settings of TaylorSeer").first.click()
+    page.locator("#settings").get_by_label("interval").fill("2.5")
+    page.get_by_text("TaylorSeer: interval cannot be 2.5; it must be a valid integer").wait_for()
+    page.get_by_label("TaylorSeer", exact=True).uncheck()
+    page.get_by_text("This fits the model.").wait_for()
+    assert page.get_by_text("Settings of TaylorSeer").count() == 0
 
 
 def test_cancel_works_at_once_and_a_slow_step_does_not_hold_it_up(app, tab):
@@ -233,6 +274,65 @@ def test_candidates_appear_with_their_scores_and_one_is_picked(app, tab):
     page.get_by_role("option").nth(1).click()
     page.get_by_role("button", name="Render this one").click()
     page.locator("#search figcaption", has_text="Candidate 1, rendered").wait_for()
+
+
+def test_an_evaluation_is_started_and_its_report_read_in_place(app, tab):
+    one = tab(app.address)
+    page = one.page
+    one.go("Evaluate")
+    page.locator("#start-evaluation").click()
+    page.get_by_text("Choose at least one recipe.").wait_for()
+    page.get_by_role("textbox", name="Name", exact=True).first.fill("../away")
+    page.locator("#evaluate-recipes").get_by_label("digits-dit-1-step").check()
+    page.locator("#start-evaluation").click()
+    page.get_by_text("contains a path separator").wait_for()
+    page.get_by_role("textbox", name="Name", exact=True).first.fill("first")
+    page.get_by_role("spinbutton", name="Samples").fill("4")
+    page.locator("#start-evaluation").click()
+    assert one.state("#evaluation-status", "finished") == "finished"
+    frame = page.frame_locator("iframe.ac-report")
+    frame.get_by_role("heading", name="zoo:digits-dit", exact=True).wait_for()
+    assert "4 pictures of 1 calls" in frame.locator("header").inner_text()
+    assert frame.locator("text=digits-dit-1-step").count() >= 3
+    for image in frame.locator("img").all():
+        assert image.evaluate("i => i.complete && i.naturalWidth > 0"), "a picture did not arrive"
+    found = json.loads((app.out / REPORTS / "first" / "report.json").read_text())
+    estimate = found["recipes"][0]["figures"]["psnr"]["value"]["estimate"]
+    assert f"{estimate:.1f}" in frame.locator("table", has_text="PSNR").first.inner_text()
+    assert one.errors == []
+    page.reload()
+    page.locator("#generate").wait_for()
+    one.go("Evaluate")
+    page.frame_locator("iframe.ac-report").get_by_role(
+        "heading", name="zoo:digits-dit", exact=True
+    ).wait_for()
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_paused_and_goes_on_after_a_reload(app, tab):
+    one = tab(app.address)
+    page = one.page
+    one.go("Evaluate")
+    page.locator("#evaluate-recipes").get_by_label("taylor", exact=False).first.check()
+    page.get_by_role("textbox", name="Name", exact=True).first.fill("paused")
+    page.get_by_role("spinbutton", name="Samples").fill("60")
+    page.locator("#start-evaluation").click()
+    page.get_by_text(re.compile(r"[2-9] of \d+ tasks")).wait_for()
+    page.get_by_role("button", name="Pause").locator("visible=true").click()
+    one.state("#evaluation-status", "paused")
+    folder = app.out / REPORTS / "paused"
+    before = {p.name: p.stat().st_mtime_ns for p in (folder / "renders").glob("*.json")}
+    assert before
+    assert not (folder / "report.json").exists()
+    page.reload()
+    page.locator("#generate").wait_for()
+    one.go("Evaluate")
+    one.state("#evaluation-status", "paused")
+    page.get_by_role("button", name="Continue").click()
+    one.state("#evaluation-status", "finished")
+    page.frame_locator("iframe.ac-report").get_by_text("60 pictures").wait_for()
+    after = {p.name: p.stat().st_mtime_ns for p in (folder / "renders").glob("*.json")}
+    assert {name: after[name] for name in before} == before, "what was done is done once"
 
 
 @pytest.mark.slow

@@ -56,7 +56,8 @@ def test_both_sides_are_rendered_watched_and_compared(site, tiny_model):
     device = Inline()
     trial = Trials(site, device).start(tiny_model, site.recipe("cached"), JOB)
     assert trial.finished
-    assert [w.warm_up for w in device.ran] == [True, False, False]
+    assert [w.warm_up for w in device.ran] == [True, True, False, False]
+    assert [w.payload["recipe"] is None for w in device.ran] == [True, False, True, False]
     assert [len(side.rows) for side in trial.sides] == [4, 4]
     assert 0 < work_share(trial) < 1
     assert trial.pair.baseline.content["payload"]["recipe"] is None
@@ -72,7 +73,7 @@ def test_a_kept_baseline_is_not_rendered_again_and_shows_no_speed(site, tiny_mod
     trials.start(tiny_model, None, JOB)
     device.ran.clear()
     trial = trials.start(tiny_model, site.recipe("cached"), JOB, keep=True)
-    assert [w.warm_up for w in device.ran] == [True, False]
+    assert [w.warm_up for w in device.ran] == [True, True, False]
     assert trial.sides[0].state == "kept"
     assert work_share(trial) < 1, "what ran is remembered with the file"
     assert "Speed" not in view(trial)

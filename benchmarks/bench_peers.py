@@ -1,0 +1,195 @@
+"""Every method in turn, the best recipes, and peers, in one table: ``peers.json``.
+
+    python -m benchmarks.bench_peers [--samples 200] [--rounds 7] [--only NAME ...] [--fresh]
+
+One model (``zoo:digits-dit``), one protocol, one machine: each row is paired with the unmodified
+pipeline, timed in turn with it, and judged by the referee. Rows are written as they are measured;
+the same command goes on where it stopped, unless code, machine or protocol have changed. What is
+calibrated is calibrated on other noise. Peers have the setting that was best for them here.
+Methods for other models (encoder propagation, One More Step, sparse video attention) have studies
+of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import accel
+from accel.artifact import ArtifactRef
+from accel.measure import environment, load_average
+from accel.method import Method, Recipe
+from accel.metrics.protocol import Protocol
+from accel.settings import Settings
+from apps.digits_referee import NAME
+from benchmarks.bench_caches import learned
+from benchmarks.digits_study import BATCH, DDIM, DPM, SAMPLES, head, inputs, row, study
+from benchmarks.distil import RECIPES
+from benchmarks.peers import CacheDit
+from benchmarks.quant_peers import Quanto, TorchAO
+from benchmarks.results_file import DEVICES, read, write
+from caches.interval import IntervalCache
+from caches.native import FirstBlockCache, MagCache, TaylorSeer
+from caches.residual_gate import ResidualGate
+from quant.calibrate import TFMQCalibration
+from quant.temporal_cache import TemporalCache
+from quant.tfmq import TFMQ
+from samplers.epsilon_scaling import EpsilonScaling
+from samplers.leap import Leap
+from samplers.swap import SwapScheduler
+from samplers.time_shift import TimeShift
+
+ASKED = 40  # dB of PSNR that the residual gate is calibrated for
+PEERS = ("cache-dit", "torchao", "optimum-quanto")
+Methods = tuple[Method, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row before it is measured. ``whose``: ours, diffusers', another project's, a control."""
+
+    whose: str
+    methods: Callable[[], Methods]
+
+
+def rows(pipe: Any, folder: Path) -> dict[str, Planned]:
+    """All rows by name. Nothing is read or calibrated before a row's turn."""
+    dpm20, dpm12 = (SwapScheduler(*DPM, steps=n) for n in (20, 12))
+    lite = TaylorSeer(interval=2, warmup=6, modules="lite")
+    every_fourth = Settings(
+        Fn_compute_blocks=1,
+        max_warmup_steps=5,
+        residual_diff_threshold=0.24,
+        max_continuous_cached_steps=3,
+    )
+    forecast = CacheDit(every_fourth, taylor_order=1)
+    plans: dict[str, tuple[str, Callable[[], Methods] | Method | Methods]] = {
+        "DPM-Solver++ 20 steps": ("diffusers", dpm20),
+        "TaylorSeer: 4, lite": ("diffusers", TaylorSeer(interval=4, warmup=5, modules="lite")),
+        "FirstBlockCache: 0.05": ("diffusers", FirstBlockCache(0.05)),
+        "MagCache: 0.06": ("diffusers", lambda: (MagCache(0.06, artifact=_ratios(pipe, folder)),)),
+        "interval, output: 5": ("ours", IntervalCache(5, 2, 0, "output", 1)),
+        "interval, blocks: 3": ("ours", IntervalCache(3, 3, 0, "blocks", 1)),
+        "evolution, as shipped": ("ours", lambda: _shipped("digits-dit-evolution")),
+        "router, learned for 20 steps": ("ours", lambda: _router(pipe, folder)),
+        f"residual gate: {ASKED} dB asked": ("ours", lambda: (_gate(pipe, folder),)),
+        "temporal cache": ("ours", TemporalCache()),
+        "TFMQ W8A8, GPTQ": ("ours", lambda: (_integers(pipe, folder),)),
+        "leap": ("ours", Leap()),
+        "epsilon scaling": ("ours", EpsilonScaling()),
+        "DDIM 10 steps + time shift": ("ours", (SwapScheduler(*DDIM, steps=10), TimeShift())),
+        "student, 4 steps": ("ours", lambda: _shipped("digits-dit-4-steps")),
+        "student, 1 step": ("ours", lambda: _shipped("digits-dit-1-step")),
+        "recipe dpm-taylor": ("recipe", lambda: _shipped("dpm-taylor")),
+        "recipe dpm-taylor, 12 steps": ("recipe", (dpm12, lite)),
+        "DBCache F1B0, 0.08": ("cache-dit", CacheDit(Settings(Fn_compute_blocks=1))),
+        "DBCache + TaylorSeer": ("cache-dit", forecast),
+        "DPM-Solver++ 20 steps + DBCache + TaylorSeer": ("cache-dit", (dpm20, forecast)),
+        "int8 dynamic": ("torchao", TorchAO("int8 dynamic")),
+        "int8 weight-only": ("torchao", TorchAO("int8 weight-only")),
+        "int8 weights": ("quanto", Quanto(8)),
+        "DDIM 10 steps": ("control", SwapScheduler(*DDIM, steps=10)),
+        "DDIM 20 steps": ("control", SwapScheduler(*DDIM, steps=20)),
+        "TaylorSeer: 5, order 0, warmup 1": ("control", TaylorSeer(5, 1, 0)),
+    }
+    return {name: Planned(whose, _later(made)) for name, (whose, made) in plans.items()}
+
+
+def _later(made: Callable[[], Methods] | Method | Methods) -> Callable[[], Methods]:
+    if isinstance(made, Method):
+        return lambda: (made,)
+    if isinstance(made, tuple):
+        return lambda: made
+    return made
+
+
+def _shipped(name: str) -> Methods:
+    return accel.read_recipe(RECIPES / f"{name}.yaml").recipe.methods
+
+
+def _calls(samples: int) -> list[dict[str, Any]]:
+    return [{**call, "output_type": "np"} for call in inputs(samples)]
+
+
+def _ratios(pipe: Any, folder: Path) -> ArtifactRef:
+    return MagCache.calibrate(pipe, _calls(BATCH)).save(folder / "mag.safetensors")
+
+
+def _gate(pipe: Any, folder: Path) -> Method:
+    found = ResidualGate.calibrate(pipe, _calls(2 * BATCH), quality=ASKED)
+    return ResidualGate(found.save(folder / "gate.safetensors"))
+
+
+def _router(pipe: Any, folder: Path) -> Methods:
+    """The most careful schedule, whose grid is stretched to the study's."""
+    _, method = next(learned(pipe, 20, folder))
+    return (method,)
+
+
+def _integers(pipe: Any, folder: Path) -> Method:
+    how = TFMQCalibration(bits=8, steps=100, calls=5, rounding="gptq")
+    made = how.fit(pipe, inputs(BATCH), str(folder / "tfmq"), say=lambda _: None)
+    return TFMQ(made.save(folder / "tfmq.safetensors"))
+
+
+# -- what is kept ----------------------------------------------------------------------------
+
+
+def kept_rows(
+    old: dict[str, Any] | None, protocol: Protocol, here: dict[str, Any]
+) -> dict[str, Any]:
+    """Rows of an earlier run of the same code, machine and protocol."""
+    if old is None or old["protocol"] is None or old["protocol"]["sha256"] != protocol.sha256:
+        return {}
+
+    def own(environment: dict[str, Any]) -> list[Any]:
+        code = (environment["commit"] or "?").partition("+")[0]  # writing results changes the tree
+        return [code, environment["hardware"], environment["threads"], environment["versions"]]
+
+    return {k: r for k, r in old["rows"].items() if own(r["environment"]) == own(here)}
+
+
+def here(device: str, load: float | None) -> dict[str, Any]:
+    """The environment block, with the peers' versions."""
+    block = environment(device, load)
+    return {**block, "versions": {**block["versions"], **{p: version(p) for p in PEERS}}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
+    parser.add_argument("--referee", default=NAME, help="a shipped judge")
+    parser.add_argument("--only", nargs="*", default=[], help="rows to measure (again)")
+    parser.add_argument("--fresh", action="store_true", help="measure all rows again")
+    given = parser.parse_args()
+    bench = study(given.samples, given.device, given.referee)
+    block = here(given.device, load_average())
+    old = None if given.fresh else read("peers", given.device)
+    kept = kept_rows(old, bench.protocol(), block)
+    planned = {k: r for k, r in kept.items() if k not in given.only}
+    with tempfile.TemporaryDirectory() as folder:
+        plans = rows(bench.pipe, Path(folder))
+        for name, plan in plans.items():
+            if name in planned or (given.only and name not in given.only):
+                continue
+            load = load_average()
+            recipe = Recipe(plan.methods())
+            result = bench.compare(recipe, rounds=given.rounds)
+            made = row(recipe, result, folder, str(RECIPES))
+            own = here(given.device, load)
+            planned[name] = {**made, "environment": own, "whose": plan.whose}
+            measured = {k: planned[k] for k in plans if k in planned}
+            content = {**head(bench, given.samples, own), "rows": measured}
+            write("peers", given.device, content)  # after each: a stopped run was not for nothing
+            print(name, *(made[k] for k in ("speedup", "psnr", "judged")), flush=True)
+
+
+if __name__ == "__main__":
+    main()
