@@ -44,7 +44,9 @@ bench: $(READY) figures
 		$(addprefix --recipe ,$(filter-out recipes/digits-sd-%,$(wildcard recipes/*.yaml)))
 	$(VENV)/bin/accel evaluate all --model zoo:digits-sd --samples 200 --out out/evaluate-sd \
 		$(addprefix --recipe ,$(wildcard recipes/digits-sd-*.yaml))
-	$(PY) -m benchmarks.recipe_cards out/evaluate-dit out/evaluate-sd
+	$(VENV)/bin/accel evaluate all --model zoo:digits-ddpm --samples 200 --out out/evaluate-ddpm \
+		--recipe recipes/dpm.yaml
+	$(PY) -m benchmarks.recipe_cards out/evaluate-dit out/evaluate-sd out/evaluate-ddpm
 	$(PY) -m benchmarks.bench_backend
 	$(PY) -m benchmarks.bench_sparse
 	$(PY) -m benchmarks.bench_sparse_quality

@@ -43,7 +43,7 @@ def keep(folder: Path) -> list[str]:
     })  # fmt: skip
     PICTURES.mkdir(exist_ok=True)
     for row in found["recipes"]:
-        write_atomically(PICTURES / f"{_stem(row)}.png", worst_cases(row, folder / RENDERS))
+        write_atomically(PICTURES / _picture(found, row), worst_cases(row, folder / RENDERS))
     return [row["label"] for row in found["recipes"]]
 
 
@@ -71,21 +71,27 @@ def worst_cases(row: dict[str, Any], folder: Path) -> bytes:
 def cards() -> str:
     """Every recipe file of the project with its report, as Markdown."""
     reports = [read(path.stem) for path in sorted(RESULTS.glob("report_*.json"))]
-    known = {row["recipe"]: (found, row) for found in reports if found for row in found["recipes"]}
+    known: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for found in reports:
+        for row in found["recipes"] if found else ():
+            known.setdefault(row["recipe"], []).append((found, row))
     parts = []
     for path in sorted(RECIPES.glob("*.yaml")):
         if path.name not in known:
             parts.append(f"## {path.stem}\n\nNot evaluated yet: `accel evaluate all --recipe "
                          f"recipes/{path.name} --model MODEL`.")  # fmt: skip
             continue
-        parts.append(_card(path, *known[path.name]))
+        on_models = known[path.name]
+        parts.append(f"## {path.stem}\n\n{on_models[0][1]['description']}")
+        parts += [_card(path, found, row) for found, row in on_models]
     return "\n\n".join(parts)
 
 
 def _card(path: Path, found: dict[str, Any], row: dict[str, Any]) -> str:
+    """What one recipe does to one model."""
     where = found["environment"]
     stale = _changed(path, row)
-    lines = [f"## {path.stem}", "", row["description"], "", f"**{verdict(row)}**", ""]
+    lines = [f"**{verdict(row)}**", ""]
     if stale:
         lines += ["The recipe was changed after this was measured.", ""]
     lines += [
@@ -108,7 +114,7 @@ def _card(path: Path, found: dict[str, Any], row: dict[str, Any]) -> str:
         "",
         f"Where it hurts most (baseline, accelerated, difference; {_said(row)}):",
         "",
-        f"![worst cases](pictures/{_stem(row)}.png)",
+        f"![worst cases](pictures/{_picture(found, row)})",
     ]
     told = (row["label"], "The machine was busy")
     lines += [f"\nNote: {line}" for line in found["warnings"] if line.startswith(told)]
@@ -141,8 +147,8 @@ def _changed(path: Path, row: dict[str, Any]) -> bool:
     return accel.read_recipe(path).sha256 != row["sha256"]
 
 
-def _stem(row: dict[str, Any]) -> str:
-    return Path(row["recipe"]).stem
+def _picture(found: dict[str, Any], row: dict[str, Any]) -> str:
+    return f"{Path(row['recipe']).stem}.{found['model']['name'].removeprefix('zoo:')}.png"
 
 
 def _relative(command: str) -> str:

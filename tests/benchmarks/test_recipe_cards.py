@@ -32,6 +32,21 @@ def test_a_card_says_what_the_report_says():
     )
 
 
+def test_a_recipe_of_two_models_has_both_and_a_picture_of_each(monkeypatch):
+    found = read("report_digits-dit")
+    assert found is not None
+    row = next(r for r in found["recipes"] if r["recipe"] == "dpm.yaml")
+    other = {**found, "model": {"name": "zoo:another"}, "recipes": [row]}
+    reports = {"report_digits-dit": found, "report_digits-sd": other}
+    monkeypatch.setattr(recipe_cards, "read", reports.get)
+    text = recipe_cards.cards()
+    card = text[text.index("## dpm\n") : text.index("## taylor")]
+    assert card.count(row["description"]) == 1
+    for name in ("digits-dit", "another"):
+        assert f"On `zoo:{name}`, {found['samples']} samples" in card
+        assert f"(pictures/dpm.{name}.png)" in card
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("report_*.json")), ids=lambda p: p.stem)
 def test_a_kept_report_is_whole_and_names_shipped_recipes(path):
     found = read(path.stem)
