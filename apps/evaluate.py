@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "Plan", "Request", "Unfinished", "compare", "plan", "report", "run"]
 
+NEEDED = {"baseline", "environment", "kinds", "model", "recipes", "samples", "warnings"}
 RENDERS, REPORT, PAGE, REQUEST = "renders", "report.json", "index.html", "evaluation.json"
 Progress = Callable[[dict[str, Any]], None]
 
@@ -149,6 +150,8 @@ def report(out: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
         Protocol.read(found["protocol"])
+        if missing := NEEDED - found.keys():
+            raise ValueError(f"there is no {min(missing)!r} in it")
     except FileNotFoundError:
         raise ValueError(f"{out}: no report there; run the evaluation (again)") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -79,7 +79,6 @@ def rows(pipe: Any, folder: Path) -> dict[str, Planned]:
         "router, learned for 20 steps": ("ours", lambda: _router(pipe, folder)),
         f"residual gate: {ASKED} dB asked": ("ours", lambda: (_gate(pipe, folder),)),
         "temporal cache": ("ours", TemporalCache()),
-        "TFMQ W8A8, GPTQ": ("ours", lambda: (_integers(pipe, folder),)),
         "leap": ("ours", Leap()),
         "epsilon scaling": ("ours", EpsilonScaling()),
         "DDIM 10 steps + time shift": ("ours", (SwapScheduler(*DDIM, steps=10), TimeShift())),
@@ -90,12 +89,13 @@ def rows(pipe: Any, folder: Path) -> dict[str, Planned]:
         "DBCache F1B0, 0.08": ("cache-dit", CacheDit(Settings(Fn_compute_blocks=1))),
         "DBCache + TaylorSeer": ("cache-dit", forecast),
         "DPM-Solver++ 20 steps + DBCache + TaylorSeer": ("cache-dit", (dpm20, forecast)),
-        "int8 dynamic": ("torchao", TorchAO("int8 dynamic")),
-        "int8 weight-only": ("torchao", TorchAO("int8 weight-only")),
-        "int8 weights": ("quanto", Quanto(8)),
         "DDIM 10 steps": ("control", SwapScheduler(*DDIM, steps=10)),
         "DDIM 20 steps": ("control", SwapScheduler(*DDIM, steps=20)),
         "TaylorSeer: 5, order 0, warmup 1": ("control", TaylorSeer(5, 1, 0)),
+        "TFMQ W8A8, GPTQ": ("ours", lambda: (_integers(pipe, folder),)),
+        "int8 dynamic": ("torchao", TorchAO("int8 dynamic")),
+        "int8 weight-only": ("torchao", TorchAO("int8 weight-only")),
+        "int8 weights": ("quanto", Quanto(8)),
     }
     return {name: Planned(whose, _later(made)) for name, (whose, made) in plans.items()}
 
@@ -174,19 +174,29 @@ def main() -> None:
     old = None if given.fresh else read("peers", given.device)
     kept = kept_rows(old, bench.protocol(), block)
     planned = {k: r for k, r in kept.items() if k not in given.only}
+    left_out: dict[str, str] = {}  # rows that this model or machine cannot have, with why
     with tempfile.TemporaryDirectory() as folder:
         plans = rows(bench.pipe, Path(folder))
         for name, plan in plans.items():
             if name in planned or (given.only and name not in given.only):
                 continue
             load = load_average()
-            recipe = Recipe(plan.methods())
-            result = bench.compare(recipe, rounds=given.rounds)
+            try:
+                recipe = Recipe(plan.methods())
+                result = bench.compare(recipe, rounds=given.rounds)
+            except (ValueError, ImportError) as error:
+                left_out[name] = " ".join(str(error).split())[:200]
+                print(f"{name}: left out: {left_out[name]}", flush=True)
+                continue
             made = row(recipe, result, folder, str(RECIPES))
             own = here(given.device, load)
             planned[name] = {**made, "environment": own, "whose": plan.whose}
             measured = {k: planned[k] for k in plans if k in planned}
-            content = {**head(bench, given.samples, own), "rows": measured}
+            content = {
+                **head(bench, given.samples, own),
+                "rows": measured,
+                "left_out": left_out,
+            }
             write("peers", given.device, content)  # after each: a stopped run was not for nothing
             print(name, *(made[k] for k in ("speedup", "psnr", "judged")), flush=True)
 

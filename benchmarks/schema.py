@@ -192,8 +192,10 @@ class PeersRow(Row):
 
 
 class Peers(Study):
-    """``peers.json``: every method in turn, recipes, peers and controls under one protocol."""
+    """``peers.json``: every method in turn, recipes, peers and controls under one protocol.
+    left_out: rows that could not be measured, with the reason."""
 
+    left_out: dict[str, str]
     rows: dict[str, PeersRow]  # type: ignore[assignment]  # pydantic fields are covariant here
 
 

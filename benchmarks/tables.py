@@ -308,7 +308,10 @@ def _peers_on(result: dict[str, Any]) -> str:
     listed = [row["name"] for package in OWN for row in index_rows(package)]
     missing = ", ".join(name.partition(":")[2] for name in listed if name not in there)
     said = f"Measured elsewhere, on what they are for: {missing}." if missing else ""
-    return "\n\n".join(filter(None, ["\n".join(lines), judged and _baseline(judged).strip(), said]))
+    out = "; ".join(f"{name} ({reason})" for name, reason in result["left_out"].items())
+    said += f" Left out here: {out}." if out else ""
+    parts = ["\n".join(lines), _baseline(judged).strip() if judged else "", said.strip()]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _overhead_on(result: dict[str, Any]) -> str:

@@ -85,6 +85,12 @@ def interval(value: dict[str, float] | None, unit: str = "", *, signed: bool = F
     return f"{form(value['estimate'])}{unit} ({form(value['low'])} to {form(value['high'])})"
 
 
+def is_seen(figure: dict[str, Any]) -> bool:
+    """Whether a change is more than chance: by its interval, and by the test where there is one."""
+    change, p = figure["difference"], figure.get("p")
+    return (change["low"] > 0 or change["high"] < 0) and (p is None or p < 0.05)
+
+
 def verdict(row: dict[str, Any]) -> str:
     """One recipe in a sentence or two, from its figures alone."""
     parts = []
@@ -98,7 +104,7 @@ def verdict(row: dict[str, Any]) -> str:
         if figure is None or not figure.get("difference"):
             continue
         change = figure["difference"]
-        seen = change["low"] > 0 or change["high"] < 0
+        seen = is_seen(figure)
         unit = "points" if figure["unit"] == "%" else figure["unit"]
         said = f"{figure['label']} {interval(change, unit, signed=True)}"
         parts.append(said + ("" if seen else ": no difference seen"))
@@ -116,7 +122,8 @@ def _head(found: Report) -> str:
         f"<p>{kinds[0].upper()}{kinds[1:]}: {count} {what} of {found['calls']} calls, the same "
         f"seeds on every side.{against}</p>"
         f'<p class="faint">{escape(where["hardware"])}, {where["threads"]} thread(s); '
-        f"{escape(where['date'])}; intervals are 95 %; protocol "
+        f"{escape(where['date'])}; intervals are 95 %; ↑ higher is better, ↓ lower, = unchanged; "
+        "protocol "
         f"<code>{found['protocol']['sha256'][:12]}</code></p></header>"
     )
 
@@ -162,8 +169,9 @@ def _speed(found: Report) -> str:
         for row in rows
     ]
     head = ["recipe", "speed-up", "operations", "network evaluations", "peak memory"]
+    note = "Operations and memory: share of what the baseline takes."
     plot = bars(drawn, "speed-up, timed in turn with the baseline")
-    return _section("Speed", f"<figure>{plot}</figure>{_grid(head, cells)}")
+    return _section("Speed", f"<figure>{plot}</figure>{_grid(head, cells)}", note)
 
 
 def _beside(row: dict[str, Any]) -> str:
@@ -179,7 +187,7 @@ def _beside(row: dict[str, Any]) -> str:
 
 
 def _ratio(pair: list[int] | None) -> str:
-    return "-" if not pair or not pair[0] else f"{pair[1] / pair[0]:.2f} of it"
+    return "-" if not pair or not pair[0] else f"{100 * pair[1] / pair[0]:.0f}\u202f%"
 
 
 def _plots(found: Report) -> str:
@@ -254,7 +262,7 @@ def _cell(figure: dict[str, Any] | None) -> str:
     change = figure.get("difference")
     if change:
         unit = "points" if figure["unit"] == "%" else figure["unit"]
-        seen = change["low"] > 0 or change["high"] < 0
+        seen = is_seen(figure)
         worse = (change["estimate"] < 0) == (figure["better"] == "higher")
         mark = ("worse" if worse else "better") if seen and figure["better"] != "same" else "faint"
         p = f", p = {figure['p']:.2g}" if figure.get("p") is not None else ""

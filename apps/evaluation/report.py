@@ -82,7 +82,8 @@ def build(
         "request": made.request.as_json(),
         "command": command(made),
     }  # fmt: skip
-    return found | {"warnings": warnings(found, made)}
+    dimension = None if real is None else real["features_0"].shape[1]
+    return found | {"warnings": warnings(found, dimension)}
 
 
 def sample_places(made: Plan, lost: dict[int, str] | None = None) -> list[tuple[int, int]]:
@@ -214,19 +215,20 @@ def _scale(made: Plan, folder: Path, places: list[tuple[int, int]]) -> float | N
     return unrelated(frames[:SCALE_SAMPLES]) if same and len(frames) > 1 else None
 
 
-def warnings(found: dict[str, Any], made: Plan) -> list[str]:
-    """What a reader must know before believing a figure, in sentences."""
+def warnings(found: dict[str, Any], dimension: int | None) -> list[str]:
+    """What a reader must know before believing a figure, in sentences. ``dimension``: of features;
+    None where no distance was asked for."""
     told = []
     count = found["samples"]
     if count < FEW:
         told.append(
             f"{count} samples: intervals from fewer than {FEW} hold the truth less often than 95 %."
         )
-    if made.features is not None and not any("frechet" in r["figures"] for r in found["recipes"]):
+    if dimension is not None and not any("frechet" in r["figures"] for r in found["recipes"]):
         told.append(
-            "No Frechet distance: it wants at least "
-            f"{SAMPLES_PER_FEATURE} samples, and as many real ones, for each feature; there are "
-            f"{count}."
+            f"No Frechet distance: of {dimension} features it wants at least "
+            f"{SAMPLES_PER_FEATURE * dimension:,} samples and as many real ones; there are {count} "
+            "samples."
         )
     for row in found["recipes"]:
         told += _warnings_of(row, count)

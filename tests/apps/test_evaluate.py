@@ -197,6 +197,26 @@ def test_a_full_disk_is_told_with_what_to_do_and_nothing_is_lost(tmp_path, reque
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "renders").glob("*.json")} == before
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r: "{",
+        lambda r: "[]",
+        lambda r: "3",
+        lambda r: json.dumps({"protocol": r["protocol"]}),
+    ],
+    ids=["cut", "list", "number", "half"],
+)
+def test_a_spoiled_report_is_told_in_one_line(tmp_path, spoil):
+    """A shipped one, so that nothing is rendered."""
+    whole = json.loads((ROOT / "benchmarks" / "results" / "report_digits-sd.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(whole))
+    assert report(tmp_path)["model"]["name"] == "zoo:digits-sd"
+    (tmp_path / "report.json").write_text(spoil(whole))
+    with pytest.raises(ValueError, match="no report, or an edited one"):
+        report(tmp_path)
+
+
 def test_the_same_recipe_twice_is_refused(request_of, recipes):
     with pytest.raises(ValueError, match="same recipe"):
         plan(request_of(which=[recipes[0], recipes[0]]))

@@ -8,6 +8,8 @@ import pytest
 from accel.metrics.distribution import frechet
 from apps.evaluation import figures as module
 from apps.evaluation.figures import Looked, by_label, by_word, figures, unrelated, worst
+from apps.evaluation.page import is_seen
+from apps.evaluation.report import warnings
 from apps.evaluation.tasks import paired
 
 
@@ -157,3 +159,21 @@ def test_paired_values_say_equal_and_different():
     curve = paired(other, video)
     assert curve["frame_psnr"].argmin() == 3
     assert curve["worst_frame_psnr"][0] == curve["frame_psnr"].min()
+
+
+def test_a_change_is_seen_only_where_interval_and_test_agree():
+    change = {"estimate": -0.045, "low": -0.09, "high": -0.01}
+    assert is_seen({"difference": change})
+    assert is_seen({"difference": change, "p": 0.03})
+    assert not is_seen({"difference": change, "p": 0.061})
+    assert not is_seen({"difference": change | {"high": 0.01}, "p": 0.03})
+
+
+def test_the_warning_of_a_missing_distance_says_how_many_samples_it_wants():
+    found = {
+        "samples": 40, "recipes": [], "lost": {}, "request": {"rounds": 0},
+        "environment": {"threads": 1, "load": None},
+    }  # fmt: skip
+    (said,) = warnings(found, 64)
+    assert "of 64 features it wants at least 128 samples" in said
+    assert warnings(found, None) == []

@@ -140,10 +140,10 @@ class Tab:
             self.page.locator(".overflow-menu > button").first.click()
             self.page.locator(".overflow-dropdown button", has_text=name).click()
 
-    def state(self, selector, *states):
+    def state(self, selector, *states, patience=PATIENCE):
         """Wait until the trial or batch is in one of these states; return which."""
         wanted = ",".join(f"{selector} [data-state={state}]" for state in states)
-        self.page.locator(wanted).first.wait_for(timeout=PATIENCE)
+        self.page.locator(wanted).first.wait_for(timeout=patience)
         return self.page.locator(wanted).first.get_attribute("data-state")
 
     def start_batch(self, rows, name=None):

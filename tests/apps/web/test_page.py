@@ -89,6 +89,8 @@ def test_conflicts_follow_the_settings(app, tab):
     for name in ("FirstBlockCache", "TaylorSeer"):
         page.get_by_label(name, exact=True).check()
     page.get_by_text("FirstBlockCache and TaylorSeer cannot go together").wait_for()
+    page.locator("#settings").get_by_text("Settings of").nth(1).wait_for()
+    page.wait_for_timeout(500)  # it is drawn anew with every method
     page.get_by_text("Settings of TaylorSeer").first.click()
     page.locator("#settings").get_by_label("interval").fill("2.5")
     page.get_by_text("TaylorSeer: interval cannot be 2.5; it must be a valid integer").wait_for()
@@ -289,7 +291,7 @@ def test_an_evaluation_is_started_and_its_report_read_in_place(app, tab):
     page.get_by_role("textbox", name="Name", exact=True).first.fill("first")
     page.get_by_role("spinbutton", name="Samples").fill("4")
     page.locator("#start-evaluation").click()
-    assert one.state("#evaluation-status", "finished") == "finished"
+    one.state("#evaluation-status", "finished", patience=240_000)
     frame = page.frame_locator("iframe.ac-report")
     frame.get_by_role("heading", name="zoo:digits-dit", exact=True).wait_for()
     assert "4 pictures of 1 calls" in frame.locator("header").inner_text()
@@ -329,7 +331,7 @@ def test_an_evaluation_is_paused_and_goes_on_after_a_reload(app, tab):
     one.go("Evaluate")
     one.state("#evaluation-status", "paused")
     page.get_by_role("button", name="Continue").click()
-    one.state("#evaluation-status", "finished")
+    one.state("#evaluation-status", "finished", patience=240_000)
     page.frame_locator("iframe.ac-report").get_by_text("60 pictures").wait_for()
     after = {p.name: p.stat().st_mtime_ns for p in (folder / "renders").glob("*.json")}
     assert {name: after[name] for name in before} == before, "what was done is done once"
