@@ -4,10 +4,10 @@
 
 One model (``zoo:digits-dit``), one protocol, one machine: each row is paired with the unmodified
 pipeline, timed in turn with it, and judged by the referee. Rows are written as they are measured;
-the same command goes on where it stopped, unless code, machine or protocol have changed. What is
-calibrated is calibrated on other noise. Peers have the setting that was best for them here.
-Methods for other models (encoder propagation, One More Step, sparse video attention) have studies
-of their own.
+the same command goes on where it stopped, unless machine, versions or protocol have changed (after
+a change of code: ``--fresh``). What is calibrated is calibrated on other noise. Peers have the
+setting that was best for them here. Methods for other models (encoder propagation, One More Step,
+sparse video attention) have studies of their own.
 """
 
 from __future__ import annotations
@@ -143,13 +143,12 @@ def _integers(pipe: Any, folder: Path) -> Method:
 def kept_rows(
     old: dict[str, Any] | None, protocol: Protocol, here: dict[str, Any]
 ) -> dict[str, Any]:
-    """Rows of an earlier run of the same code, machine and protocol."""
+    """Rows of an earlier run on the same machine, with the same versions and protocol."""
     if old is None or old["protocol"] is None or old["protocol"]["sha256"] != protocol.sha256:
         return {}
 
     def own(environment: dict[str, Any]) -> list[Any]:
-        code = (environment["commit"] or "?").partition("+")[0]  # writing results changes the tree
-        return [code, environment["hardware"], environment["threads"], environment["versions"]]
+        return [environment[key] for key in ("hardware", "threads", "versions")]
 
     return {k: r for k, r in old["rows"].items() if own(r["environment"]) == own(here)}
 
