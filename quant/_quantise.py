@@ -160,7 +160,7 @@ class OneDenoiser:
         if self.how.only_faster:
             self.say(
                 f"{slot}: {len(chosen) - slower} of {len(chosen)} layers are faster in integers "
-                "here; the others stay as they are"
+                "here; the others stay as they are (ask for every layer for size)"
             )
 
     def times(self) -> dict[str, Tensor]:

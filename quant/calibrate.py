@@ -96,10 +96,10 @@ class TFMQCalibration(Trainer):
             errors[denoiser.slot] = one.temporal_error()
             before += one.seconds_before
         if not layers:
-            why = (
-                "the integer kernels make none faster here" if self.only_faster else "see the plan"
-            )
-            raise ValueError(f"no layer is left to quantise: {why}; nothing was written")
+            why = "the plan leaves all as they are"
+            if self.only_faster:
+                why = "integers make none faster here; for its size, ask for every layer"
+            raise ValueError(f"no layer is left to quantise: {why}")
         seconds = time.monotonic() - began + before
         say(f"{len(layers)} layers in {seconds:.0f} s")
         return Artifact(

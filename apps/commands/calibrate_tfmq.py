@@ -52,8 +52,12 @@ def tfmq(
         Temporal, typer.Option(help="What depends on the timestep: whole, apart, or like the rest.")
     ] = Temporal.cache,
     only_faster: Annotated[
-        bool, typer.Option(help="Leave layers whole that integers do not make faster here.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--only-faster/--every-layer",
+            help="Leave layers whole that integers make slower here [default with 8 bits].",
+        ),
+    ] = None,
     save_model: Annotated[
         Path | None, typer.Option(help="Also write the model, for diffusers' from_pretrained.")
     ] = None,
@@ -85,7 +89,7 @@ def tfmq(
             activations=activations.value,
             rounding=rounding.value,
             temporal=temporal.value,
-            only_faster=only_faster,
+            only_faster=bits == 8 and plan is None if only_faster is None else only_faster,
             plan=None if plan is None else Settings(read_plan(plan)),
         )
         pipe, inputs, _ = _pipeline(model, jobs, None, count)

@@ -25,7 +25,7 @@ def jobs(tmp_path):
 
 def test_a_recipe_and_a_model(jobs, tmp_path):
     call = ["calibrate", "tfmq", "--model", MODEL, "--out", str(tmp_path / "q.yaml")]
-    call += ["--jobs", str(jobs), "--rounding", "nearest", "--count", "1"]
+    call += ["--jobs", str(jobs), "--rounding", "nearest", "--count", "1", "--every-layer"]
     done = CliRunner().invoke(app, [*call, "--save-model", str(tmp_path / "model")])
     assert done.exit_code == 0, done.output
     assert "transformer 1/" in done.output
@@ -48,3 +48,15 @@ def test_wrong_bits_are_told(tmp_path):
     done = CliRunner().invoke(app, call)
     assert done.exit_code == 2
     assert "4 or 8" in done.output
+
+
+def test_eight_bits_are_for_speed_unless_told_otherwise(jobs, tmp_path, monkeypatch):
+    from quant._quantise import OneDenoiser
+
+    monkeypatch.setattr(OneDenoiser, "seconds", lambda *_: (2.0, 1.0))
+    call = ["calibrate", "tfmq", "--model", MODEL, "--out", str(tmp_path / "q.yaml")]
+    call += ["--jobs", str(jobs), "--rounding", "nearest", "--count", "1"]
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 2
+    assert "ask for every layer" in done.output
+    assert not (tmp_path / "q.yaml").exists()
