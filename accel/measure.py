@@ -218,6 +218,8 @@ class Study:
 
     def compare(self, method: Method, base: Method = PLAIN, *, rounds: int = 5) -> Comparison:
         """``method`` against ``base``, the plain pipeline by default."""
+        with attached(method, self.pipe):
+            pass  # what can not be attached is told before anything is measured
         before, after = self.run(base), self.run(method)
         values = _paired_values(before, after)
         return Comparison(

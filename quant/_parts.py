@@ -16,6 +16,7 @@ from accel.artifact import Fingerprint, inputs_digest, write_atomically
 from accel.denoiser import denoisers
 from accel.method import Recipe
 
+LONG = 60  # letters; beyond that a value says nothing to a person
 # what another run over a folder may change: it has nothing to do with the weights
 NOT_WEIGHTS = ("activations", "groups", "only_faster")
 
@@ -68,7 +69,10 @@ def _difference(old: str, new: str) -> str:
     except (ValueError, AttributeError):
         return "its calibration.json is damaged"
     keys = sorted(k for k in {**was, **now} if was.get(k) != now.get(k))
-    return ", ".join(f"{k} {was.get(k)!r} there, {now.get(k)!r} here" for k in keys[:3])
+    told = [f"{k} {was.get(k)!r} there, {now.get(k)!r} here" for k in keys]
+    return ", ".join(
+        t if len(t) < LONG else f"of another {k}" for k, t in zip(keys, told, strict=True)
+    )
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

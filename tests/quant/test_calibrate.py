@@ -170,7 +170,7 @@ def test_a_tiny_model_has_no_layer_that_integers_make_faster(tmp_path, fit):
 def test_parts_of_another_model_are_refused(tmp_path, fit):
     how = TFMQCalibration(rounding="nearest", calls=1)
     fit(how, tiny("dit"), tmp_path)
-    with pytest.raises(ValueError, match=r"another calibration \(model "):
+    with pytest.raises(ValueError, match="of another model"):
         fit(how, tiny("dit", seed=1), tmp_path)
 
 
