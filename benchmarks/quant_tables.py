@@ -102,7 +102,7 @@ def parts(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {what} | {width} | {rows[0]['psnr']['estimate']:.1f} to "
                 f"{rows[1]['psnr']['estimate']:.1f} dB | {span.estimate:+.2f} dB ({low:+.2f} to "
-                f"{span.high:+.2f}) | {test.p:.4f} | {verdict} |"
+                f"{span.high:+.2f}) | {test.p:.1g} | {verdict} |"
             )
     return "\n".join(lines) if len(lines) > 2 else ""
 
