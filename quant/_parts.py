@@ -66,7 +66,7 @@ def conditions(pipe: Any, inputs: list[dict[str, Any]], recipe: Recipe) -> dict[
 def _difference(old: str, new: str) -> str:
     try:
         was, now = (_flat(json.loads(text)) for text in (old, new))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, KeyError):
         return "its calibration.json is damaged"
     keys = sorted(k for k in {**was, **now} if was.get(k) != now.get(k))
     told = [f"{k} {was.get(k)!r} there, {now.get(k)!r} here" for k in keys]

@@ -32,9 +32,9 @@ class TFMQCalibration(Trainer):
 
     bits: of weights, 8 or 4. plan: of each layer's instead, 8, 4 or 16 (left as it is), by path
     from the slot on; what it does not name stays whole (``quant.mixed_precision`` makes one).
-    activations: "auto" chooses for each layer, on held-out inputs, among
-    one static scale, static scales for ``groups`` of timesteps and dynamic rows; or one of these
-    for all; "whole" leaves activations as they are. rounding: "nearest", "gptq" or "adaround".
+    activations: "auto" chooses for each layer, on held-out inputs, among one static scale, static
+    scales for ``groups`` of timesteps and dynamic rows; or one of these for all; "whole" leaves
+    activations as they are. rounding: "nearest", "gptq" or "adaround".
     temporal: what depends on the timestep, not the sample, is left whole for ``TemporalCache``
     where its table is smaller than its weights in these bits, and rounded on its own elsewhere
     ("cache"); always rounded on its own ("tiar"); or like all else ("plain"). split_skips: in

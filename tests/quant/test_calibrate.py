@@ -172,6 +172,9 @@ def test_parts_of_another_model_are_refused(tmp_path, fit):
     fit(how, tiny("dit"), tmp_path)
     with pytest.raises(ValueError, match="of another model"):
         fit(how, tiny("dit", seed=1), tmp_path)
+    (tmp_path / "calibration.json").write_text("{}")
+    with pytest.raises(ValueError, match="damaged"):
+        fit(how, tiny("dit"), tmp_path)
 
 
 def test_a_damaged_part_is_made_again(tmp_path, fit):
