@@ -322,6 +322,27 @@ class Clock:
         finally:
             self._deaf = before
 
+    @contextmanager
+    def asked_again(self, name: str, rows: int) -> Iterator[Now]:
+        """For a layer that asks the network once more: its call inside is a branch of its own.
+
+        The branch is the present one's with ``.name`` behind; its number is below zero and the same
+        in every step. So what is attached inside keeps the two apart. ``rows``: of the batch.
+        """
+        before, run = self.now, self.run
+        assert before is not None
+        assert run is not None
+        again = before._replace(branch=f"{before.branch}.{name}", call=-1 - before.call)
+        run.calls += 1
+        run.nfe += rows
+        if again.branch not in run.branches:
+            run.branches.append(again.branch)
+        self.now = again
+        try:
+            yield again
+        finally:
+            self.now = before
+
     def answered(self, rows: int) -> None:
         """Rows of the present denoiser call were answered without the network: no evaluations."""
         if self.run is not None:

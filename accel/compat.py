@@ -91,6 +91,28 @@ def adapter_state(module: Any) -> tuple[Any, ...]:
     return tuple(repr(vars(module)[name]) for name in names if name in vars(module))
 
 
+def adapted_layers(module: Any, adapter: str) -> list[tuple[Any, str, list[str]]]:
+    """Layers (peft) that an adapter acts on, each with the attribute that says which adapters are
+    on, and what that would be without this one.
+
+    Raises:
+        ValueError: it is on nowhere, or merged into the weights.
+    """
+    name, found = "_active_adapter", []
+    for part in module.modules():
+        active = getattr(part, name, None)
+        on = [active] if isinstance(active, str) else list(active or ())
+        if adapter not in on or adapter not in getattr(part, "scaling", {}):
+            continue
+        if adapter in part.merged_adapters:
+            raise ValueError(f"adapter {adapter!r} is fused into the weights; unfuse_lora() first")
+        if not part.disable_adapters:
+            found.append((part, name, [a for a in on if a != adapter]))
+    if not found:
+        raise ValueError(f"no adapter {adapter!r} is on in this {type(module).__name__}")
+    return found
+
+
 def compiled_entry(module: Any) -> Any:
     """The module inside ``torch.compile``'s ``OptimizedModule``, or the module itself."""
     return getattr(module, "_orig_mod", module)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -254,6 +254,22 @@ def values_of(tensor: Any) -> Any:
 def stand_in(tensor: Any) -> None:
     """(Again) one NaN in a lent tensor's place; moving it to another device had spread it."""
     tensor.data = tensor.data.new_full((), float("nan")).expand(tensor.shape)
+
+
+@contextmanager
+def exchanged(others: Mapping[Any, Any]) -> Iterator[None]:
+    """Tensors that hold other values for the length of a ``with`` block; nothing is copied.
+
+    others: tensor -> values of its shape, type and device, which it then shares.
+    """
+    before = [(tensor, tensor.data) for tensor in others]
+    try:
+        for tensor, values in others.items():
+            tensor.data = values
+        yield
+    finally:
+        for tensor, own in before:
+            tensor.data = own
 
 
 @contextmanager
