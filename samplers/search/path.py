@@ -7,8 +7,10 @@ pipeline's own solver finishes it.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,6 +29,17 @@ class Turn:
 
     key: int
     cosine: float
+
+
+@dataclass(frozen=True)
+class Shift:
+    """First noise only: by ``scale`` times signed bytes (base64), then back to its norm.
+
+    For noise that was optimised, which no key makes: a byte a value. See ``noise.shifted``.
+    """
+
+    data: str
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -58,10 +71,10 @@ class Rotate:
     beta: float
 
 
-Move = Draw | Turn | Run | Renoise | Rotate
+Move = Draw | Turn | Shift | Run | Renoise | Rotate
 Path = tuple[Move, ...]
 KINDS: dict[str, type] = {"draw": Draw, "turn": Turn, "run": Run, "renoise": Renoise}
-KINDS["rotate"] = Rotate
+KINDS |= {"rotate": Rotate, "shift": Shift}
 _NAMES = {cls: name for name, cls in KINDS.items()}
 
 
@@ -83,8 +96,8 @@ def read_path(value: Any) -> Path:
         raise ValueError("a path begins with one draw")
     ran = [isinstance(m, Run) for m in path]
     for i, move in enumerate(path[1:], start=1):
-        if isinstance(move, Turn) and any(ran[:i]):
-            raise ValueError("only first noise is turned; rotate what is in the middle")
+        if isinstance(move, Turn | Shift) and any(ran[:i]):
+            raise ValueError("only first noise is turned or shifted; rotate what is in the middle")
         if isinstance(move, Renoise | Rotate) and not any(ran[:i]):
             raise ValueError("only what has been run is renoised or rotated; turn first noise")
         if isinstance(path[i - 1], Run) and path[i - 1].to is None:  # type: ignore[union-attr]
@@ -103,17 +116,29 @@ def _move(value: Any) -> Move:
         "cosine": (int, float),
         "beta": (int, float),
         "eta": (int, float),
+        "scale": (int, float),
+        "data": str,
     }
     for name, x in given.items():
         wrong = name not in types or isinstance(x, bool) or not isinstance(x, types[name])
-        if wrong or (name in ("cosine", "beta", "eta") and not -1 <= x <= 1) or x < -1:
+        bounded = name in ("cosine", "beta", "eta")
+        if wrong or (bounded and not -1 <= x <= 1) or (name == "scale" and not 0 < x < math.inf):
             raise ValueError(f"no setting of a move {kind!r}: {name} = {str(x)[:40]}")
         if isinstance(x, int) and not 0 <= x < 2**63:
             raise ValueError(f"move {kind!r}: {name} = {x} is not in 0..2^63")
+        if isinstance(x, str):
+            _check_base64(x)
     try:
         return cls(**given)
     except TypeError as error:
         raise ValueError(f"move {kind!r}: {error}") from None
+
+
+def _check_base64(text: str) -> None:
+    try:
+        base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"move 'shift': its data is no base64 ({error})") from None
 
 
 def finished(path: Path) -> Path:

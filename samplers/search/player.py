@@ -5,6 +5,7 @@ It knows nothing of scores or algorithms. What it computes is counted in the `Co
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,8 +21,19 @@ from samplers.predictions import renoise
 from samplers.search.budget import Cost
 from samplers.search.leg import Leg, State, call_parameters, capture, packed
 from samplers.search.levels import Levels
-from samplers.search.noise import gaussian, key, neighbour, rotate
-from samplers.search.path import Draw, Path, Renoise, Rotate, Run, Turn, digest, finished, is_plain
+from samplers.search.noise import gaussian, key, neighbour, rotate, shifted, unpacked
+from samplers.search.path import (
+    Draw,
+    Path,
+    Renoise,
+    Rotate,
+    Run,
+    Shift,
+    Turn,
+    digest,
+    finished,
+    is_plain,
+)
 
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 _LISTED = ("prompt", "negative_prompt", "class_labels")
@@ -34,9 +46,18 @@ class Player:
         ValueError: the call makes more than one sample.
     """
 
-    def __init__(self, pipe: Any, call: dict[str, Any], live: Attached | None = None) -> None:
-        """``live``: a recipe that is attached to ``pipe`` already, and stays so."""
+    def __init__(
+        self,
+        pipe: Any,
+        call: dict[str, Any],
+        live: Attached | None = None,
+        *,
+        most: int | None = None,
+    ) -> None:
+        """``live``: a recipe that is attached to ``pipe`` already, and stays so. ``most``: samples
+        in one call; halved whenever memory runs out."""
         check_single(call)
+        self.most = most
         self.pipe, self.call = pipe, dict(call)
         self.states: dict[str, State] = {}
         self.seen: dict[str, Tensor] = {}  # clean predictions at the end of a path
@@ -84,7 +105,10 @@ class Player:
         found: dict[int, np.ndarray] = {}
         for rows in _alike([p[-1] for p in paths], [is_plain(p) for p in paths]):
             some = [paths[i] for i in rows]
-            found |= zip(rows, self._finish(some, recipe, cost), strict=True)
+            if not is_plain(some[0]):
+                self.reach([p[:-1] for p in some], recipe, cost)
+            made = self.in_parts(some, lambda part, own: self._finish(part, recipe, own), cost)
+            found |= zip(rows, made, strict=True)
         return np.stack([found[i] for i in range(len(paths))])
 
     def reach(self, paths: Sequence[Path], recipe: Recipe, cost: Cost) -> list[State]:
@@ -99,32 +123,46 @@ class Player:
                     unknown.setdefault(digest(path[:depth]), path[:depth])
             todo = [p for name, p in unknown.items() if not self._known(name)]
             for rows in _alike([p[-1] for p in todo], [self._is_free(p) for p in todo]):
-                self._extend([todo[i] for i in rows], recipe, cost)
+                some = [todo[i] for i in rows]
+                self.in_parts(some, lambda part, own: self._extend(part, recipe, own), cost)
         return [self.states[digest(p)] for p in paths]
 
     def look(self, paths: Sequence[Path], recipe: Recipe, cost: Cost) -> list[Tensor]:
         """Clean predictions (1, ...) at the ends of paths: one evaluation each, kept for later."""
-        states = self.reach(paths, recipe, cost)
-        todo = [i for i, p in enumerate(paths) if digest(p) not in self.seen]
-        if todo:
-            start = packed([states[i] for i in todo])
-            keys = [0] * len(todo)
-            leg = Leg(start, start.step + 1, 0.0, keys, look=True)
-            if start.step + 1 > self.grid(recipe).steps:
-                raise ValueError("search: nothing is predicted behind the last step")
-            self._run(leg, recipe, [_seed(paths[i]) for i in todo], cost)
-            assert leg.end is not None
-            assert leg.end.clean is not None
-            for row, i in enumerate(todo):
-                self.seen[digest(paths[i])] = leg.end.clean[row : row + 1].clone()
+        self.reach(paths, recipe, cost)
+        todo = [p for p in paths if digest(p) not in self.seen]
+        self.in_parts(todo, lambda part, own: self._look(part, recipe, own), cost)
         return [self.seen[digest(p)] for p in paths]
 
     def decoded(self, latents: Sequence[Tensor], recipe: Recipe, cost: Cost) -> np.ndarray:
         """Latents (1, ...) as the pipeline itself decodes them, uint8: a call without a step."""
-        sample = torch.cat(list(latents))
-        leg = Leg(State(self.grid(recipe).steps, sample))
-        output = self._run(leg, recipe, [0] * len(sample), cost)
-        return as_bytes(output)
+        steps = self.grid(recipe).steps
+
+        def work(part: list[Tensor], own: Cost) -> list[np.ndarray]:
+            leg = Leg(State(steps, torch.cat(part)))
+            return list(as_bytes(self._run(leg, recipe, [0] * len(part), own)))
+
+        return np.stack(self.in_parts(list(latents), work, cost))
+
+    def in_parts(
+        self, items: list[Any], work: Callable[[list[Any], Cost], Sequence[Any]], cost: Cost
+    ) -> list[Any]:
+        """``work(items, cost)`` in as many calls as memory allows.
+
+        After running out, half as many go into a call, from then on. Of what failed only the time
+        is counted. Raises what one sample alone runs out with.
+        """
+        found: list[Any] = []
+        while len(found) < len(items):
+            some = items[len(found) : len(found) + (self.most or len(items))]
+            own = Cost()
+            if (made := _unless_memory_ends(work, some, own)) is not None:
+                found.extend(made)
+                cost.add(own)
+                continue
+            cost.seconds += own.seconds
+            self.most = len(some) // 2
+        return found
 
     def forget(self) -> None:
         """Let all states go."""
@@ -190,12 +228,24 @@ class Player:
         if is_plain(paths[0]):
             return as_bytes(self._run(Leg(), recipe, seeds, cost))
         last = [p[-1] for p in paths]
-        start = packed(self.reach([p[:-1] for p in paths], recipe, cost))
+        start = packed([self.states[digest(p[:-1])] for p in paths])
         keys = [m.key for m in last]  # type: ignore[union-attr]
         leg = Leg(start, None, last[0].eta, keys)  # type: ignore[union-attr]
         return as_bytes(self._run(leg, recipe, seeds, cost))
 
-    def _extend(self, paths: list[Path], recipe: Recipe, cost: Cost) -> None:
+    def _look(self, paths: list[Path], recipe: Recipe, cost: Cost) -> list[Tensor]:
+        start = packed([self.states[digest(p)] for p in paths])
+        if start.step + 1 > self.grid(recipe).steps:
+            raise ValueError("search: nothing is predicted behind the last step")
+        leg = Leg(start, start.step + 1, 0.0, [0] * len(paths), look=True)
+        self._run(leg, recipe, [_seed(p) for p in paths], cost)
+        assert leg.end is not None
+        assert leg.end.clean is not None
+        rows = [leg.end.clean[i : i + 1].clone() for i in range(len(paths))]
+        self.seen |= {digest(p): row for p, row in zip(paths, rows, strict=True)}
+        return rows
+
+    def _extend(self, paths: list[Path], recipe: Recipe, cost: Cost) -> list[State]:
         """The states of paths whose last moves are alike; those before are known."""
         move = paths[0][-1]
         if isinstance(move, Draw):
@@ -207,6 +257,7 @@ class Player:
         else:
             ends = [self._moved(p, recipe) for p in paths]
         self.states |= {digest(p): end for p, end in zip(paths, ends, strict=True)}
+        return ends
 
     def _draws(self, keys: list[int], recipe: Recipe) -> list[State]:
         self._use(recipe)
@@ -256,7 +307,9 @@ class Player:
 
     def _moved(self, path: Path, recipe: Recipe) -> State:
         before, move = self.states[digest(path[:-1])], path[-1]
-        fresh = gaussian(move.key, tuple(before.sample.shape[1:]))[None]
+        if isinstance(move, Shift):
+            return State(0, shifted(before.sample, unpacked(move.data), move.scale))
+        fresh = gaussian(move.key, tuple(before.sample.shape[1:]))[None]  # type: ignore[union-attr]
         if isinstance(move, Turn):
             return State(0, neighbour(before.sample, fresh, move.cosine))
         table = self.levels(recipe).table
@@ -334,6 +387,25 @@ def as_bytes(output: Any) -> np.ndarray:
         output = [np.asarray(x) for x in output]
     array = np.asarray(output)
     return array if array.dtype == np.uint8 else (array * 255).round().clip(0, 255).astype("uint8")
+
+
+def _unless_memory_ends(work: Callable, items: list[Any], cost: Cost) -> Any:
+    """``work(items, cost)``; ``None`` where memory ran out and there is something to halve."""
+    try:
+        return work(items, cost)
+    except (MemoryError, RuntimeError) as error:
+        if len(items) == 1 or not is_out_of_memory(error):
+            raise
+    gc.collect()  # frames of the failed call are gone only now
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of an accelerator, or of the host (torch's allocator raises a plain RuntimeError)."""
+    said = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _seed(path: Path) -> int:
