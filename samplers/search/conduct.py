@@ -11,9 +11,10 @@ from accel.clock import denoiser_modules
 from accel.method import Recipe
 from samplers.search.budget import Budget
 from samplers.search.journal import Journal
+from samplers.search.judging import Judging
 from samplers.search.player import Player
 from samplers.search.result import SearchResult, Winner
-from samplers.search.session import PLAIN, Judging, Observer, Place, Session, Spent
+from samplers.search.session import PLAIN, Observer, Place, Session, Spent
 from samplers.search.verifiers.digits import DigitsJudge
 from samplers.search.verifiers.pixels import Contrast, Sharpness
 from samplers.search.verifiers.protocol import Verifier, fingerprint, members
@@ -94,10 +95,11 @@ def conduct(
     if settings.journal is not None:
         journal = Journal(settings.journal, _head(search, pipe, inputs, judging, recipe, settings))
     winners: list[Winner] = []
+    most: int | None = None  # samples in one call that memory was found to allow
     try:
         for number, call in enumerate(inputs):
             place = Place(number, len(inputs), asked_for(pipe, call))
-            with Player(pipe, call) as player:
+            with Player(pipe, call, most=most) as player:
                 session = Session(
                     player,
                     judging,
@@ -112,6 +114,7 @@ def conduct(
                     patience=settings.patience,
                 )
                 winners.append(_searched(search, session, settings))
+                most = player.most
             if journal is not None:
                 journal.forget_states(number)
     finally:

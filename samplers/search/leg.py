@@ -29,12 +29,13 @@ _PLACE = ("timesteps", "_step_index", "_begin_index")  # where a scheduler is, n
 class State:
     """Samples on their way. step: whose input ``sample`` (n, ...) is; clean: the prediction of the
     step before, float32; solver: what the scheduler keeps, ``None`` before the first step and
-    after stochastic ones."""
+    after stochastic ones; gained: the log-weight of a single sample's last run."""
 
     step: int
     sample: Tensor
     clean: Tensor | None = None
     solver: dict[str, Any] | None = None
+    gained: float = 0.0
 
     def rows(self) -> list[State]:
         """One state a sample."""

@@ -86,7 +86,7 @@ class Player:
     def grid(self, recipe: Recipe) -> Leg:
         """The steps and levels of calls under a recipe. Computes nothing."""
         if recipe not in self._grids:
-            self._use(recipe)
+            self.use(recipe)
             with _forked(0):
                 self._grids[recipe] = capture(self.pipe, self._arguments(recipe, [0]))
         return self._grids[recipe]
@@ -140,12 +140,12 @@ class Player:
 
         def work(part: list[Tensor], own: Cost) -> list[np.ndarray]:
             leg = Leg(State(steps, torch.cat(part)))
-            return list(as_bytes(self._run(leg, recipe, [0] * len(part), own)))
+            return list(as_bytes(self.call_once(leg, recipe, [0] * len(part), own)))
 
         return np.stack(self.in_parts(list(latents), work, cost))
 
     def in_parts(
-        self, items: list[Any], work: Callable[[list[Any], Cost], Sequence[Any]], cost: Cost
+        self, items: list[Any], work: Callable[[list[Any], Cost], Any], cost: Cost
     ) -> list[Any]:
         """``work(items, cost)`` in as many calls as memory allows.
 
@@ -177,13 +177,13 @@ class Player:
         generator is seeded as it was in the search.
         """
         path = finished(path)
-        seed, last = _seed(path), path[-1]
+        seed, last = seed_of(path), path[-1]
         leg = Leg()
         if not is_plain(path):
             assert isinstance(last, Run)
             (start,) = self.reach([path[:-1]], recipe, Cost())
             leg = Leg(start, None, last.eta, [last.key])
-        self._use(recipe)
+        self.use(recipe)
         with _forked(seed), leg.on(self.pipe):
             yield self._arguments(recipe, [seed])
 
@@ -192,7 +192,7 @@ class Player:
     def price(self, recipe: Recipe, cost: Cost) -> int:
         """Evaluations that one step of one sample takes, by making the first."""
         before = cost.evaluations
-        self._run(Leg(stop=1), recipe, [0], cost)
+        self.call_once(Leg(stop=1), recipe, [0], cost)
         return cost.evaluations - before
 
     def steps_needed(self, paths: Sequence[Path], recipe: Recipe) -> int:
@@ -224,21 +224,21 @@ class Player:
         return name in self.states or self.recall(name)
 
     def _finish(self, paths: list[Path], recipe: Recipe, cost: Cost) -> np.ndarray:
-        seeds = [_seed(p) for p in paths]
+        seeds = [seed_of(p) for p in paths]
         if is_plain(paths[0]):
-            return as_bytes(self._run(Leg(), recipe, seeds, cost))
+            return as_bytes(self.call_once(Leg(), recipe, seeds, cost))
         last = [p[-1] for p in paths]
         start = packed([self.states[digest(p[:-1])] for p in paths])
         keys = [m.key for m in last]  # type: ignore[union-attr]
         leg = Leg(start, None, last[0].eta, keys)  # type: ignore[union-attr]
-        return as_bytes(self._run(leg, recipe, seeds, cost))
+        return as_bytes(self.call_once(leg, recipe, seeds, cost))
 
     def _look(self, paths: list[Path], recipe: Recipe, cost: Cost) -> list[Tensor]:
         start = packed([self.states[digest(p)] for p in paths])
         if start.step + 1 > self.grid(recipe).steps:
             raise ValueError("search: nothing is predicted behind the last step")
         leg = Leg(start, start.step + 1, 0.0, [0] * len(paths), look=True)
-        self._run(leg, recipe, [_seed(p) for p in paths], cost)
+        self.call_once(leg, recipe, [seed_of(p) for p in paths], cost)
         assert leg.end is not None
         assert leg.end.clean is not None
         rows = [leg.end.clean[i : i + 1].clone() for i in range(len(paths))]
@@ -249,7 +249,7 @@ class Player:
         """The states of paths whose last moves are alike; those before are known."""
         move = paths[0][-1]
         if isinstance(move, Draw):
-            ends = self._draws([_seed(p) for p in paths], recipe)
+            ends = self._draws([seed_of(p) for p in paths], recipe)
         elif self._is_free(paths[0]):
             ends = [self._step_once(p, recipe) for p in paths]
         elif isinstance(move, Run):
@@ -260,7 +260,7 @@ class Player:
         return ends
 
     def _draws(self, keys: list[int], recipe: Recipe) -> list[State]:
-        self._use(recipe)
+        self.use(recipe)
         with _forked(keys[0]):
             first = capture(self.pipe, self._arguments(recipe, keys)).first
         if first is None or len(first) != len(keys):
@@ -279,7 +279,7 @@ class Player:
         # what a later part of the path needs to know of its prediction; nothing where no level is
         look = self.grid(recipe).levels is not None
         leg = Leg(packed(before), move.to, move.eta, keys, look=look)
-        self._run(leg, recipe, [_seed(p) for p in paths], cost)
+        self.call_once(leg, recipe, [seed_of(p) for p in paths], cost)
         assert leg.end is not None
         if move.eta is not None and move.to == before[0].step + 1:
             for path, row in zip(paths, leg.end.rows(), strict=True):
@@ -324,12 +324,13 @@ class Player:
         x = rotate(before.sample, before.clean, table[before.step], fresh, move.beta)
         return State(before.step, x.to(before.sample.dtype), before.clean)
 
-    def _run(self, leg: Leg, recipe: Recipe, seeds: list[int], cost: Cost) -> Any:
+    def call_once(self, leg: Leg, recipe: Recipe, seeds: list[int], cost: Cost, **more: Any) -> Any:
         """One call under a leg; returns what the pipeline does, if it was not cut off."""
-        self._use(recipe)
+        self.use(recipe)
+        arguments = self._arguments(recipe, seeds) | more
         output: list[Any] = []
         with _counted(self.pipe, self._live.clock, cost), _forked(seeds[0]), leg.on(self.pipe):
-            output.append(self.pipe(**self._arguments(recipe, seeds)))
+            output.append(self.pipe(**arguments))
         return output[0][0] if output else None
 
     def _arguments(self, recipe: Recipe, seeds: list[int]) -> dict[str, Any]:
@@ -339,7 +340,7 @@ class Player:
             call["output_type"] = "np"
         return {**call, "generator": generators if len(seeds) > 1 else generators[0]}
 
-    def _use(self, recipe: Recipe) -> None:
+    def use(self, recipe: Recipe) -> None:
         """Attach a recipe instead of the one that is."""
         if self._recipe == recipe:
             return
@@ -408,7 +409,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def _seed(path: Path) -> int:
+def seed_of(path: Path) -> int:
     """Of the generator that a path's calls are given: a stochastic host solver draws from it."""
     first = path[0]
     assert isinstance(first, Draw)

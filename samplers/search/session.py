@@ -7,7 +7,6 @@ written to the journal, and told to the observer.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ from torch import Tensor
 
 from accel.method import Recipe
 from samplers.search.budget import Budget, Cost, Ledger
+from samplers.search.differentiate import PRICE, check_recipe, uphill_of
 from samplers.search.journal import Journal
+from samplers.search.judging import Judging
 from samplers.search.levels import Levels
 from samplers.search.noise import key
-from samplers.search.path import Draw, Path, Run, digest, finished
+from samplers.search.path import Draw, Path, Run, Shift, digest, finished
 from samplers.search.player import Player
 from samplers.search.result import Candidate, Progress, Purpose, Winner
-from samplers.search.verifiers.protocol import members
 
 PLAIN = Recipe(())
 Observer = Callable[[Progress], None]
@@ -35,43 +35,31 @@ class Spent(Exception):
 
 
 @dataclass(frozen=True)
-class Judging:
-    """Who scores: the searched verifier, and those only reported."""
+class Ask:
+    """What is wanted of a batch of paths.
 
-    verifier: Any
-    held_out: tuple[Any, ...] = ()
+    look: predict where they end. climb: (cosine, floor) of a step along the score's gradient.
+    """
 
-    def __post_init__(self) -> None:
-        names = [v.name for v in (*members(self.verifier), *self.held_out)]
-        if len(set(names)) < len(names):
-            raise ValueError(f"search: verifiers {names}; a held-out one is not searched, too")
+    purpose: Any  # a Purpose, or "advance": only the states
+    recipe: Recipe
+    look: bool = False
+    climb: tuple[float, float] | None = None
 
-    def scores(self, frames: np.ndarray, prompt: str, *, all_of_them: bool, cost: Cost) -> Any:
-        """By name, a list of floats or None for each sample; ``held_out`` apart."""
-        began = time.perf_counter()
-        found: list[dict[str, list[float | None]]] = []
-        for judges in (members(self.verifier), self.held_out if all_of_them else ()):
-            found.append(
-                {v.name: _numbers(v.score(frames, [prompt] * len(frames))) for v in judges}
-            )
-            cost.verified += len(frames) * len(judges)
-        spent = time.perf_counter() - began
-        cost.seconds += spent
-        cost.seconds_verifying += spent
-        return found
+    def name(self, paths: Sequence[Path], number: int) -> str:
+        """Of the unit, in the journal of input ``number``."""
+        how = self.look if self.climb is None else list(self.climb)
+        return digest(paths, self.purpose, how, number, self.recipe.digest())
 
-    def values(self, rows: Sequence[dict[str, float | None]]) -> np.ndarray:
-        """What decides between samples with these scores; NaN: not to be chosen."""
-        table = [[np.nan if r[v.name] is None else r[v.name] for v in members(self.verifier)]
-                 for r in rows]  # fmt: skip
-        scores = np.array(table, dtype=np.float64).reshape(len(rows), -1)
-        combine = getattr(self.verifier, "combine", None)
-        return scores[:, 0] if combine is None else combine(scores)
+    @property
+    def is_free(self) -> bool:
+        """Whether it is not what a budget limits."""
+        return self.purpose in Ledger.FREE
 
-
-def _numbers(scores: Any) -> list[float | None]:
-    values = np.asarray(scores, dtype=np.float64).reshape(-1)
-    return [float(x) if np.isfinite(x) else None for x in values]
+    @property
+    def price(self) -> int:
+        """Evaluations for each of a forward pass."""
+        return 1 if self.climb is None else PRICE
 
 
 @dataclass(frozen=True)
@@ -145,24 +133,50 @@ class Session:
 
     def render(self, paths: Sequence[Path]) -> list[Candidate]:
         """Finish, decode and score. As many as the budget allows; raises ``Spent`` if none."""
-        return self._scored("render", [finished(p) for p in paths], self.recipe)
+        return self._scored(Ask("render", self.recipe), [finished(p) for p in paths])
 
     def drafts(self, paths: Sequence[Path]) -> list[Candidate]:
         """``render`` with the draft's recipe."""
+        return self._scored(self._draft(), [finished(p) for p in paths])
+
+    def climb(
+        self, paths: Sequence[Path], *, cosine: float, floor: float
+    ) -> tuple[list[Candidate], list[Path]]:
+        """Drafts of first noises, and each noise a step further up its score's gradient.
+
+        cosine: of the step; floor: least one to the draw that a path begins with. As many as can be
+        afforded, at ``PRICE`` times what a draft takes. Raises ``Spent`` if none, ``ValueError``
+        where verifier, recipe or pipeline have no gradient.
+        """
+        ask = self._draft((cosine, floor))
+        check_recipe(ask.recipe, self.player.pipe)
+        self.judging.differentiable(self.place.prompt)
+        self._climbed: list[Path] = []
+        found = self._scored(ask, [finished(p) for p in paths])
+        return found, self._climbed
+
+    def _draft(self, climb: tuple[float, float] | None = None) -> Ask:
         assert self.draft_recipe is not None
-        return self._scored("draft", [finished(p) for p in paths], self.draft_recipe)
+        return Ask("draft", self.draft_recipe, climb=climb)
 
     def preview(self, paths: Sequence[Path], *, look: bool = False) -> list[Candidate]:
         """Score clean predictions of paths that end in the middle: those of the last step made,
         or (``look``, one evaluation each) those at the end itself. As many as can be afforded."""
-        return self._scored("preview", list(paths), self.recipe, look=look)
+        return self._scored(Ask("preview", self.recipe, look), list(paths))
 
-    def advance(self, paths: Sequence[Path]) -> None:
-        """Compute the states at the ends of paths, scoring nothing. All or ``Spent``."""
+    def advance(self, paths: Sequence[Path]) -> list[float]:
+        """Compute the states at the ends of paths, scoring nothing. All or ``Spent``.
+
+        Returns the log-weight that each gained in its last run; see ``Run.mix``.
+        """
+        gained: list[float] = []
         for start in range(0, len(paths), self.batch):
             some = list(paths[start : start + self.batch])
-            if self._unit("advance", some, self.recipe)["count"] < len(some):
+            row = self._unit(Ask("advance", self.recipe), some)
+            if row["count"] < len(some):
                 raise Spent("the budget is spent")
+            gained += row.get("gained", [0.0] * len(some))
+        return gained
 
     def noises(self, paths: Sequence[Path]) -> list[Tensor]:
         """First noises (1, ...) of paths that only draw and turn; nothing is evaluated."""
@@ -179,11 +193,7 @@ class Session:
 
     def absolute(self) -> None:
         """Raises ``ValueError`` if scores mean nothing outside their pool."""
-        if hasattr(self.judging.verifier, "combine"):
-            raise ValueError(
-                "particle methods weigh samples by their scores and need an absolute scale; "
-                f"{self.judging.verifier.name} only ranks. Search one verifier"
-            )
+        self.judging.absolute()
 
     @contextmanager
     def reserved(self, renders: int) -> Iterator[None]:
@@ -231,7 +241,7 @@ class Session:
         each = self.steps * self._price(self.recipe)
         count = int(limit // each)
         paths = [(Draw(self.key("baseline", i)),) for i in range(count)]
-        self._scored("baseline", [finished(p) for p in paths], self.recipe)
+        self._scored(Ask("baseline", self.recipe), [finished(p) for p in paths])
 
     def deliver(self, stopped: str, *, render: bool = True) -> Winner:
         """The best candidate, rendered alone unless ``render`` is false.
@@ -282,95 +292,91 @@ class Session:
 
     # -- units -------------------------------------------------------------------------------
 
-    def _scored(
-        self, purpose: Purpose, paths: list[Path], recipe: Recipe, *, look: bool = False
-    ) -> list[Candidate]:
+    def _scored(self, ask: Ask, paths: list[Path]) -> list[Candidate]:
         found: list[Candidate] = []
         for start in range(0, len(paths), self.batch):
             some = paths[start : start + self.batch]
             try:
-                new = self._batch(purpose, some, recipe, look)
+                new = self._batch(ask, some)
             except Spent:
                 if found:
                     break
                 raise
             found += new
             self._tell("candidates", tuple(new))
-            if purpose == "render":
+            if ask.purpose == "render":
                 self._watch(new)
             if len(new) < len(some):
                 break
         return found
 
-    def _batch(
-        self, purpose: Purpose, paths: list[Path], recipe: Recipe, look: bool
-    ) -> list[Candidate]:
-        row = self._unit(purpose, paths, recipe, look=look)
+    def _batch(self, ask: Ask, paths: list[Path]) -> list[Candidate]:
+        row = self._unit(ask, paths)
         count = row["count"]
         pictures = row.get("pictures")
         values = self.judging.values([_row(row["scores"], i) for i in range(count)])
         spent, own = self.ledger.spent().evaluations, row["cost"]["evaluations"]
-        own = 0 if purpose in Ledger.FREE else own
+        own = 0 if ask.is_free else own
         new = [
             Candidate(
                 index=len(self.candidates) + i,
                 path=paths[i],
-                purpose=purpose,
+                purpose=ask.purpose,
                 score=None if np.isnan(values[i]) else float(values[i]),
                 scores=_row(row["scores"], i),
                 held_out=_row(row["held_out"], i),
                 evaluations=spent - own + own * (i + 1) // count,
                 picture=None if pictures is None else pictures[i],
-                frames=row.get("frames") if count == 1 and purpose == "render" else None,
+                frames=row.get("frames") if count == 1 and ask.purpose == "render" else None,
             )
             for i in range(count)
         ]
         self.candidates += new
+        if ask.climb is not None:
+            ends = [Shift(*shift) for shift in row["shifts"]]
+            self._climbed += [(p[0], end) for p, end in zip(paths, ends, strict=False)]
         return new
 
-    def _unit(
-        self, purpose: str, paths: list[Path], recipe: Recipe, *, look: bool = False
-    ) -> dict[str, Any]:
+    def _unit(self, ask: Ask, paths: list[Path]) -> dict[str, Any]:
         """One batch, read or computed; fewer paths than asked where the budget ends."""
-        name = digest(paths, purpose, look, self.place.number, recipe.digest())
+        name = ask.name(paths, self.place.number)
         row = self.journal.get(name) if self.journal else None
         if row is not None and "cost" in row:
-            self._account(purpose, Cost(**row["cost"]))
+            self._account(ask.purpose, Cost(**row["cost"]))
             assert self.journal is not None
             frames = self.journal.pictures(f"{name}-alone")
             return {**row, "pictures": self.journal.pictures(name), "frames": frames}
-        count = self._decided(name, row, purpose, paths, recipe, look)
+        count = self._decided(name, row, ask, paths)
         if not count:
             raise Spent("the budget is spent")
         if count < len(paths):
-            return self._unit(purpose, paths[:count], recipe, look=look)
+            return self._unit(ask, paths[:count])
         cost = Cost()
-        row = self._computed(purpose, paths, recipe, look, cost)
+        row = self._computed(ask, paths, cost)
         row = {"count": len(paths), "cost": cost.as_json(), **row}
-        self._account(purpose, Cost(**row["cost"]))
+        self._account(ask.purpose, Cost(**row["cost"]))
+        if self.player.most is not None:
+            self.report["batch"] = self.player.most  # what memory allows
         if self.journal:
-            kept = {k: v for k, v in row.items() if k not in ("pictures", "frames")}
-            if "pictures" in row:
-                self.journal.keep_pictures(name, row["pictures"])
-            if purpose == "render" and len(paths) == 1:  # may be delivered as it is
-                self.journal.keep_pictures(f"{name}-alone", row["frames"])
-            if purpose in ("preview", "advance"):
-                names = [digest(p) for p in paths]
-                player = self.player
-                states = {n: (player.states[n], player.seen.get(n)) for n in names}
-                self.journal.keep_states(self.place.number, name, states)
-            self.journal.put(name, {**kept, "purpose": purpose})
+            self._keep(name, ask, paths, row)
         return row
 
-    def _decided(
-        self,
-        name: str,
-        row: dict[str, Any] | None,
-        purpose: str,
-        paths: list[Path],
-        recipe: Recipe,
-        look: bool,
-    ) -> int:
+    def _keep(self, name: str, ask: Ask, paths: list[Path], row: dict[str, Any]) -> None:
+        """A unit's pictures and states, then its line in the journal."""
+        assert self.journal is not None
+        kept = {k: v for k, v in row.items() if k not in ("pictures", "frames")}
+        if "pictures" in row:
+            self.journal.keep_pictures(name, row["pictures"])
+        if ask.purpose == "render" and len(paths) == 1:  # may be delivered as it is
+            self.journal.keep_pictures(f"{name}-alone", row["frames"])
+        if ask.purpose in ("preview", "advance"):
+            names = [digest(p) for p in paths]
+            player = self.player
+            states = {n: (player.states[n], player.seen.get(n)) for n in names}
+            self.journal.keep_states(self.place.number, name, states)
+        self.journal.put(name, {**kept, "purpose": ask.purpose})
+
+    def _decided(self, name: str, row: dict[str, Any] | None, ask: Ask, paths: list[Path]) -> int:
         """How many of a batch are made. A cut is journalled before it is followed.
 
         Once some of the batch are known, what the rest costs would no longer say.
@@ -378,29 +384,32 @@ class Session:
         limit = None if self.budget.seconds is not None else self.limit
         if row is not None and row["limit"] == limit:
             return row["afforded"]
-        count = self._affordable(purpose, paths, recipe, look)
+        count = self._affordable(ask, paths)
         if count < len(paths) and self.journal and limit is not None:
             self.journal.put(name, {"afforded": count, "limit": limit})
         return count
 
-    def _computed(
-        self, purpose: str, paths: list[Path], recipe: Recipe, look: bool, cost: Cost
-    ) -> dict[str, Any]:
-        if purpose == "advance":
-            self.player.reach(paths, recipe, cost)
-            return {}
-        if purpose == "preview":
-            states = self.player.reach(paths, recipe, cost)
-            clean = self.player.look(paths, recipe, cost) if look else [s.clean for s in states]
-            frames = self.player.decoded(clean, recipe, cost)  # type: ignore[arg-type]
+    def _computed(self, ask: Ask, paths: list[Path], cost: Cost) -> dict[str, Any]:
+        """What a unit finds, and what it cost."""
+        player, recipe, more = self.player, ask.recipe, {}
+        if ask.purpose == "advance":
+            return {"gained": [s.gained for s in player.reach(paths, recipe, cost)]}
+        if ask.purpose == "preview":
+            states = player.reach(paths, recipe, cost)
+            clean = player.look(paths, recipe, cost) if ask.look else [s.clean for s in states]
+            frames = player.decoded(clean, recipe, cost)  # type: ignore[arg-type]
+        elif ask.climb is not None:
+            score = self.judging.differentiable(self.place.prompt)
+            frames, shifts = uphill_of(player, paths, recipe, score, *ask.climb, cost)
+            more = {"shifts": shifts}
         else:
-            frames = self.player.frames(paths, recipe, cost)
-        finished_ones = purpose != "preview"
+            frames = player.frames(paths, recipe, cost)
+        finished_ones = ask.purpose != "preview"
         scores, held = self.judging.scores(
             frames, self.place.prompt, all_of_them=finished_ones, cost=cost
         )
         middle = frames[:, frames.shape[1] // 2] if frames.ndim == 5 else frames
-        return {"scores": scores, "held_out": held, "pictures": middle, "frames": frames}
+        return {"scores": scores, "held_out": held, "pictures": middle, "frames": frames, **more}
 
     def _recall(self, name: str) -> bool:
         """Put a state of the journal where the player looks."""
@@ -415,17 +424,17 @@ class Session:
     def _account(self, purpose: str, cost: Cost) -> None:
         self.ledger.add(purpose, cost)
 
-    def _affordable(self, purpose: str, paths: list[Path], recipe: Recipe, look: bool) -> int:
+    def _affordable(self, ask: Ask, paths: list[Path]) -> int:
         """How many of the paths, from the first, the rest of the budget pays for."""
-        if purpose in Ledger.FREE:
+        if ask.is_free:
             return len(paths)
         spent = self.ledger.spent()
         if self.budget.seconds is not None:
             return len(paths) if spent.seconds < self.budget.seconds else 0
         left = self.limit - self._held_back - spent.evaluations
-        price, count = self._price(recipe), 0
+        price, count = ask.price * self._price(ask.recipe), 0
         for count in range(len(paths), 0, -1):
-            steps = self.player.steps_needed(paths[:count], recipe) + (count if look else 0)
+            steps = self.player.steps_needed(paths[:count], ask.recipe) + (count if ask.look else 0)
             if steps * price <= left + 1e-6:
                 return count
         return 0

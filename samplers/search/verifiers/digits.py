@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,3 +50,26 @@ class DigitsJudge:
                     np.log(max(probabilities[k][i, v], LEAST)) for k, v in asked.items()
                 )
         return scores
+
+    def differentiable(self, samples: Any, prompts: Sequence[str]) -> Any:
+        """The same from tensors (n, [f,] 3, h, w) in 0..1, with their gradient; not bounded below.
+
+        Raises:
+            ValueError: a prompt names nothing that the judge knows.
+        """
+        import torch
+
+        from accel.zoo.judge import judge
+        from accel.zoo.world import named
+
+        x = 2 * samples - 1
+        network = judge(self.judge)
+        logits = network.video_logits(x.transpose(1, 2)) if x.ndim == 5 else network(x)
+        sure = {k: v.log_softmax(-1) for k, v in logits.items()}
+        scores = []
+        for i, prompt in enumerate(prompts):
+            asked = [sure[k][i, v] for k, v in named(prompt).items() if k in sure]
+            if not asked:
+                raise ValueError(f"{self.judge} knows nothing that {prompt!r} names")
+            scores.append(torch.stack(asked).sum())
+        return torch.stack(scores)

@@ -13,7 +13,8 @@ from samplers.search.verifiers.worker import HttpVerifier, ProcessVerifier
 GROUP = "accel.verifiers"
 SAID = (
     f"{', '.join(PIXELS)}, judge or referee (embedded models), clip:FOLDER, siglip:FOLDER, "
-    "pickscore:FOLDER, aesthetic:FOLDER,HEAD, worker:COMMAND, http://..., what a package has "
+    "pickscore:FOLDER, hps:FOLDER or hps:FOLDER,CHECKPOINT, aesthetic:FOLDER,HEAD, "
+    "worker:COMMAND, http://..., what a package has "
     f"registered under the entry-point group {GROUP!r}, or several joined by + (mean of ranks)"
 )
 
@@ -41,10 +42,11 @@ def verifier_named(text: str, *, device: str = "cpu", trusted: bool = True) -> A
         return PIXELS[text]()
     if text in ("judge", "referee"):
         return DigitsJudge("digits-judge" if text == "judge" else "digits-judge-b")
-    if kind in ("clip", "siglip", "pickscore") and rest:
+    if kind in ("clip", "siglip", "pickscore", "hps") and rest:
         from samplers.search.verifiers.text_image import TextImage
 
-        return TextImage(kind, rest, device=device)
+        folder, _, weights = rest.partition(",") if kind == "hps" else (rest, "", "")
+        return TextImage(kind, folder, weights or None, device=device)
     if kind == "aesthetic" and "," in rest:
         from samplers.search.verifiers.text_image import Aesthetic
 

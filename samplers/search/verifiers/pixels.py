@@ -7,6 +7,7 @@ with looks. None knows what a picture shows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,14 @@ def luma(frames: np.ndarray) -> np.ndarray:
     return frames @ LUMA if frames.shape[-1] == 3 else frames.mean(-1)
 
 
+def luma_of(samples: Any) -> Any:
+    """The same of tensors (n, [f,] c, h, w), with their gradient: (n, f, h, w)."""
+    x = samples[:, None] if samples.ndim == 4 else samples
+    if x.shape[2] != 3:
+        return x.mean(2)
+    return (x * x.new_tensor(LUMA)[:, None, None]).sum(2)
+
+
 class Brightness(_Pixels):
     """Mean luma."""
 
@@ -40,6 +49,9 @@ class Brightness(_Pixels):
 
     def measure(self, frames: np.ndarray) -> np.ndarray:
         return luma(frames).mean((1, 2, 3))
+
+    def differentiable(self, samples: Any, prompts: Sequence[str]) -> Any:
+        return luma_of(samples).mean((1, 2, 3))
 
 
 class Darkness(_Pixels):
@@ -50,6 +62,9 @@ class Darkness(_Pixels):
     def measure(self, frames: np.ndarray) -> np.ndarray:
         return 1 - luma(frames).mean((1, 2, 3))
 
+    def differentiable(self, samples: Any, prompts: Sequence[str]) -> Any:
+        return 1 - luma_of(samples).mean((1, 2, 3))
+
 
 class Contrast(_Pixels):
     """Standard deviation of the luma in a frame, of at most 0.5."""
@@ -58,6 +73,9 @@ class Contrast(_Pixels):
 
     def measure(self, frames: np.ndarray) -> np.ndarray:
         return luma(frames).std((2, 3)).mean(1)
+
+    def differentiable(self, samples: Any, prompts: Sequence[str]) -> Any:
+        return luma_of(samples).std((2, 3), correction=0).mean(1)
 
 
 class Sharpness(_Pixels):

@@ -24,6 +24,16 @@ class Verifier(Protocol):
     def score(self, samples: np.ndarray, prompts: Sequence[str]) -> np.ndarray: ...
 
 
+@runtime_checkable
+class Differentiable(Verifier, Protocol):
+    """A verifier whose score has a gradient, for ``samplers.search.gradient``.
+
+    samples: float (n, c, h, w) pictures or (n, frames, c, h, w) videos in 0..1, before rounding.
+    """
+
+    def differentiable(self, samples: Any, prompts: Sequence[str]) -> Any: ...
+
+
 def fingerprint(verifier: Any) -> str:
     """What a journal knows a verifier by."""
     return str(getattr(verifier, "fingerprint", verifier.name))
