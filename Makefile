@@ -51,6 +51,7 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_sparse
 	$(PY) -m benchmarks.bench_sparse_quality
 	$(PY) -m benchmarks.bench_search --prompts 100
+	$(PY) -m benchmarks.bench_rlg
 	$(PY) -m benchmarks.tables
 
 # Speeds and qualities of the methods, of peers and of the core: about a quarter of an hour.

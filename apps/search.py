@@ -29,6 +29,8 @@ ALGORITHMS = {
     "particles": "samplers.search.particles:Particles",
     "evolution": "samplers.search.evolution:Evolution",
     "rollover": "samplers.search.rollover:Rollover",
+    "gradient": "samplers.search.gradient:Gradient",
+    "correctors": "samplers.search.correctors:Correctors",
 }
 
 

@@ -225,6 +225,10 @@ class Leaps(Study):
     """``leap.json``: leaps, and as many steps without."""
 
 
+class Tunings(Study):
+    """``rlg.json``: guidance by a tuned model, without guidance by the prompt."""
+
+
 class Bar(Row):
     """One more method. over_previous: speed-up over the bar before, timed in turn with it."""
 
@@ -525,9 +529,10 @@ class DraftPoint(SearchPoint):
 
 
 class SearchRow(_Strict):
-    """at: by cost in renders."""
+    """at: by cost in renders. methods: of the recipe that candidates or drafts are made with."""
 
     search: dict[str, Any]
+    methods: list[MethodRecord]
     at: dict[str, SearchPoint]
     verified_per_evaluation: Annotated[float, Field(ge=0)]
     decodes_per_evaluation: Annotated[float, Field(ge=0)]
@@ -565,6 +570,79 @@ class SearchKills(_Strict):
     rows: list[SearchKill]
 
 
+class CorrectorsFigure(_Strict):
+    """Mean nines of a whole population."""
+
+    weighed: Interval
+    unweighed: Interval
+    difference: Interval
+
+
+class CorrectorsRow(_Strict):
+    """ancestors, effective: of 8 particles. spread: of a step's log-weights before the clamp."""
+
+    prompts: Positive
+    judge: CorrectorsFigure
+    referee: CorrectorsFigure
+    ancestors: Annotated[float, Field(gt=0)]
+    spread: Annotated[float, Field(ge=0)]
+    effective: Annotated[float, Field(gt=0)]
+
+
+Both = Annotated[list[float], Field(min_length=2, max_length=2)]  # log-likelihoods
+Committed = Annotated[list[float], Field(min_length=3, max_length=3)]  # and evaluations
+
+
+class PoolOfPrompt(_Strict):
+    scores: Annotated[list[Both], Field(min_length=1)]
+    evaluations: Positive
+
+
+class AlgorithmOnPrompt(_Strict):
+    at: dict[str, Both]
+    evaluations: Positive
+    decodes: Count
+    verified: Count
+
+
+class AlgorithmRows(_Strict):
+    search: dict[str, Any]
+    methods: list[MethodRecord]
+    rows: dict[str, AlgorithmOnPrompt]
+
+
+class DraftOnPrompt(_Strict):
+    drafts: list[float]
+    draft_evaluations: Positive
+    own: Committed
+    at_8: Committed | None = None
+
+
+class DraftRows(_Strict):
+    methods: list[MethodRecord]
+    rows: dict[str, DraftOnPrompt]
+
+
+class CorrectorsOnPrompt(_Strict):
+    scores: list[Both]
+    ancestors: Positive
+    spread: float
+    effective: float
+
+
+class SearchRows(_Strict):
+    """``search_rows.json``: what each prompt gave, log-likelihoods by judge and referee."""
+
+    environment: Environment
+    protocol: ProtocolRecord
+    model: str
+    prompts: list[str]
+    random: dict[str, PoolOfPrompt]
+    algorithms: dict[str, AlgorithmRows]
+    drafts: dict[str, DraftRows]
+    correctors: dict[str, dict[str, CorrectorsOnPrompt]] = {}
+
+
 class SearchStudy(_Strict):
     """``search.json``. price: evaluations of a render."""
 
@@ -576,7 +654,8 @@ class SearchStudy(_Strict):
     random: dict[str, dict[str, Interval]]
     algorithms: dict[str, SearchRow]
     drafts: dict[str, DraftRow]
-    kills: SearchKills
+    correctors: CorrectorsRow | None
+    kills: SearchKills | None
 
 
 class AgreementRow(_Strict):
@@ -698,6 +777,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "tdm": Students,
     "tdm_sd": Students,
     "leap": Leaps,
+    "rlg": Tunings,
     "waterfall": Waterfall,
     "overhead": Overhead,
     "quant": QuantStudy,
@@ -712,6 +792,9 @@ KINDS: dict[str, type[BaseModel]] = {
     "one_more_step": OneMoreStepStudy,
     "recipe": RecipeMeasured,
     "search": SearchStudy,
+    "search_wan": SearchStudy,
+    "search_rows": SearchRows,
+    "search_wan_rows": SearchRows,
     ZOO: Envelope,
     REPORT: Report,
 }

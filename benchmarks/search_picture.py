@@ -8,9 +8,13 @@ from typing import Any
 
 from benchmarks.results_file import RESULTS
 
-PICTURE = RESULTS.parent / "pictures" / "search.png"
 PAPER = "#faf9f6"
 COLOURS = ("#146e46", "#2b6cb0", "#9a6b1f", "#b5476b", "#6b4fa1", "#c0561f", "#3f8f8f", "#777777")
+
+
+def picture_of(study: str) -> Path:
+    """Where the picture of a study lies."""
+    return RESULTS.parent / "pictures" / f"{study}.png"
 
 
 def draw(source: Path, path: Path) -> None:

@@ -32,7 +32,8 @@ def search(result: dict[str, Any]) -> str:
         for point in (row["at_own_cost"], row["at_8"]):
             if point is not None:
                 lines.append(_row(f"drafts: {name}", f"{point['renders']:.2f}", point))
-    return "\n".join([*lines, "", *_drafts(result), "", _kills(result["kills"])])
+    parts = [lines, _drafts(result), _correctors(result["correctors"]), _kills(result["kills"])]
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def _row(name: str, cost: str, point: dict[str, Any]) -> str:
@@ -45,6 +46,8 @@ def _row(name: str, cost: str, point: dict[str, Any]) -> str:
 
 def _drafts(result: dict[str, Any]) -> list[str]:
     """How well drafts stand for renders."""
+    if not result["drafts"]:
+        return []
     first = next(iter(result["drafts"].values()))
     lines = [
         f"Draft and commit against best of {first['candidates']} renders of the same seeds "
@@ -62,9 +65,30 @@ def _drafts(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _kills(kills: dict[str, Any]) -> str:
-    return (
+def _correctors(row: dict[str, Any] | None) -> list[str]:
+    """Populations under guidance, weighed and not."""
+    if row is None:
+        return []
+    lines = [
+        f"Correctors of guidance (8 particles, {row['prompts']} prompts, guidance 3; the control "
+        "is the same without weights): mean nines of whole populations. A step's log-weights "
+        f"spread by {row['spread']:.2f} before they are clamped, {row['effective']:.1f} of 8 are "
+        f"effective on average, and {row['ancestors']:.1f} first noises are left at the end:",
+        "",
+        "| by | weighed | unweighed | difference |",
+        "|---|---|---|---|",
+    ]
+    for who in ("judge", "referee"):
+        cells = [_span(row[who][k]) for k in ("weighed", "unweighed", "difference")]
+        lines.append(f"| {who} | {' | '.join(cells)} |")
+    return lines
+
+
+def _kills(kills: dict[str, Any] | None) -> list[str]:
+    if kills is None:
+        return []
+    return [
         f"Killed with `kill -9` at {kills['killed']} random moments of {kills['tried']} searches "
         f"and resumed: the same winner, frames and costs {kills['same']} times; at most "
         f"{kills['most_scored_twice']} samples were made twice (a batch has {kills['batch']})."
-    )
+    ]

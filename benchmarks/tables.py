@@ -42,7 +42,7 @@ from benchmarks.waterfall_picture import PICTURE, drawn_from
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
 RESULTS_WITH_METHODS = (
-    *("native", "caches", "caches_20", "caches_sd", "leap", "temporal_cache", "quant"),
+    *("native", "caches", "caches_20", "caches_sd", "leap", "rlg", "temporal_cache", "quant"),
     "attention_backend",
 )
 PEERS = "benchmarks.peers:"
@@ -262,6 +262,14 @@ def _leaps_on(result: dict[str, Any]) -> str:
     )
 
 
+def _tunings_on(result: dict[str, Any]) -> str:
+    return _rows_on(
+        result,
+        f"Guidance by what a tuning to the judge has changed, {result['steps']} steps without "
+        "guidance by the prompt; the number is the weight, 1 the tuned model itself",
+    )
+
+
 def _caches_on(result: dict[str, Any]) -> str:
     said = f"Every setting, {result['steps']} steps asked"
     return f"{cache_tables.matched(result)}\n\n{_rows_on(result, said)}"
@@ -358,6 +366,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "caches_20": lambda: _every_device("caches_20", _caches_on),
     "caches_sd": lambda: _every_device("caches_sd", _caches_on),
     "search": lambda: _every_device("search", search_tables.search),
+    "search_wan": lambda: _every_device("search_wan", search_tables.search),
     "cache_speed": lambda: _every_device("cache_speed", cache_tables.speed),
     "robustness": lambda: _every_device("robustness", cache_tables.robustness),
     "quant": lambda: _every_device("quant", _quant_on),
@@ -369,6 +378,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sparse": lambda: _every_device("sparse", sparse_tables.speed),
     "attention_backend": lambda: _every_device("attention_backend", sparse_tables.backends),
     "sparse_quality": lambda: _every_device("sparse_quality", sparse_tables.quality),
+    "rlg": lambda: _every_device("rlg", _tunings_on),
     "leap": lambda: _every_device("leap", _leaps_on),
     "evaluate": lambda: _every_device("evaluate", recipe_cards.evaluation),
     "recipe_cards": recipe_cards.cards,

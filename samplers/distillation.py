@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,3 +157,17 @@ def lora_layers(trained: Mapping[str, Tensor], slot: str) -> dict[str, Tensor]:
             raise ValueError(f"{name} is a full weight; only low-rank students are LoRAs")
         layers[f"{slot}.{layer}{factor}.weight"] = value
     return layers
+
+
+def unguided(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """A call without guidance, unless it says otherwise."""
+    takes = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+    return {"guidance_scale": 1.0, **call} if takes else call
+
+
+def check_same_run(file: Path, record: dict[str, Any]) -> None:
+    """Raises ValueError where a folder holds a training that was begun with something else."""
+    if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(record)):
+        raise ValueError(f"{file.parent} holds a training with other settings; name another folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record))

@@ -13,8 +13,6 @@ importance weights.
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from accel.clock import clock_of
 from accel.loop import LoopSettings, fit, step_generator
 from accel.method import Recipe, Trainer, attached
 from accel.settings import Settings
-from samplers.distillation import Call, Weights
+from samplers.distillation import Call, Weights, check_same_run, unguided
 from samplers.few_step import few_step_scheduler
 from samplers.predictions import Process, renoise
 
@@ -193,16 +191,16 @@ class TDM(Trainer):
             raise ValueError(
                 f"TDM: {len(inputs)} inputs, anchors {self.anchors} of 0 to {process.horizon:g}"
             )
-        without = [_unguided(pipe, call) for call in inputs]
+        without = [unguided(pipe, call) for call in inputs]
         calls = [Call.of(pipe, call) for call in without]
         bare: list[Call | None] = [None] * len(inputs)
         if self.guidance != 1:
-            bare = [Call.of(pipe, _unguided(pipe, self._without(call))) for call in inputs]
+            bare = [Call.of(pipe, unguided(pipe, self._without(call))) for call in inputs]
         network = calls[0].denoiser.module
         if next(network.parameters()).dtype != torch.float32:
             raise ValueError("TDM trains in float32; load the pipeline so, and set precision")
         record = {"trainer": repr(self), "recipe": student_recipe.to_json()}
-        _check_same_run(Path(out) / RUN, record | {"inputs": inputs_digest(inputs)})
+        check_same_run(Path(out) / RUN, record | {"inputs": inputs_digest(inputs)})
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             pair = _Pair(network, self)
@@ -376,16 +374,3 @@ class _Losses:
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device)
-
-
-def _unguided(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
-    takes = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
-    return {"guidance_scale": 1.0, **call} if takes else call
-
-
-def _check_same_run(file: Path, record: dict[str, Any]) -> None:
-    """Raises ValueError where a folder holds a training that was begun with something else."""
-    if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(record)):
-        raise ValueError(f"{file.parent} holds a training with other settings; name another folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record))

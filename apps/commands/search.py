@@ -18,27 +18,55 @@ def register(app: typer.Typer) -> None:
     app.command()(search)
 
 
+def explain(name: str | None) -> None:
+    """``--explain NAME``: an algorithm's docstring, and its settings with what they are."""
+    if name is None:
+        return
+    with told():
+        import dataclasses
+        import inspect
+
+        from apps.search import ALGORITHMS, SearchRequest, search_of
+
+        if name not in ALGORITHMS:
+            raise ValueError(f"no algorithm {name!r}; known: {', '.join(ALGORITHMS)}")
+        found = search_of(SearchRequest(algorithm=name, verifier="judge"))
+        typer.echo(inspect.cleandoc(inspect.getmodule(type(found)).__doc__ or ""))
+        typer.echo(f"\nSettings of {name}:\n\n{inspect.getdoc(type(found))}\n")
+        for field in dataclasses.fields(found):
+            typer.echo(f"  --set settings.{field.name}={_as_set(getattr(found, field.name))}")
+    raise typer.Exit(0)
+
+
+def _as_set(value: Any) -> str:
+    import json
+
+    return json.dumps(value)
+
+
 def search(
     model: Annotated[str, typer.Option(help="zoo:NAME, folder or hub id.")],
     verifier: Annotated[
         str,
         typer.Option(
             help="What scores: brightness, sharpness, ..., judge (zoo), clip:FOLDER, "
-            "pickscore:FOLDER, worker:COMMAND, http://..., or several joined by +."
+            "pickscore:FOLDER, hps:FOLDER, worker:COMMAND, http://..., or several joined by +."
         ),
     ],
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
     algorithm: Annotated[
         str,
         typer.Option(
-            help="random, zero-order, draft-commit, paths, particles, evolution, rollover."
+            help="random, zero-order, draft-commit, paths, particles, evolution, rollover, "
+            "gradient, correctors; --explain NAME says more."
         ),
     ] = "random",
     budget: Annotated[
         str, typer.Option(help="'8 renders', '320 evaluations' or '60 seconds'.")
     ] = "8 renders",
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe file; of the drafts alone with draft-commit.")
+        Path | None,
+        typer.Option(help="Recipe file; of the drafts alone with draft-commit and gradient."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Output folder; a search is resumed from it.")] = Path(
         "out"
@@ -63,6 +91,16 @@ def search(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     progress: ProgressOption = ProgressKind.rich,
     trust_remote_code: Trust = False,
+    explained: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            metavar="NAME",
+            is_eager=True,
+            callback=explain,
+            help="What an algorithm does, and its settings.",
+        ),
+    ] = None,
 ) -> None:
     """Search the noise of one call, and render the winner.
 

@@ -112,7 +112,8 @@ class Journal:
         tensors: dict[str, Tensor] = {}
         heads = {}
         for name, (state, seen) in states.items():
-            parts = {"sample": state.sample, "clean": state.clean, "seen": seen}
+            parts = {"sample": state.sample, "clean": state.clean, "gained": state.gained}
+            parts["seen"] = seen
             own = {k: v for k, v in parts.items() if v is not None}
             heads[name] = {"step": state.step, "solver": _flatten(state.solver, "solver", own)}
             tensors |= {f"{name}/{k}": v for k, v in own.items()}
@@ -141,7 +142,9 @@ class Journal:
         except (OSError, SafetensorError):
             return None
         solver = _build(head["solver"], tensors)
-        state = State(head["step"], tensors["sample"], tensors.get("clean"), solver)
+        own = (tensors.get(k) for k in ("sample", "clean", "gained"))
+        sample, clean, gained = own
+        state = State(head["step"], sample, clean, solver, gained)  # type: ignore[arg-type]
         return state, tensors.get("seen")
 
     def _find_states(self) -> dict[str, File]:

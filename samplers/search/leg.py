@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from accel.patch import Patch
+from samplers.search.branches import Branches
 from samplers.search.levels import Levels
 from samplers.search.noise import gaussian, key
 
@@ -29,13 +30,13 @@ _PLACE = ("timesteps", "_step_index", "_begin_index")  # where a scheduler is, n
 class State:
     """Samples on their way. step: whose input ``sample`` (n, ...) is; clean: the prediction of the
     step before, float32; solver: what the scheduler keeps, ``None`` before the first step and
-    after stochastic ones; gained: the log-weight of a single sample's last run."""
+    after stochastic ones; gained: log-weights (n,) of the last run, if it had a mix."""
 
     step: int
     sample: Tensor
     clean: Tensor | None = None
     solver: dict[str, Any] | None = None
-    gained: float = 0.0
+    gained: Tensor | None = None
 
     def rows(self) -> list[State]:
         """One state a sample."""
@@ -46,6 +47,7 @@ class State:
                 self.sample[i : i + 1].clone(),
                 None if self.clean is None else self.clean[i : i + 1].clone(),
                 None if self.solver is None else _row(self.solver, i, n),
+                None if self.gained is None else self.gained[i : i + 1].clone(),
             )
             for i in range(n)
         ]
@@ -70,6 +72,7 @@ class Leg:
 
     start: the state to begin from (its rows are the call's samples). stop: cut off before this
     step. eta, keys: make stochastic steps with these keys, one a row. look: predict clean samples.
+    mix: of both scores, in place of guidance; the samples' log-weights are summed up.
     """
 
     def __init__(
@@ -79,9 +82,11 @@ class Leg:
         eta: float | None = None,
         keys: Sequence[int] = (),
         look: bool = False,
+        mix: tuple[float, float] | None = None,
     ) -> None:
         self.start, self.stop, self.eta, self.keys = start, stop, eta, list(keys)
         self.look = look or eta is not None
+        self.mix, self.gained = mix, None
         self.levels: Levels | None = None
         self.steps = self.at = 0
         self.placed = start is None
@@ -96,6 +101,10 @@ class Leg:
         """Install the layers for the length of a ``with`` block; a meant cut ends in silence."""
         patch, scheduler = Patch(), pipe.scheduler
         self._pipe, self._scheduler = pipe, scheduler
+        listening = ExitStack()
+        if self.mix is not None:
+            self._branches = Branches(pipe)
+            listening.enter_context(self._branches.heard())
         try:
             if hasattr(pipe, "prepare_latents"):
                 patch.around(pipe, "prepare_latents", self._prepare)
@@ -111,6 +120,7 @@ class Leg:
         finally:
             self._open_window()
             patch.undo()
+            listening.close()
         if not self.placed:
             raise ValueError(
                 f"{type(pipe).__name__} took no first noise from outside (no prepare_latents); "
@@ -133,6 +143,8 @@ class Leg:
             raise ValueError(f"search: a state {tuple(given.shape)} for {tuple(own.shape)} latents")
         self.placed = True
         given = given.to(own.device, own.dtype)
+        if self.mix is not None and self.start.step == 0:
+            given = given / sum(self.mix) ** 0.5  # a power of a Gaussian is a narrower one
         return type(result)([given, *result[1:]]) if several else given
 
     def _set_timesteps(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -193,26 +205,39 @@ class Leg:
         out, x = given["model_output"], given["sample"]
         step = self.at // self._order
         clean = None
-        if self.look and self.levels is not None:
+        if self.mix is not None:
+            clean = self._mixed(x, step)
+        elif self.look and self.levels is not None:
             clean = self.levels.clean(out, x, step)
         result = call_next(*args, **kwargs)
         if self.eta is not None:
             result = _with_sample(result, self._follow(x, clean, step))
         self.at += 1
         if self.stop is not None and self.at == self.stop * self._order:
-            self.end = State(self.stop, _sample(result).detach(), clean, self._kept())
+            end = _sample(result).detach()
+            self.end = State(self.stop, end, clean, self._kept(), self.gained)
             raise Cut
         return result
+
+    def _mixed(self, x: Tensor, step: int) -> Tensor:
+        assert self.levels is not None
+        assert self.mix is not None
+        parts = [self.levels.clean(out, x, step) for out in self._branches.taken(x)]
+        clean, gained = self.levels.mixed(parts, x, step, self.mix)
+        self.gained = gained if self.gained is None else self.gained + gained
+        return clean
 
     def _follow(self, x: Tensor, clean: Any, step: int) -> Tensor:
         assert self.levels is not None
         assert self.eta is not None
         if len(x) != len(self.keys):
             raise ValueError(f"search: {type(self._pipe).__name__} steps {len(x)} rows a sample")
-        fresh = None
-        if self.levels.fresh_noise(step, self.eta) > 0:
+        fresh, eta = None, self.eta
+        if self.mix is not None:
+            eta = self.levels.mixed_eta(step, eta, self.mix)
+        if self.levels.fresh_noise(step, eta) > 0:
             fresh = torch.stack([gaussian(key(k, step), tuple(x.shape[1:])) for k in self.keys])
-        return self.levels.follow(x, clean, step, eta=self.eta, fresh=fresh)
+        return self.levels.follow(x, clean, step, eta=eta, fresh=fresh)
 
     def _kept(self) -> dict[str, Any] | None:
         """What the scheduler has changed of itself since it laid its grid, but for its place."""

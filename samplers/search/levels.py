@@ -12,9 +12,11 @@ eta 0 is DDIM and Euler, 1 is ancestral sampling (DDPM).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from samplers.host import is_flow
@@ -95,10 +97,42 @@ class Levels:
             following = following + added * fresh.to(x.device)
         return following.to(x.dtype)
 
+    def mixed(
+        self, clean: Sequence[Tensor], x: Tensor, step: int, betas: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """The clean prediction of a product of densities q_i ** beta_i, and the log-weight (n,)
+        that samples x (n, ...) gain in the step at ``step``, from each model's clean prediction.
+
+        Scores add up, but noised products are not products of noised densities. Feynman-Kac
+        correctors (arXiv 2503.02819) weigh that: with e_i the predicted noises and sigma = s/alpha,
+        (1 - sigma'^2 / sigma^2) / 2 (|sum beta e|^2 - sum beta |e|^2), whatever eta. Where nothing
+        of the signal is left nothing is gained: the product is a Gaussian, as the samples are.
+        """
+        (alpha, s), (alpha1, s1) = self.table[step], self.table[step + 1]
+        x = x.float()
+        pairs = list(zip(betas, clean, strict=True))
+        power = sum(betas)
+        mean = sum((b * c for b, c in pairs), torch.zeros_like(x))
+        if alpha == 0:
+            return mean / power, x.new_zeros(len(x), dtype=torch.float64)
+        noises = [(b, (x - alpha * c) / s) for b, c in pairs]
+        total = sum((b * e for b, e in noises), torch.zeros_like(x))
+        excess = _square(total) - sum(b * _square(e) for b, e in noises)
+        gained = 0.5 * (1 - (s1 * alpha / (alpha1 * s)) ** 2) * excess
+        return mean + (1 - power) / alpha * x, gained
+
+    def mixed_eta(self, step: int, eta: float, betas: Sequence[float]) -> float:
+        """Of a step of a mix: none where samples begin with the noise of a power, to keep it."""
+        return 0.0 if self.table[step][0] == 0 and sum(betas) != 1 else eta
+
     def nearest(self, share: float) -> int:
         """The step whose noise share s / (alpha + s) is nearest (1 is pure noise)."""
         distance = [abs(s / (a + s) - share) for a, s in self.table]
         return distance.index(min(distance))
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.double().flatten(1).square().sum(1)
 
 
 def _by_alphas(scheduler: Any) -> tuple[tuple[float, float], ...]:

@@ -47,12 +47,14 @@ class Run:
     """Denoise up to the input of step ``to`` (``None``: to the end).
 
     eta: ``None`` is the pipeline's own solver; a number is the stochastic first-order step of
-    ``levels.py``, whose noise depends on ``key`` and the step.
+    ``levels.py``, whose noise depends on ``key`` and the step. mix: with a number only: what the
+    unconditional and the conditional score are multiplied by, in place of the pipeline's guidance.
     """
 
     to: int | None = None
     eta: float | None = None
     key: int = 0
+    mix: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,12 @@ _NAMES = {cls: name for name, cls in KINDS.items()}
 
 def path_json(path: Path) -> list[dict[str, Any]]:
     """Plain JSON: ``[{"draw": {"key": 7}}, ...]`` with what is at its default left out."""
-    return [{_NAMES[type(m)]: {k: v for k, v in asdict(m).items() if v is not None}} for m in path]
+    return [{_NAMES[type(m)]: {k: _plain(v) for k, v in asdict(m).items() if v is not None}}
+            for m in path]  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_path(value: Any) -> Path:
@@ -109,7 +116,9 @@ def _move(value: Any) -> Move:
     kind = next(iter(value), None) if isinstance(value, dict) and len(value) == 1 else None
     if kind not in KINDS or not isinstance(value[kind], dict):
         raise ValueError(f"no move of a path: {str(value)[:80]}; known: {', '.join(KINDS)}")
-    cls, given = KINDS[kind], value[kind]
+    cls, given = KINDS[kind], dict(value[kind])
+    if kind == "run" and "mix" in given:
+        given["mix"] = _mix(given)
     types = {
         "key": int,
         "to": int,
@@ -118,6 +127,7 @@ def _move(value: Any) -> Move:
         "eta": (int, float),
         "scale": (int, float),
         "data": str,
+        "mix": tuple,
     }
     for name, x in given.items():
         wrong = name not in types or isinstance(x, bool) or not isinstance(x, types[name])
@@ -132,6 +142,20 @@ def _move(value: Any) -> Move:
         return cls(**given)
     except TypeError as error:
         raise ValueError(f"move {kind!r}: {error}") from None
+
+
+def _mix(given: dict[str, Any]) -> tuple[float, float]:
+    mix = given["mix"]
+    numbers = isinstance(mix, list) and all(type(x) in (int, float) for x in mix)
+    if not numbers or len(mix) != 2 or not all(map(math.isfinite, mix)) or sum(mix) <= 0:
+        raise ValueError(
+            f"move 'run': mix is two numbers whose sum is above 0; got {str(mix)[:40]}"
+        )
+    if given.get("eta") is None:
+        raise ValueError(
+            "move 'run': mix goes with eta, the pipeline's own solver has its guidance"
+        )
+    return float(mix[0]), float(mix[1])
 
 
 def _check_base64(text: str) -> None:

@@ -6,6 +6,7 @@ It knows nothing of scores or algorithms. What it computes is counted in the `Co
 from __future__ import annotations
 
 import gc
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -80,6 +81,11 @@ class Player:
     @property
     def device(self) -> Any:
         return getattr(self.pipe, "_execution_device", "cpu")
+
+    def argument(self, name: str, otherwise: Any) -> Any:
+        """Of the call, or the pipeline's default; ``otherwise`` where it takes none."""
+        known = inspect.signature(type(self.pipe).__call__).parameters.get(name)
+        return otherwise if known is None else self.call.get(name, known.default)
 
     # -- what may be asked -------------------------------------------------------------------
 
@@ -182,7 +188,7 @@ class Player:
         if not is_plain(path):
             assert isinstance(last, Run)
             (start,) = self.reach([path[:-1]], recipe, Cost())
-            leg = Leg(start, None, last.eta, [last.key])
+            leg = Leg(start, None, last.eta, [last.key], mix=last.mix)
         self.use(recipe)
         with _forked(seed), leg.on(self.pipe):
             yield self._arguments(recipe, [seed])
@@ -207,7 +213,8 @@ class Player:
                     end = self.grid(recipe).steps if move.to is None else move.to
                     known = move.to is not None and self._known_later(path, depth - 1)
                     before = digest(path[: depth - 1])
-                    free = move.eta is not None and end == step + 1 and before in self.seen
+                    plain = move.eta is not None and move.mix is None
+                    free = plain and end == step + 1 and before in self.seen
                     if not known and not free and name not in counted:
                         needed += end - step
                     step = end
@@ -230,7 +237,8 @@ class Player:
         last = [p[-1] for p in paths]
         start = packed([self.states[digest(p[:-1])] for p in paths])
         keys = [m.key for m in last]  # type: ignore[union-attr]
-        leg = Leg(start, None, last[0].eta, keys)  # type: ignore[union-attr]
+        eta, mix = last[0].eta, last[0].mix  # type: ignore[union-attr]
+        leg = Leg(start, None, eta, keys, mix=mix)
         return as_bytes(self.call_once(leg, recipe, seeds, cost))
 
     def _look(self, paths: list[Path], recipe: Recipe, cost: Cost) -> list[Tensor]:
@@ -278,10 +286,10 @@ class Player:
             raise ValueError(f"search: a run from step {before[0].step} to {move.to}")
         # what a later part of the path needs to know of its prediction; nothing where no level is
         look = self.grid(recipe).levels is not None
-        leg = Leg(packed(before), move.to, move.eta, keys, look=look)
+        leg = Leg(packed(before), move.to, move.eta, keys, look=look, mix=move.mix)
         self.call_once(leg, recipe, [seed_of(p) for p in paths], cost)
         assert leg.end is not None
-        if move.eta is not None and move.to == before[0].step + 1:
+        if move.eta is not None and move.mix is None and move.to == before[0].step + 1:
             for path, row in zip(paths, leg.end.rows(), strict=True):
                 assert row.clean is not None
                 self.seen.setdefault(digest(path[:-1]), row.clean)
@@ -290,7 +298,7 @@ class Player:
     def _is_free(self, path: Path) -> bool:
         """A stochastic step from where the prediction is known needs no evaluation."""
         move = path[-1]
-        if not isinstance(move, Run) or move.eta is None or len(path) < 2:
+        if not isinstance(move, Run) or move.eta is None or move.mix or len(path) < 2:
             return False
         before = self.states.get(digest(path[:-1]))
         one = before is not None and move.to == before.step + 1
@@ -420,7 +428,7 @@ def _alike(moves: Sequence[Any], more: Sequence[Any]) -> list[list[int]]:
     """Indices in groups that one call can do: same kind of move, same window, same eta."""
     groups: dict[Any, list[int]] = {}
     for i, (move, extra) in enumerate(zip(moves, more, strict=True)):
-        window = (move.to, move.eta) if isinstance(move, Run) else ()
+        window = (move.to, move.eta, move.mix) if isinstance(move, Run) else ()
         groups.setdefault((type(move), window, extra), []).append(i)
     return list(groups.values())
 

@@ -118,6 +118,11 @@ class Session:
         """Noise levels of a render's steps. Raises ``ValueError`` where search knows none."""
         return self.player.levels(self.recipe)
 
+    @property
+    def guidance(self) -> float:
+        """What the searched call is guided with."""
+        return float(self.player.argument("guidance_scale", 1.0))
+
     def key(self, *parts: Any) -> int:
         """A key of this search, input and ``parts``."""
         return key(self.seed, self.place.number, *parts)
@@ -393,7 +398,8 @@ class Session:
         """What a unit finds, and what it cost."""
         player, recipe, more = self.player, ask.recipe, {}
         if ask.purpose == "advance":
-            return {"gained": [s.gained for s in player.reach(paths, recipe, cost)]}
+            states = player.reach(paths, recipe, cost)
+            return {"gained": [0.0 if s.gained is None else float(s.gained) for s in states]}
         if ask.purpose == "preview":
             states = player.reach(paths, recipe, cost)
             clean = player.look(paths, recipe, cost) if ask.look else [s.clean for s in states]

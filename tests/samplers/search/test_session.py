@@ -44,13 +44,17 @@ def killing(after):
 CALLS = [CALL, {**CALL, "prompt": "a blue one on a white background"}]
 
 
+UNGUIDED = [{**call, "guidance_scale": 1.0} for call in CALLS]  # half as dear
+
+
 def run(pipe, folder, search=None, budget=None, verifier=None, **more):
     observe = more.pop("observe", None)
     journal = None if folder is None else str(folder)
+    calls = more.pop("calls", CALLS)
     settings = SearchSettings(batch=3, journal=journal, **more)
     search, verifier = search or ZeroOrder(), verifier or Brightness()
     budget = budget or Budget(renders=13)
-    return search.run(pipe, CALLS, verifier, budget, settings=settings, observe=observe)
+    return search.run(pipe, calls, verifier, budget, settings=settings, observe=observe)
 
 
 def shown(result):
@@ -63,14 +67,15 @@ def shown(result):
 
 
 def test_killed_anywhere_it_ends_the_same_and_pays_nothing_twice(pipe, tmp_path, counting):
-    whole = shown(run(pipe, tmp_path / "whole", verifier=counting))
+    more = {"calls": UNGUIDED, "budget": Budget(renders=9), "verifier": counting}
+    whole = shown(run(pipe, tmp_path / "whole", **more))
     samples = counting.samples
-    for after in (2, 6, 8):
+    for after in (2, 8):  # in the first input and in the second, within a round
         folder = tmp_path / str(after)
         counting.samples = 0
         with pytest.raises(Killed):
-            run(pipe, folder, verifier=counting, observe=killing(after))
-        assert shown(run(pipe, folder, verifier=counting)) == whole
+            run(pipe, folder, observe=killing(after), **more)
+        assert shown(run(pipe, folder, **more)) == whole
         assert counting.samples == samples, "a batch was scored twice"
 
 
@@ -198,7 +203,8 @@ def test_killed_at_any_line_of_the_journal_it_ends_the_same(pipe, tmp_path, coun
         put(journal, unit, row)
 
     monkeypatch.setattr(Journal, "put", killed)
-    more = {"search": Particles(3, at=(0.6,)), "budget": Budget(renders=4.4), "verifier": counting}
+    more = {"search": Particles(3, at=(0.6,)), "budget": Budget(renders=4.4), "verifier": counting,
+            "calls": UNGUIDED}  # fmt: skip
     whole = shown(run(pipe, tmp_path / "whole", **more))
     count, samples = len(lines), counting.samples
     for number in range(2, count + 1, 2):  # in the first input and in the second

@@ -35,8 +35,8 @@ def test_it_climbs_and_never_loses_its_pivot(host, call):
 
 def test_it_beats_random_search_on_a_smooth_score(host, call):
     """Brightness is smooth in the noise; a climb must pay. The control is the same cost."""
-    ours = [run(host, call, ZeroOrder(cosine=0.7), 40).winners[0].best.score]
-    theirs = [run(host, call, Random(), 40).winners[0].best.score]
+    ours = [run(host, call, ZeroOrder(cosine=0.7), 29).winners[0].best.score]
+    theirs = [run(host, call, Random(), 29).winners[0].best.score]
     assert np.mean(ours) > np.mean(theirs)
 
 
