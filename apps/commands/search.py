@@ -30,7 +30,7 @@ def explain(name: str | None) -> None:
 
         if name not in ALGORITHMS:
             raise ValueError(f"no algorithm {name!r}; known: {', '.join(ALGORITHMS)}")
-        found = search_of(SearchRequest(algorithm=name, verifier="judge"))
+        found = search_of(SearchRequest.model_validate({"algorithm": name, "verifier": "judge"}))
         typer.echo(inspect.cleandoc(inspect.getmodule(type(found)).__doc__ or ""))
         typer.echo(f"\nSettings of {name}:\n\n{inspect.getdoc(type(found))}\n")
         for field in dataclasses.fields(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,8 +16,8 @@ from apps.render.media import decode_png
 from apps.render.outputs import read_sidecar
 from apps.render.plan import Settings, plan
 from apps.render.progress import Silent
-from apps.render.rerender import again
-from apps.search import SearchRequest, check_request
+from apps.render.rerender import again, read_record
+from apps.search import ALGORITHMS, SearchRequest, check_request, search_of
 
 INPUTS = {"prompt": "a red three on a dark background", "num_inference_steps": 6,
           "guidance_scale": 1.0}  # fmt: skip
@@ -36,26 +37,51 @@ def searched(**more):
     return {"search": {"verifier": "brightness", "budget": "4 renders", **more}}
 
 
+def test_every_algorithm_is_explained():
+    for name in ALGORITHMS:
+        found = CliRunner().invoke(app, ["search", "--explain", name])
+        assert found.exit_code == 0, found.output
+        fields = [f.name for f in dataclasses.fields(search_of(request(algorithm=name)))]
+        assert all(f"--set settings.{field}=" in found.output for field in fields)
+        assert name in SEARCH_HELP
+    found = CliRunner().invoke(app, ["search", "--explain", "magic"])
+    assert found.exit_code == 2
+    assert "no algorithm 'magic'; known: random" in found.output
+
+
+def request(**more):
+    return SearchRequest.model_validate({"verifier": "brightness", **more})
+
+
+SEARCH_HELP = CliRunner().invoke(app, ["search", "--help"], env={"COLUMNS": "200"}).output
+
+
+GRADIENT = {"algorithm": "gradient", "settings": {"starts": 1, "iterations": 1}}
+
+
 @pytest.mark.parametrize(
-    ("job", "recipe"),
+    ("job", "recipe", "file"),
     [
-        (searched(), None),
-        (searched(algorithm="zero-order", settings={"neighbours": 3}), None),
-        (searched(algorithm="draft-commit", settings={"candidates": 4}), STUDENT),
-        (searched(algorithm="particles", settings={"particles": 2, "rounds": 1}), None),
+        (searched(), None, "x.png"),
+        (searched(algorithm="zero-order", settings={"neighbours": 3}), None, "x.json"),
+        (searched(algorithm="draft-commit", settings={"candidates": 4}), STUDENT, "x.png"),
+        (searched(algorithm="particles", settings={"particles": 2, "rounds": 1}), None, "x.json"),
+        (searched(budget="6 renders", verifier="judge", **GRADIENT), STUDENT, "x.png"),
     ],
-    ids=["random", "zero-order", "draft-commit", "particles"],
+    ids=["random", "zero-order", "draft-commit", "particles", "gradient"],
 )
-def test_a_winner_is_made_again_without_searching(tmp_path, job, recipe):
+def test_a_winner_is_made_again_without_searching(tmp_path, job, recipe, file):
     summary, content = rendered(tmp_path, {**job, "seed": 3}, recipe=recipe)
     assert not summary.failures
     found = content["search"]
-    assert found["ledger"]["spent"]["evaluations"] <= 4 * 6
+    assert found["ledger"]["spent"]["evaluations"] <= int(job["search"]["budget"][0]) * 6
     if recipe is not None:
         assert content["report"]["runs"][-1]["steps"] == 6  # committed without the student
-    for file in ("x.png", "x.json"):  # from the picture alone, and from the sidecar
-        verdict = again(tmp_path / file, None, Silent(), False)
-        assert verdict.same, verdict.lines()
+    records = [read_record(tmp_path / name) for name in ("x.png", "x.json")]
+    assert records[0]["payload"] == records[1]["payload"]
+    assert records[0]["search"]["path"] == records[1]["search"]["path"] == found["path"]
+    verdict = again(tmp_path / file, None, Silent(), False)  # the picture alone, or its sidecar
+    assert verdict.same, verdict.lines()
     for name in ("x.candidates.png", "x.curve.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 300
