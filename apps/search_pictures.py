@@ -38,7 +38,8 @@ def candidates_png(result: SearchResult) -> bytes:
     draw.text((MARGIN, MARGIN // 2), _title(result), fill=INK, font=_font(20))
     y = MARGIN + LINE
     for kind, shown, count in blocks:
-        text = f"{count} {KINDS[kind]}" + (f", {len(shown)} shown" if len(shown) < count else "")
+        named = KINDS[kind] if count > 1 else KINDS[kind].removesuffix("s")
+        text = f"{count} {named}" + (f", {len(shown)} shown" if len(shown) < count else "")
         draw.text((MARGIN, y), text, fill=FAINT, font=_font(14))
         y += 2 * LINE - 8
         for i, candidate in enumerate(shown):
