@@ -239,24 +239,41 @@ class _Live(Attached):
     def _around_denoiser(
         self, slot: str, frames: int, call_next: Callable, *args: Any, **kwargs: Any
     ) -> Any:
-        out = call_next(*args, **kwargs)
+        in_graphs = 0 if self._resting else sum(a.in_graph for a in self._acting(slot))
+        try:
+            out = call_next(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except _dense.REFUSALS as error:
+            if not in_graphs:  # then attentions answer for themselves
+                raise
+            why = f"{self.name} refuses an attention in a graph: {_dense.in_a_line(error)}"
+            return self._by_host(frames, why, call_next, *args, **kwargs)
         self._looking = False
-        acting = [a for a in self._by_slot[slot] if not a.left]
-        if self._resting or not acting:
+        if self._resting or not self._acting(slot):
             return out
-        self.count("changed", sum(a.in_graph for a in acting))
+        self.count("changed", in_graphs)
         if not self.watch:
             return out
         self.count("syncs")
         wrong = fault(_sample(out), frames)
         if wrong is None:
             return out
+        return self._by_host(frames, f"{self.name} gave {wrong}", call_next, *args, **kwargs)
+
+    def _acting(self, slot: str) -> list[Attention]:
+        return [a for a in self._by_slot[slot] if not a.left]
+
+    def _by_host(
+        self, frames: int, why: str, call_next: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The call again, and the rest of the run, by the host's own kernel."""
         self._give_back()
-        self._resting = True
-        out = call_next(*args, **kwargs)
+        self._resting, self._looking = True, False
+        out = call_next(*args, **kwargs)  # raises again where the kernel is not to blame
         if fault(_sample(out), frames) is not None:
-            wrong += " (and from the host's own kernel, too)"
-        self.fallback(f"{self.name} gave {wrong}: the host's own kernel does the rest of the run")
+            why += " (the host's own kernel, too)"
+        self.fallback(f"{why}: the host's own kernel does the rest of the run")
         return out
 
 

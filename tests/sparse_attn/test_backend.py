@@ -261,6 +261,21 @@ def test_compiled_blocks_take_the_kernel_along():
     assert (found - plain).abs().max().item() < 1e-4
 
 
+def test_what_a_kernel_refuses_inside_a_graph_is_left_to_the_host(sage):
+    host = tiny("wan")
+    plain = host.run()
+    for block in host.pipe.transformer.blocks:
+        block.compile(backend="eager")
+    sage.refuses = lambda q, k: q.shape[1] != k.shape[1]  # attention to text
+    with attached(AttentionBackend(("sage",)), host.pipe) as live:
+        with pytest.warns(FallbackWarning, match="in a graph"):
+            assert_equal(plain, host.run(), "output by the host's kernel")
+        (run,) = live.report()["runs"]
+    ((reason, count),) = run["fallbacks"].items()
+    assert "too much" in reason
+    assert count == 1
+
+
 @pytest.mark.parametrize(
     ("shape", "spoiled", "words"),
     [
