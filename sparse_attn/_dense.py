@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,9 @@ def refusal(kernel: Any, heads: int, width: int, like: Tensor) -> str | None:
 
 
 def in_a_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    """What an error says; compilers say pages."""
+    said = textwrap.shorten(str(error), 300, placeholder=" ...")
+    return said.rstrip(".") or type(error).__name__
 
 
 def fault(out: Tensor, frames: int = 2) -> str | None:

@@ -221,7 +221,7 @@ class _Live(Attached):
         self, attention: Attention, name: str, call_next: Callable, *args: Any, **kwargs: Any
     ) -> Any:
         """In the first denoiser call, with the names of the operators that attend."""
-        if not self._looking:
+        if not self._looking or attention.in_graph:
             return call_next(*args, **kwargs)
         kernel = compat.attention_kernel_of(attention.processor)
         if "flex" in (name, getattr(kernel, "value", None)):  # which cannot be looked into
