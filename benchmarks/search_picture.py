@@ -10,6 +10,7 @@ from benchmarks.results_file import RESULTS
 
 PAPER = "#faf9f6"
 COLOURS = ("#146e46", "#2b6cb0", "#9a6b1f", "#b5476b", "#6b4fa1", "#c0561f", "#3f8f8f", "#777777")
+COLOURS += ("#b8a01c", "#d0312d", "#39394f", "#8cae3c")
 
 
 def picture_of(study: str) -> Path:
@@ -53,6 +54,7 @@ def _panel(axes: Any, found: dict[str, Any], who: str) -> None:
         cost, [x["low"] for x in line], [x["high"] for x in line], color="#1c1c1e", alpha=0.1
     )
     for (name, row), colour in zip(found["algorithms"].items(), COLOURS, strict=False):
+        assert len(found["algorithms"]) <= len(COLOURS)
         points = [(int(n), r[who]["nines"]["estimate"]) for n, r in row["at"].items()]
         axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1, color=colour, label=name)
     for name, row in found["drafts"].items():
