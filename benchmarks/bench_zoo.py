@@ -8,11 +8,14 @@ samples are read by the referee, which nothing is trained, calibrated or searche
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,10 +44,22 @@ NEIGHBOURS_COMPARED = 50
 
 
 class Study:
-    """One pipeline under measurement: draws each set of samples once."""
+    """One pipeline under measurement: draws each set of samples once.
 
-    def __init__(self, subject: Subject, samples: int | None):
+    keep: folder for what was drawn, by weights, batch by batch: a study that was cut off goes on,
+    and two processes, one of them `backwards`, share the work. Without it nothing is kept.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        samples: int | None,
+        keep: Path | None = None,
+        backwards: bool = False,
+    ):
         self.subject, self.count = subject, samples or subject.samples
+        self.backwards = backwards
+        self.keep = keep and keep / f"{subject.name}-{weights(subject.name)[:12]}"
         self.pipe, self.referee = subject.load(), judge(REFEREE)
         self.real, self.what = subject.real(self.count, SEED)
         self._samples: dict[tuple[float, int], np.ndarray] = {}
@@ -59,9 +74,25 @@ class Study:
         key = (guidance, steps)
         if key not in self._samples:
             began = time.monotonic()
-            self._samples[key] = self.subject.generate(self.pipe, self.what, *key, SEED)
+            parts = self.subject.parts(self.count)
+            drawn = [self._part(rows, *key) for rows in (parts[::-1] if self.backwards else parts)]
+            self._samples[key] = np.concatenate(drawn[::-1] if self.backwards else drawn)
             print(f"{self.subject.name} {key}: {time.monotonic() - began:.0f} s", flush=True)
         return self._samples[key]
+
+    def _part(self, rows: np.ndarray, guidance: float, steps: int) -> np.ndarray:
+        name = f"guidance {guidance:g} steps {steps} seed {SEED} rows {rows[0]} to {rows[-1]}.npy"
+        file = self.keep / name if self.keep else None
+        if file and file.is_file():
+            return np.load(file)
+        part = self.subject.part(self.pipe, self.what, rows, guidance, steps, SEED)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            with partial.open("wb") as stream:
+                np.save(stream, part)
+            os.replace(partial, file)  # whole or not at all
+        return part
 
     def protocol(self) -> dict[str, Any]:
         """How the samples were made and read."""
@@ -79,6 +110,13 @@ class Study:
             resize=None,
             quantise="rounded to 8 bits",
         ).as_json()
+
+
+def weights(name: str) -> str:
+    """Hash of a model's weights and configurations."""
+    files = [f for f in zoo.path(name).rglob("*") if f.suffix in (".safetensors", ".json")]
+    hashes = [file_sha256(f) for f in sorted(files) if f.name != "training.json"]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def read(study: Study, samples: np.ndarray, reader: AttributeJudge) -> dict[str, np.ndarray]:
@@ -302,9 +340,9 @@ def draw_sheet(study: Study) -> None:
 # -- whole results ---------------------------------------------------------------------------
 
 
-def measure_pipeline(subject: Subject, samples: int | None) -> dict[str, Any]:
+def measure_pipeline(study: Study) -> dict[str, Any]:
     """Everything the card of a pipeline quotes; draws the pictures on the way."""
-    study = Study(subject, samples)
+    subject = study.subject
     parts: dict[str, Any] = {}
     if subject.asked:
         parts["accuracy"] = measure_accuracy(study)
@@ -380,16 +418,43 @@ def training(name: str) -> dict[str, Any]:
     return record
 
 
+def _measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    if name in JUDGES:
+        return measure_judge(name)
+    return measure_pipeline(Study(SUBJECTS[name], args.samples, args.keep))
+
+
+def _draw(name: str, args: argparse.Namespace) -> None:
+    if name not in JUDGES:
+        study = Study(SUBJECTS[name], args.samples, args.keep, backwards=True)
+        for guidance in study.subject.guidances:
+            study.samples(guidance, STEPS[0])
+        for steps in STEPS[1:]:
+            study.samples(study.guidance, steps)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join((*JUDGES, *SUBJECTS))}; or all")
     parser.add_argument("--samples", type=int, help="instead of the model's own number")
+    parser.add_argument("--keep", type=Path, help="folder for the samples, to go on from")
+    parser.add_argument(
+        "--draw",
+        action="store_true",
+        help="only draw, from the last sample to the first, beside another process that measures "
+        "with the same --keep",
+    )
     parser.add_argument("--card", action="store_true", help="only write the cards again")
     parser.add_argument("--timing", action="store_true", help="only time again: on a quiet machine")
     args = parser.parse_args()
+    if args.draw and not args.keep:
+        parser.error("--draw: goes with --keep")
     for name in args.names or [n for n in (*JUDGES, *SUBJECTS) if n in zoo.names()]:
         kept = results_file.read(f"zoo_{name}")
+        if args.draw:
+            _draw(name, args)
+            continue
         if (args.card or args.timing) and kept is None:
             raise SystemExit(f"no results of {name}; measure everything first")
         if args.timing and name in SUBJECTS:
@@ -397,8 +462,7 @@ def main() -> None:
                 str(n): evaluation_ms(SUBJECTS[name].load(), SUBJECTS[name], n) for n in (1, 2)
             }
         elif not args.card:
-            subject = SUBJECTS.get(name)
-            kept = measure_pipeline(subject, args.samples) if subject else measure_judge(name)
+            kept = _measured(name, args)
         if not args.card:
             results_file.write(f"zoo_{name}", "cpu", kept)
         (zoo.path(name) / "README.md").write_text(card(kept))

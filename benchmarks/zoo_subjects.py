@@ -78,16 +78,22 @@ class Subject:
 
         One generator per sample: sample i depends on (seed, i) only.
         """
-        made = []
-        for start in range(0, len(what.digit), self.batch):
-            rows = np.arange(start, min(start + self.batch, len(what.digit)))
-            generators = [torch.Generator().manual_seed(seed * 1_000_003 + int(i)) for i in rows]
-            call = self._call(what, rows, guidance)
-            output = pipe(
-                **call, num_inference_steps=steps, generator=generators, output_type="np"
-            )[0]
-            made.append(np.round(np.asarray(output) * 255).astype(np.uint8))
-        return np.concatenate(made)
+        parts = self.parts(len(what.digit))
+        return np.concatenate([self.part(pipe, what, p, guidance, steps, seed) for p in parts])
+
+    def parts(self, count: int) -> list[np.ndarray]:
+        """The rows of each batch."""
+        starts = range(0, count, self.batch)
+        return [np.arange(start, min(start + self.batch, count)) for start in starts]
+
+    def part(
+        self, pipe: Any, what: Attributes, rows: np.ndarray, guidance: float, steps: int, seed: int
+    ) -> np.ndarray:
+        """Those of one batch."""
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + int(i)) for i in rows]
+        call = self._call(what, rows, guidance)
+        output = pipe(**call, num_inference_steps=steps, generator=generators, output_type="np")[0]
+        return np.round(np.asarray(output) * 255).astype(np.uint8)
 
     def _call(self, what: Attributes, rows: np.ndarray, guidance: float) -> dict[str, Any]:
         if not self.asked:

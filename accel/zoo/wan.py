@@ -1,15 +1,15 @@
 """digits-wan: a small WanTransformer3DModel on 1,280 video tokens, with its text encoder.
 
-Trained in eight stages: the autoencoder, in three; the transformer and the text encoder on single
-pictures of 64 tokens, where strokes, colours and words are learned 20 times cheaper; on the 5 x 8 x
-8 tokens of a video that move with its digit, where the frames learn to look at each other; on bands
-of it along the digit's way, where they learn the motion words; on the middle of videos, where there
-is one digit, somewhere; then on whole videos. Rotary positions are relative, and a digit has the
-same size in all.
+Trained in six stages: the autoencoder, in three; the transformer and the text encoder on single
+pictures of 64 tokens, where strokes, colours and words are learned 20 times cheaper; on the middle
+of videos, where the digit is; then on whole videos.
 
-What makes that work is that a latent frame is a picture (see `PictureCodesLoss`) and that the world
-moves by one cell a latent frame: five frames are one pattern at five places. Before, hours of whole
-videos, of windows and of pairs of frames taught colours and movement, and no legible digit.
+Three things make that work. A latent frame is a picture (see `PictureCodesLoss`), and the world
+moves by one cell a latent frame: five frames are one pattern at five places. And the network is
+told to find out where its tokens are (see `TextToVideo.places`): its rotary positions are relative,
+so that in pure noise nothing but the ends of softmax's sums says which row, column and frame a
+token is in. Left to itself it did not learn that in five hours, and with it neither where a digit
+is nor where it goes; asked for it, it takes a hundred steps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from accel.zoo.world import VIDEO_CANVAS, VIDEO_FRAMES, DigitWorld
 
 CAPTION_DROPOUT = 0.1
 FLOW_SHIFT = 3.0  # WanPipeline's scheduler for small pictures
-PLACING = (1.5, 0.9)  # between 0.6 and 0.96: where a digit is found, of which strokes are left
+PLACED = 2  # blocks, after which a token is to know its place
+PLACE_WEIGHT = 0.5  # of the squared error of places, in their deviations
 SHORT = 16  # tokens; more than any caption has
 PICTURES_PER_VIDEO = 8  # in the pools
 
@@ -56,42 +57,25 @@ PICTURES_PER_VIDEO = 8  # in the pools
 class Course:
     """How a stage is taught.
 
-    Noise levels are uniform and then shifted (Esser et al. 2024), or normal in their logit, with
-    this mean and deviation. Every `long_every` steps the text is padded to what the pipeline pads
-    it to: eight times as many tokens as a picture has, and three times the work. A picture alone is
-    drowned by less noise than 17 that are alike.
-
-    continued: in half of the samples the first one to four latent frames have a fifth of the noise.
-    Then there is a past to look at, and motion words say where; among frames that are all alike,
-    looking ahead and looking back cancel out, and the words were not learned in an hour.
-
-    What of the latents is taught: `track`, a square of each frame that moves with the digit;
-    `band`: rows, or columns, through a digit that moves along them; `middle`: a square that stands.
+    Noise levels are uniform and then shifted (Esser et al. 2024). Every `long_every` steps the text
+    is padded to what the pipeline pads it to: eight times as many tokens as a picture has, and
+    three times the work. A picture alone is drowned by less noise than 17 that are alike.
+    middle: only a square of this side in the middle of the latents is taught.
     """
 
     long_every: int
-    shift: float | None = None
-    level: tuple[float, float] | None = None
-    continued: bool = False
-    track: int | None = None
-    band: int | None = None
+    shift: float
     middle: int | None = None
 
     def sigma(self, u: Tensor) -> Tensor:
         """Noise levels from uniform numbers, in the same order."""
-        if self.level is not None:
-            logit, deviation = self.level
-            return torch.sigmoid(logit + deviation * torch.special.ndtri(u))
-        assert self.shift is not None
         return self.shift * u / (1 + (self.shift - 1) * u)
 
 
 COURSES = {
     "pictures": Course(16, shift=2.0),
-    "tracks": Course(16, shift=FLOW_SHIFT, track=8),
-    "bands": Course(16, level=PLACING, continued=True, band=3),
-    "middles": Course(8, level=PLACING, continued=True, middle=12),
-    "videos": Course(4, level=PLACING),
+    "middles": Course(8, shift=FLOW_SHIFT, middle=12),
+    "videos": Course(4, shift=FLOW_SHIFT),
 }
 
 
@@ -100,8 +84,8 @@ class WanConfig:
     """Size of the transformer. A 17x64x64 video is 5x16x16 tokens of patch (1, 1, 1)."""
 
     layers: int = 6
-    heads: int = 3
-    head_dim: int = 32
+    heads: int = 2
+    head_dim: int = 48
     latent_channels: int = WanAutoencoderConfig.latent_channels
     text_width: int = TextConfig.width
 
@@ -145,27 +129,29 @@ class TextToVideo(nn.Module):
     def __init__(self, transformer: WanTransformer3DModel, text: UMT5EncoderModel):
         super().__init__()
         self.transformer, self.text = transformer, text
-        self.rope = PlacedRope(transformer.rope)
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.place = nn.Linear(width, 3)  # for training alone
+        block = transformer.blocks[min(PLACED, len(transformer.blocks)) - 1]
+        block.register_forward_hook(self._see)
+        self._seen: list[Tensor] = []
 
-    def forward(
-        self, x: Tensor, timestep: Tensor, tokens: Tensor, length: int, places: Tensor | None = None
-    ) -> Tensor:
-        """Velocity (n, c, f, h, w) from latents, timesteps in 0..1000 and token ids (n, s).
+    def _see(self, block: nn.Module, args: tuple, output: Tensor) -> None:
+        self._seen[:] = [output]
 
-        Timesteps are (n,), or (n, f h w) where cells differ.
+    def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor, length: int) -> Tensor:
+        """Velocity (n, c, f, h, w) from latents, timesteps (n,) in 0..1000 and token ids (n, s).
 
-        The text is padded with zeros to `length` states, as WanPipeline does it. `places`
-        (n, f h w, 3): frame, row and column of each latent cell; default: where it is in x.
+        The text is padded with zeros to `length` states, as WanPipeline does it.
         """
         mask = (tokens != 0).long()
         states = self.text(tokens, mask).last_hidden_state * mask[..., None]
         states = nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
-        own, self.rope.places = self.transformer.rope, places
-        self.transformer.rope = self.rope
-        try:
-            return self.transformer(x, timestep, states).sample
-        finally:
-            self.transformer.rope = own
+        return self.transformer(x, timestep, states).sample
+
+    def places(self) -> Tensor:
+        """Where the tokens of the last call think they are, (n, f h w, 3); see `grid`."""
+        seen = self._seen.pop()
+        return self.place(nn.functional.layer_norm(seen, seen.shape[-1:]))
 
     def matrices(self) -> list[nn.Parameter]:
         """What Muon trains: the blocks' matrices."""
@@ -175,29 +161,6 @@ class TextToVideo(nn.Module):
         """Each block alone: they are alike and compiled once, in a sixth of the time."""
         for block in self.transformer.blocks:
             block.compile(*args, **kwargs)
-
-
-class PlacedRope(nn.Module):
-    """Rotary positions of cells that are parts of a larger video: `places` (n, cells, 3)."""
-
-    def __init__(self, rope: nn.Module):
-        super().__init__()
-        self._rope = [rope]  # not a part of this module
-        self.places: Tensor | None = None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, (n, cells, 1, head_dim)."""
-        rope, places = self._rope[0], self.places
-        if places is None:
-            return rope(x)
-        widths = [rope.t_dim, rope.h_dim, rope.w_dim]
-
-        def looked_up(table: Tensor) -> Tensor:
-            parts = table.split(widths, dim=1)
-            rows = [part[places[..., axis]] for axis, part in enumerate(parts)]
-            return torch.cat(rows, dim=-1)[:, :, None]
-
-        return looked_up(rope.freqs_cos), looked_up(rope.freqs_sin)
 
 
 @dataclass(frozen=True)
@@ -210,7 +173,8 @@ class Pool:
 
 
 class VelocityLoss:
-    """Squared error of the predicted velocity eps - x0 over a fixed pool (flow matching).
+    """Squared error of the predicted velocity eps - x0 over a fixed pool (flow matching), and of
+    the places that tokens think they are in.
 
     The noise level is uniform, then shifted as the solver shifts it; one in each of `batch` equal
     parts. Everything follows from the step.
@@ -235,91 +199,31 @@ class VelocityLoss:
         rows, g = self.rows(step), step_generator(self.seed, step)
         mean = self.pool.means[rows].float()
         x0 = mean + self.pool.deviations[rows].float() * torch.randn(mean.shape, generator=g)
-        places = None
-        if self.course.track is not None:
-            x0, places = tracked(x0, self.course.track)
-            places = places.to(self.device)
-        if self.course.band is not None:
-            x0, places = banded(x0, self.course.band)
-            places = places.to(self.device)
         if self.course.middle is not None:
             x0 = middle(x0, self.course.middle)
         eps = torch.randn(x0.shape, generator=g)
         u = (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch
-        sigma = self.course.sigma(u)[:, None].repeat(1, x0.shape[2])  # (n, f)
-        if self.course.continued:
-            known = torch.randint(1, x0.shape[2], (self.batch, 1), generator=g)
-            known[::2] = 0
-            sigma[torch.arange(x0.shape[2]) < known] *= 0.2
+        sigma = self.course.sigma(u)
         dropped = torch.rand(self.batch, generator=g) < CAPTION_DROPOUT
         tokens = torch.where(dropped[:, None], self.empty, self.pool.tokens[rows])
-        s = sigma[:, None, :, None, None]
+        s = sigma.view(-1, 1, 1, 1, 1)
         x = (1 - s) * x0 + s * eps
         length = SHORT if step % self.course.long_every else MAX_LENGTH
-        cells = x0.shape[3] * x0.shape[4]
-        level = sigma.repeat_interleave(cells, dim=1) if self.course.continued else sigma[:, 0]
-        tokens, timestep = tokens.to(self.device), 1000 * level.to(self.device)
-        v = model(x.to(self.device), timestep, tokens, length, places).float()
-        return (v - (eps - x0).to(self.device)).square().mean()
+        tokens, timestep = tokens.to(self.device), 1000 * sigma.to(self.device)
+        v = model(x.to(self.device), timestep, tokens, length).float()
+        lost = model.places().float() - grid(*x0.shape[2:]).to(self.device)
+        loss = (v - (eps - x0).to(self.device)).square().mean()
+        return loss + PLACE_WEIGHT * lost.square().mean()
 
 
-def paths(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the digit is in latents (n, c, f, h, w), and how far it moves a frame: row and column,
-    (n, 2, f) and (n, 2).
+def grid(*sizes: int) -> Tensor:
+    """Frame, row and column of every token of a video, each of mean 0 and deviation 1: (f h w, 3).
 
-    It is what differs from the rest, and it moves on a straight line.
+    Of one frame alone, the frame is 0.
     """
-    rest = x.flatten(2).median(dim=2).values[:, :, None, None, None]
-    busy = (x - rest).square().sum(dim=1).square()  # (n, f, h, w)
-    time = torch.arange(x.shape[2]) - (x.shape[2] - 1) / 2
-    found, paces = [], []
-    for axis in (3, 2):
-        line = busy.sum(dim=axis)
-        at = (line * torch.arange(line.shape[2])).sum(2) / line.sum(2)  # (n, f)
-        pace = (at * time).sum(1) / max(float(time.square().sum()), 1.0)
-        found.append(at.mean(1)[:, None] + pace[:, None] * time)
-        paces.append(pace)
-    return torch.stack(found, dim=1), torch.stack(paces, dim=1)
-
-
-def parts(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Parts of latents (n, c, f, h, w) at rows and columns, both (n, f, a, b): (n, c, f, a, b), and
-    frame, row and column of every cell of them, (n, f a b, 3).
-    """
-    f, h, w = x.shape[2:]
-    frames = torch.arange(f)[None, :, None, None].expand_as(rows)
-    at = ((frames * h + rows) * w + columns).flatten(1)
-    cells = x.flatten(2).gather(2, at[:, None].expand(-1, x.shape[1], -1))
-    places = torch.stack((frames, rows, columns), dim=-1).flatten(1, 3)
-    return cells.unflatten(2, rows.shape[1:]), places
-
-
-def tracked(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Parts (n, c, f, side, side) that move with the digit, and their places."""
-    n, _, f, h, w = x.shape
-    at, _ = paths(x)
-    last = torch.tensor([h, w])[:, None] - side
-    corner = (at - (side - 1) / 2).round().long().clamp(min=torch.zeros(2, 1).long(), max=last)
-    cells = corner[..., None] + torch.arange(side)  # (n, 2, f, side)
-    rows = cells[:, 0, :, :, None].expand(n, f, side, side)
-    columns = cells[:, 1, :, None, :].expand(n, f, side, side)
-    return parts(x, rows, columns)
-
-
-def banded(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Bands (n, c, f, width, side) of square latents, through the digit and along its way, and
-    their places.
-    """
-    n, _, f, side, _ = x.shape
-    at, pace = paths(x)
-    first = (at.mean(2) - (width - 1) / 2).round().long().clamp(0, side - width)  # (n, 2)
-    across = first[:, :, None, None, None] + torch.arange(width)[:, None]
-    across = across.expand(n, 2, f, width, side)
-    along = torch.arange(side).expand(n, f, width, side)
-    upright = (pace[:, 0].abs() > pace[:, 1].abs())[:, None, None, None]
-    rows = torch.where(upright, along, across[:, 0])
-    columns = torch.where(upright, across[:, 1], along)
-    return parts(x, rows, columns)
+    lines = [torch.arange(n) - (n - 1) / 2 for n in sizes]
+    lines = [line / line.std(correction=0) if len(line) > 1 else line for line in lines]
+    return torch.cartesian_prod(*lines)
 
 
 def middle(x: Tensor, side: int) -> Tensor:
@@ -372,7 +276,7 @@ def _pool(encoded, count: int, batch: int) -> Pool:
 
 
 def train(run: Training) -> None:
-    """Autoencoder, clips, codes, pictures, tracks, middles, videos."""
+    """Autoencoder, clips, codes, pictures, middles, videos."""
     run.seed_weights()
     vae = wan_autoencoder.trained(run)
     run.seed_weights()
@@ -388,11 +292,10 @@ def train(run: Training) -> None:
     count = run.preset.pool // PICTURES_PER_VIDEO
     videos = DigitWorld("train", run.seed, VIDEO_CANVAS)
     pool = kept_pool(run, "videos", lambda: encode_videos(vae, videos, count))
-    for stage in ("tracks", "bands", "middles"):
-        if run.keeps(stage):
-            run.keep_record(stage)
-        else:
-            model.load_state_dict(teach(run, stage, model, pool))
+    if run.keeps("middles"):
+        run.keep_record("middles")
+    else:
+        model.load_state_dict(teach(run, "middles", model, pool))
     teach(run, "videos", model, pool)
 
 
@@ -426,11 +329,7 @@ def shipped(folder: Path) -> TextToVideo:
 def write(out: Path, folder: Path) -> None:
     """A stock WanPipeline folder in half precision; before the last stages, only its parts."""
     model = TextToVideo(WanConfig().build(), TextConfig().build())
-    done = [
-        stage
-        for stage in ("videos", "middles", "bands", "tracks", "pictures")
-        if (out / stage).is_dir()
-    ]
+    done = [stage for stage in ("videos", "middles", "pictures") if (out / stage).is_dir()]
     if done:
         model.load_state_dict(trained_weights(out, done[0]))
     trained = AutoencoderKLWan.from_pretrained(out / "vae")
@@ -452,12 +351,12 @@ def write(out: Path, folder: Path) -> None:
     pipe.save_pretrained(folder, safe_serialization=True)
 
 
-# After pictures: a few thousand steps, so that a shorter average than the ordinary one.
+# A few thousand steps, so that a shorter average than the ordinary one.
 MUON = partial(LoopSettings, lr=2.5e-3, warmup=50, muon=True, ema_decay=0.997)
 
 MODEL = Model(
     presets={
-        # Five hours on one core of a server CPU, and not yet enough: see `unfinished`.
+        # Two and a half hours on a server CPU: one core, then two for middles and videos.
         "cpu": Preset(
             "cpu",
             "no",
@@ -465,11 +364,9 @@ MODEL = Model(
                 "autoencoder": Stage(8, LoopSettings(minutes=20, lr=3e-3)),
                 "clips": Stage(8, LoopSettings(minutes=25, lr=2e-3)),
                 "codes": Stage(8, LoopSettings(minutes=13, lr=2e-3, warmup=50)),
-                "pictures": Stage(32, LoopSettings(minutes=85, lr=2e-3, warmup=300)),
-                "tracks": Stage(16, MUON(minutes=22.5), compile=True),
-                "bands": Stage(24, MUON(minutes=24), compile=True),
-                "middles": Stage(8, MUON(minutes=100), compile=True),
-                "videos": Stage(4, MUON(minutes=15), compile=True),
+                "pictures": Stage(32, MUON(minutes=40), compile=True),
+                "middles": Stage(8, MUON(minutes=40), compile=True),
+                "videos": Stage(4, MUON(minutes=16), compile=True),
             },
             pool=32_768,
         ),
@@ -482,8 +379,6 @@ MODEL = Model(
                 "clips": Stage(64, LoopSettings(steps=20_000, lr=2e-3)),
                 "codes": Stage(64, LoopSettings(steps=20_000, lr=2e-3)),
                 "pictures": Stage(1024, LoopSettings(steps=60_000, lr=2e-3, warmup=1000)),
-                "tracks": Stage(512, LoopSettings(steps=40_000, lr=2e-3, warmup=1000)),
-                "bands": Stage(512, LoopSettings(steps=20_000, lr=2e-3, warmup=1000)),
                 "middles": Stage(128, LoopSettings(steps=20_000, lr=2e-3, warmup=1000)),
                 "videos": Stage(64, LoopSettings(steps=40_000, lr=1e-3, warmup=1000)),
             },
@@ -498,8 +393,6 @@ MODEL = Model(
                 "clips": Stage(1, LoopSettings(steps=2, log_steps=2)),
                 "codes": Stage(4, LoopSettings(steps=2, log_steps=2)),
                 "pictures": Stage(4, LoopSettings(steps=2, log_steps=2)),
-                "tracks": Stage(2, LoopSettings(steps=2, log_steps=2)),
-                "bands": Stage(2, LoopSettings(steps=2, log_steps=2)),
                 "middles": Stage(1, LoopSettings(steps=2, log_steps=2)),
                 "videos": Stage(1, LoopSettings(steps=2, log_steps=2)),
             },

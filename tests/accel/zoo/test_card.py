@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -123,3 +124,28 @@ def test_evaluation_repeats_the_denoisers_own_call():
     with torch.inference_mode():
         call()
     assert [x.shape for x in seen] == [(4, 4, 8, 8)]  # two rows and their unconditional twins
+
+
+def test_what_was_drawn_is_kept_for_a_study_that_goes_on_or_shares_the_work(tmp_path, monkeypatch):
+    drawn = []
+
+    class Counting(Recorder):
+        def __call__(self, **call):
+            drawn.extend(call["class_labels"])
+            rows = [g.initial_seed() % 251 for g in call["generator"]]
+            return (np.tile(np.array(rows)[:, None, None, None] / 255, (1, 32, 32, 3)),)
+
+    monkeypatch.setattr(type(SUBJECTS["digits-dit"]), "load", lambda self: Counting())
+    make = partial(bench_zoo.Study, SUBJECTS["digits-dit"], 120)
+    plain = make().samples(2.0, 3)
+    assert len(np.unique(plain)) > 100  # every sample is another
+    assert len(drawn) == 120
+    last = make(tmp_path, backwards=True)
+    last._part(last.subject.parts(120)[-1], 2.0, 3)
+    again = make(tmp_path).samples(2.0, 3)
+    assert np.array_equal(again, plain)
+    assert len(drawn) == 120 + 120  # the last batch, then the two others
+    assert np.array_equal(make(tmp_path, backwards=True).samples(2.0, 3), plain)
+    assert len(drawn) == 240
+    assert make(tmp_path).samples(1.0, 3).shape == plain.shape
+    assert len(drawn) == 360  # another guidance is another set

@@ -6,22 +6,23 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from torch import nn
 
+from accel.loop import step_generator
 from accel.zoo import train
 from accel.zoo.ship import ship
 from accel.zoo.training import Training, trained_weights
 from accel.zoo.wan import (
     COURSES,
     MODEL,
+    PLACE_WEIGHT,
     SHORT,
     Course,
     Pool,
     TextToVideo,
     VelocityLoss,
     WanConfig,
-    banded,
+    grid,
     kept_pool,
     tokenize,
-    tracked,
 )
 from accel.zoo.wan_text import MAX_LENGTH, TextConfig
 
@@ -50,7 +51,7 @@ def test_digits_wan_is_trained_shipped_and_loaded_from_nothing(folder):
             was = trained[f"{part}.{name}"]
             assert torch.allclose(weight, was, rtol=2**-11, atol=2**-25), name
     record = json.loads((folder / "shipped" / "training.json").read_text())
-    stages = ["autoencoder", "clips", "codes", "pictures", "tracks", "bands", "middles", "videos"]
+    stages = ["autoencoder", "clips", "codes", "pictures", "middles", "videos"]
     assert list(record["stages"]) == stages
     assert {s["step"] for s in record["stages"].values()} == {2}
 
@@ -82,8 +83,6 @@ def test_a_warm_restart_goes_on_with_the_stage_that_is_named(folder, tmp_path):
         "clips": 4,
         "codes": 4,
         "pictures": 4,
-        "tracks": 4,
-        "bands": 4,
         "middles": 4,
         "videos": 4,
     }
@@ -102,11 +101,14 @@ def test_an_unfinished_model_is_kept_in_parts(folder, tmp_path):
 
 
 class Recorder(nn.Module):
-    """Stands for the networks; keeps what it was called with, and knows the noise to be 0."""
+    """Stands for the networks: keeps what it was called with, answers 0 and knows every place."""
 
-    def forward(self, x, timestep, tokens, length, places=None):
+    def forward(self, x, timestep, tokens, length):
         self.x, self.t, self.tokens, self.length = x, timestep, tokens, length
         return torch.zeros_like(x)
+
+    def places(self):
+        return grid(*self.x.shape[2:]).expand(len(self.x), -1, -1)
 
 
 @pytest.fixture(scope="module")
@@ -140,32 +142,53 @@ def test_noise_levels_are_those_of_the_course_and_a_tenth_of_captions_is_dropped
     assert empty == pytest.approx(0.1, abs=5 * (0.09 / 2000) ** 0.5)
 
 
-def test_noise_levels_are_shifted_as_the_solver_shifts_them_or_normal_in_their_logit():
+def test_noise_levels_are_shifted_as_the_solver_shifts_them():
     u = (torch.arange(2000) + 0.5) / 2000
-    shifted = Course(1, shift=3.0).sigma(u)
-    assert torch.allclose(shifted, 3 * u / (1 + 2 * u))
-    logits = Course(1, level=(1.5, 0.9)).sigma(u).logit()
-    assert logits.mean().item() == pytest.approx(1.5, abs=0.01)
-    assert logits.std().item() == pytest.approx(0.9, abs=0.01)
-    assert (logits.diff() > 0).all()
+    assert torch.allclose(Course(1, shift=3.0).sigma(u), 3 * u / (1 + 2 * u))
 
 
-def test_half_of_continued_samples_begin_with_frames_of_little_noise():
-    means = torch.zeros(400, 2, 5, 4, 4)
-    still = Pool(means, means, tokenize([PROMPT]).repeat(400, 1))
-    recorder = Recorder()
-    course = Course(1, level=(1.5, 0.9), continued=True)
-    VelocityLoss(still, course, 400, 0, torch.device("cpu"))(recorder, 0)
-    sigma = recorder.t.unflatten(1, (5, 16)) / 1000
-    assert (sigma == sigma[:, :, :1]).all(), "one level a frame"
-    sigma = sigma[:, :, 0]
-    assert torch.allclose(recorder.x.std((1, 3, 4)), sigma, rtol=0.6)  # of 32 numbers
-    known = (sigma < 0.5 * sigma[:, -1:]).sum(1)
-    assert (known[::2] == 0).all()
-    assert set(known[1::2].tolist()) == {1, 2, 3, 4}
-    for row, count in zip(sigma[1::2], known[1::2], strict=True):
-        assert torch.allclose(row[:count], 0.2 * row[-1].expand(count), atol=1e-4)
-        assert (row[count:] == row[-1]).all()
+def test_tokens_that_do_not_know_their_places_cost_half_of_the_variance_of_places(pool):
+    class Lost(Recorder):
+        def places(self):
+            return torch.zeros_like(super().places())
+
+    knows, lost = velocity(pool)(Recorder(), 0), velocity(pool)(Lost(), 0)
+    # Rows and columns have variance 1; of the pool's only frame the frame is 0.
+    assert (lost - knows).item() == pytest.approx(PLACE_WEIGHT * 2 / 3, rel=1e-5)
+
+
+def test_places_are_frame_row_and_column_in_the_order_of_the_transformers_tokens():
+    places = grid(5, 4, 3)
+    assert torch.allclose(places.mean(0), torch.zeros(3), atol=1e-6)
+    assert torch.allclose(places.std(0, correction=0), torch.ones(3))
+    transformer = WanConfig(layers=1).build()
+    seen = []
+    transformer.blocks[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    nn.init.ones_(transformer.patch_embedding.weight)
+    nn.init.zeros_(transformer.patch_embedding.bias)
+    for axis in range(3):
+        video = places[:, axis].reshape(1, 1, 5, 4, 3).expand(1, 6, 5, 4, 3) / 6
+        with torch.inference_mode():
+            transformer(video, torch.tensor([500.0]), torch.zeros(1, 1, 64))
+        assert torch.allclose(seen.pop()[0, :, 0], places[:, axis], atol=1e-6)
+
+
+def test_places_can_be_told_from_pure_noise():
+    """Rotary positions are relative; asked for it, a network finds where its tokens are."""
+    torch.manual_seed(0)
+    model = TextToVideo(WanConfig(layers=2).build(), TextConfig(layers=1).build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    target, words, g = grid(1, 1, 8), tokenize([PROMPT]).repeat(64, 1), step_generator(0, 0)
+    errors = []
+    for _ in range(150):
+        model(torch.randn(64, 6, 1, 1, 8, generator=g), torch.full((64,), 1000.0), words, SHORT)
+        error = (model.places() - target)[..., 2].square().mean()
+        error.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        errors.append(error.item())
+    assert errors[0] > 0.9
+    assert np.mean(errors[-10:]) < 0.5
 
 
 def test_one_step_in_four_sees_the_pipelines_own_padding(pool):
@@ -206,72 +229,3 @@ def test_fresh_networks_predict_zero_and_have_the_designs_tokens():
         v = model(x, torch.tensor([500.0]), tokenize([PROMPT]), SHORT)
     assert np.array_equal(v, torch.zeros_like(x))
     assert seen[0].shape[1] == 1280
-
-
-def moving_spots():
-    """Latents of three videos in which 2x2 cells move by one cell a frame, and where they begin."""
-    x = torch.zeros(3, 6, 5, 16, 16)
-    begins, ways = [(8, 4), (7, 11), (2, 7)], [(0, 1), (0, -1), (1, 0)]
-    for sample, (row, column), (down, right) in zip(x, begins, ways, strict=True):
-        for f in range(5):
-            top, left = row + f * down, column + f * right
-            sample[:, f, top : top + 2, left : left + 2] = 1.0
-    return x
-
-
-def test_a_track_moves_with_what_differs_from_the_rest():
-    x = moving_spots()
-    parts, places = tracked(x, 6)
-    assert parts.shape == (3, 6, 5, 6, 6)
-    assert places.shape == (3, 5 * 36, 3)
-    assert (parts == parts[:, :, :1]).all(), "the same pattern in every frame"
-    assert (parts[:, :, :, 2:4, 2:4] == 1).all(), "in the middle"
-    frames, rows, columns = places.unbind(-1)
-    for i in range(3):
-        assert torch.equal(x[i, :, frames[i], rows[i], columns[i]], parts[i].flatten(1))
-
-
-def test_a_band_runs_along_the_way_of_the_digit():
-    x = moving_spots()
-    bands, places = banded(x, 3)
-    assert bands.shape == (3, 6, 5, 3, 16)
-    frames, rows, columns = places.unbind(-1)
-    for i in range(3):
-        assert torch.equal(x[i, :, frames[i], rows[i], columns[i]], bands[i].flatten(1))
-    assert (bands.sum((2, 3, 4)) == 5 * 4).all(), "the whole spot, in every frame"
-    upright = rows.amax(1) - rows.amin(1) == 15
-    assert upright.tolist() == [False, False, True]
-
-
-def test_a_track_at_the_edge_stays_inside():
-    x = torch.zeros(1, 6, 5, 16, 16)
-    x[:, :, :, 0, 15] = 1.0
-    parts, places = tracked(x, 8)
-    assert (parts[:, :, :, 0, 7] == 1).all()
-    assert places.amin() == 0
-    assert places.amax() == 15
-
-
-def test_cells_keep_their_places_in_the_whole_video():
-    """Told its places, a part of a video is the same as a whole one of that size, moved."""
-    model = TextToVideo(WanConfig(layers=1).build(), TextConfig(layers=1).build())
-    for parameter in model.transformer.parameters():  # some begin at 0, and hide what is behind
-        nn.init.normal_(parameter, std=0.2)
-    g = torch.Generator().manual_seed(0)
-    x, t, tokens = (
-        torch.randn(1, 6, 2, 4, 4, generator=g),
-        torch.tensor([500.0]),
-        tokenize([PROMPT]),
-    )
-    grid = torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(4))[None]
-    with torch.inference_mode():
-        stock = model.transformer(x, t, model.text(tokens).last_hidden_state).sample
-        own = model(x, t, tokens, SHORT)
-        placed = [
-            model(x, t, tokens, SHORT, grid + torch.tensor(off)) for off in ((0, 0, 0), (1, 7, 3))
-        ]
-        apart = model(x, t, tokens, SHORT, grid * torch.tensor((1, 2, 1)))
-    assert stock.shape == own.shape
-    assert torch.allclose(placed[0], own, atol=1e-5)
-    assert torch.allclose(placed[1], own, atol=1e-5)  # positions are relative
-    assert not torch.allclose(apart, own, atol=1e-3)
