@@ -117,8 +117,33 @@ def pool():
     return Pool(means, torch.full_like(means, 0.1), tokenize([PROMPT]).repeat(4000, 1))
 
 
-def velocity(pool):
-    return VelocityLoss(pool, COURSES["videos"], 2000, 0, torch.device("cpu"))
+def velocity(pool, course=None):
+    course = course or Course(4, COURSES["videos"].shift)
+    return VelocityLoss(pool, course, 2000, 0, torch.device("cpu"))
+
+
+def test_stills_are_single_frames_of_the_pool_and_count_as_much_as_videos():
+    means = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(50, 2, 5, 4, 4)
+    pool = Pool(means, torch.zeros_like(means), tokenize([PROMPT]).repeat(50, 1))
+
+    class Silent(Recorder):
+        calls, errors = [], []
+
+        def forward(self, x, *rest):
+            self.calls.append((x, rest[0] / 1000))
+            return super().forward(x, *rest)
+
+    course = Course(4, 3.0, middle=2, stills=40)
+    loss = VelocityLoss(pool, course, 10, 0, torch.device("cpu"))(Silent(), 0)
+    (videos, _), (stills, sigma) = Silent.calls
+    assert videos.shape == (10, 2, 5, 2, 2)
+    assert stills.shape == (40, 2, 1, 2, 2)
+    clean = stills.mean((1, 2, 3, 4)) / (1 - sigma)
+    few = sigma < 0.3  # of 8 numbers
+    assert torch.allclose(clean[few], clean[few].round(), atol=0.5)
+    assert len(set(clean[few].round().tolist())) > 2, "frames of all times"
+    # The error of answering 0: 1 + 6 (0, 1, 4, 9 and 16 in turn), of videos and of stills alike.
+    assert loss.item() == pytest.approx(7, rel=0.25)
 
 
 def test_loss_is_a_function_of_the_step(pool):
@@ -132,7 +157,9 @@ def test_noise_levels_are_those_of_the_course_and_a_tenth_of_captions_is_dropped
     # v = eps - x0, of variance 1 + 1 + 0.01: the error of answering 0
     assert loss.item() == pytest.approx(2.01, abs=0.05)
     parts = torch.linspace(0, 1, 2001)  # one level in each
-    low, high = (1000 * COURSES["videos"].sigma(u) for u in (parts[:-1], parts[1:]))
+    low, high = (
+        1000 * Course(4, COURSES["videos"].shift).sigma(u) for u in (parts[:-1], parts[1:])
+    )
     assert (recorder.t >= low - 0.01).all()
     assert (recorder.t <= high + 0.01).all()
     sigma = recorder.t / 1000
