@@ -93,7 +93,7 @@ def parts(result: dict[str, Any]) -> str:
     for width in ("W8A8", "W4A8", "W4A16"):
         for what, *labels in PARTS:
             rows = [result["rows"].get(label.format(w=width)) for label in labels]
-            if None in rows or (width == "W8A8" and "mixed" in labels[1]):
+            if None in rows or (width != "W4A8" and "mixed" in labels[1]):
                 continue
             without, with_it = (row["per_sample"]["psnr"] for row in rows)
             test = paired_test(with_it, without)
