@@ -173,12 +173,13 @@ def main() -> None:
     old = None if given.fresh else read("peers", given.device)
     kept = kept_rows(old, bench.protocol(), block)
     planned = {k: r for k, r in kept.items() if k not in given.only}
-    left_out: dict[str, str] = {}  # rows that this model or machine cannot have, with why
+    left_out = old["left_out"] if kept and old else {}  # what this model cannot have, with why
     with tempfile.TemporaryDirectory() as folder:
         plans = rows(bench.pipe, Path(folder))
         for name, plan in plans.items():
             if name in planned or (given.only and name not in given.only):
                 continue
+            left_out.pop(name, None)
             load = load_average()
             try:
                 recipe = Recipe(plan.methods())
@@ -195,6 +196,7 @@ def main() -> None:
                 **head(bench, given.samples, own),
                 "rows": measured,
                 "left_out": left_out,
+                "waiting": [k for k in plans if k not in measured and k not in left_out],
             }
             write("peers", given.device, content)  # after each: a stopped run was not for nothing
             print(name, *(made[k] for k in ("speedup", "psnr", "judged")), flush=True)

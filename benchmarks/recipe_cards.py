@@ -25,6 +25,7 @@ from benchmarks.results_file import RESULTS, read, write
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 PICTURES = RECIPES / "pictures"
+NEAR = 3.0  # dB above unrelated outputs up to which nothing is left of the baseline's
 SHOWN, ZOOM, GAP = 6, 2, 4  # worst cases, pixels of a pixel, pixels between
 # What a card shows, in this order.
 LINES = ("psnr", "ssim", "right_all", "frechet", "looks", "kid", "precision", "recall", "coverage")
@@ -71,6 +72,7 @@ def worst_cases(row: dict[str, Any], folder: Path) -> bytes:
 def cards() -> str:
     """Every recipe file of the project with its report, as Markdown."""
     reports = [read(path.stem) for path in sorted(RESULTS.glob("report_*.json"))]
+    reports.sort(key=lambda found: "judge" not in found["kinds"] if found else True)
     known: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for found in reports:
         for row in found["recipes"] if found else ():
@@ -103,6 +105,8 @@ def _card(path: Path, found: dict[str, Any], row: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     lines += [_line(row["figures"][name]) for name in LINES if name in row["figures"]]
+    if unrelated(found, row):
+        lines += ["", unrelated(found, row)]
     flops, nfe = row["flops"], row["nfe"]
     lines.append(f"| operations | 1 | {flops[1] / flops[0]:.2f} | |")
     lines.append(f"| network evaluations of the timed call | {nfe[0]} | {nfe[1]} | |")
@@ -119,6 +123,17 @@ def _card(path: Path, found: dict[str, Any], row: dict[str, Any]) -> str:
     told = (row["label"], "The machine was busy")
     lines += [f"\nNote: {line}" for line in found["warnings"] if line.startswith(told)]
     return "\n".join(lines)
+
+
+def unrelated(found: dict[str, Any], row: dict[str, Any]) -> str:
+    """A sentence on fidelity where there is none left; else nothing."""
+    psnr, scale = row["figures"].get("psnr"), found["unrelated_psnr"]
+    if psnr is None or scale is None or psnr["value"]["estimate"] > scale + NEAR:
+        return ""
+    return (
+        f"{row['label']}: a PSNR as of unrelated outputs ({number(scale)} dB). These are other "
+        "samples, as from another seed; only what compares with real ones says how good they are."
+    )
 
 
 def _line(figure: dict[str, Any]) -> str:

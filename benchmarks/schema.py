@@ -193,9 +193,10 @@ class PeersRow(Row):
 
 class Peers(Study):
     """``peers.json``: every method in turn, recipes, peers and controls under one protocol.
-    left_out: rows that could not be measured, with the reason."""
+    left_out: rows that cannot be measured, with the reason; waiting: those not measured yet."""
 
     left_out: dict[str, str]
+    waiting: list[str]
     rows: dict[str, PeersRow]  # type: ignore[assignment]  # pydantic fields are covariant here
 
 

@@ -318,6 +318,8 @@ def _peers_on(result: dict[str, Any]) -> str:
     said = f"Measured elsewhere, on what they are for: {missing}." if missing else ""
     out = "; ".join(f"{name} ({reason})" for name, reason in result["left_out"].items())
     said += f" Left out here: {out}." if out else ""
+    if result["waiting"]:
+        said += f" Not measured yet: {'; '.join(result['waiting'])}."
     parts = ["\n".join(lines), _baseline(judged).strip() if judged else "", said.strip()]
     return "\n\n".join(part for part in parts if part)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from apps.evaluation.page import interval as said
 from apps.evaluation.page import number
+from benchmarks.recipe_cards import unrelated
 from benchmarks.results_file import read
 from benchmarks.zoo_subjects import SUBJECTS, Subject
 
@@ -241,6 +242,7 @@ def _evaluated(name: str, report: Mapping[str, Any] | None) -> str:
         table(["figure", "value", "other real samples"], alone),
         "With one, against that (last columns: the change):",
         table(head, costs),
+        *filter(None, (unrelated(dict(report), row) for row in rows)),
         *notes,
     ])  # fmt: skip
 

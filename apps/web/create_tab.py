@@ -50,7 +50,9 @@ class CreateTab:
         self.recipe = gr.Dropdown([("nothing", PLAIN)], value=PLAIN, label="Recipe")
         self.recipe_note = gr.HTML()
         self.methods = gr.CheckboxGroup([], label="Methods", visible=False, elem_classes="ac-list")
-        self.edits = gr.State({})
+        self._boxes: dict[str, gr.Accordion] = {}
+        self._places: list[tuple[str, str]] = []  # a method's key and a setting's name
+        self._values: list[Any] = []  # the field of each
         with gr.Column(visible=False, elem_id="settings") as self.settings:
             self._settings_form()
         self.conflict = gr.HTML()
@@ -66,38 +68,21 @@ class CreateTab:
         self.notice = gr.HTML()
 
     def _settings_form(self) -> None:
-        """Fields of every ticked method; what is in them is kept in `edits`, by key and name."""
+        """Fields of every method that can be ticked; those of the ticked ones are shown."""
+        for one in offers(self._app.site.recipes().values()):
+            with gr.Accordion(f"Settings of {one.label}", open=False, visible=False) as box:
+                gr.HTML(f'<div class="ac-hint"><p>{markup.text(about(one.method))}</p></div>')
+                for field in fields(one.method):
+                    self._places.append((one.key, field.name))
+                    self._values.append(_component(field))
+            self._boxes[one.key] = box
 
-        @gr.render(
-            [self.methods, self.edits], triggers=[self.methods.change], show_progress="hidden"
-        )
-        def form(keys: list[str], edits: dict[str, dict[str, Any]]) -> None:
-            known = {one.key: one for one in offers(self._app.site.recipes().values())}
-            places, inputs = [], []
-            for key in keys:
-                if key not in known:
-                    continue
-                method = known[key].method
-                with gr.Accordion(f"Settings of {known[key].label}", open=False):
-                    gr.HTML(f'<div class="ac-hint"><p>{markup.text(about(method))}</p></div>')
-                    for field in fields(method):
-                        value = edits.get(key, {}).get(field.name, field.value)
-                        places.append((key, field.name))
-                        inputs.append(_component(field, value))
-            if not inputs:
-                return
-
-            def gathered(*values: Any) -> dict[str, dict[str, Any]]:
-                found: dict[str, dict[str, Any]] = {}
-                for (key, name), value in zip(places, values, strict=True):
-                    found.setdefault(key, {})[name] = value
-                return found
-
-            changed = gr.on(  # at once, so that a click on Generate finds what was typed before it
-                [one.input for one in inputs], gathered, inputs, self.edits, queue=False, **QUIET
-            )
-            asked_of = [self.job.model, self.methods, self.edits]
-            changed.then(self._check, asked_of, self.conflict, **QUIET)
+    def _edits(self, values: tuple[Any, ...]) -> Edits:
+        """What the fields of `_values` have."""
+        found: Edits = {}
+        for (key, name), value in zip(self._places, values, strict=True):
+            found.setdefault(key, {})[name] = value
+        return found
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
@@ -111,10 +96,16 @@ class CreateTab:
         ways = [self.recipe, self.recipe_note, self.methods, self.settings, self.conflict]
         self.how.change(self._choose_way, self.how, ways, **quiet)
         self.recipe.change(self._describe, [self.recipe, job.model], self.recipe_note, **quiet)
-        asked_of = [job.model, self.methods, self.edits]
-        self.methods.change(self._check, asked_of, self.conflict, **quiet)
+        self.methods.change(
+            lambda keys: [gr.update(visible=key in keys) for key in self._boxes],
+            self.methods, list(self._boxes.values()), **quiet,
+        )  # fmt: skip
+        gr.on(
+            [self.methods.change, *(one.input for one in self._values)],
+            self._check, [job.model, self.methods, *self._values], self.conflict, **quiet,
+        )  # fmt: skip
         self.dice.click(lambda: random.randrange(2**31), None, job.seed, **quiet)
-        asked = [self.how, self.recipe, self.methods, self.edits, self.keep, *job.all]
+        asked = [self.how, self.recipe, self.methods, self.keep, *job.all, *self._values]
         watched = [self.result, self.go, self.stop]
         gr.on(
             [self.go.click, job.prompt.submit],
@@ -151,9 +142,9 @@ class CreateTab:
     def _describe(self, recipe: str, model: str) -> str:
         return told(self._app, recipe, model)
 
-    def _check(self, model: str, keys: list[str], edits: Edits) -> str:
+    def _check(self, model: str, keys: list[str], *values: Any) -> str:
         try:
-            methods = self._ticked(keys, edits)
+            methods = self._ticked(keys, self._edits(values))
             if not methods:
                 return ""
             problem = self._app.checks.problem(self._app.site.model(model), methods)
@@ -176,11 +167,12 @@ class CreateTab:
         return [edited(known[key], edits.get(key, {})) for key in keys]
 
     def _start(
-        self, how: str, recipe: str, keys: list[str], edits: Edits, keep: bool, *values: Any
+        self, how: str, recipe: str, keys: list[str], keep: bool, *values: Any
     ) -> tuple[Any, str]:
+        of_job = len(self.job.all)
         try:
-            model, job = self.job.job(list(values))
-            path = self._recipe(how, recipe, keys, edits, model)
+            model, job = self.job.job(list(values[:of_job]))
+            path = self._recipe(how, recipe, keys, self._edits(values[of_job:]), model)
             trial = self._app.trials.start(model, path, job, keep=keep)
         except (Refused, ValueError, OSError) as error:
             return gr.skip(), markup.notice(sentence(str(error)))
@@ -231,8 +223,9 @@ class CreateTab:
             await asyncio.sleep(REFRESH)
 
 
-def _component(field: Field, value: Any) -> Any:
+def _component(field: Field) -> Any:
     """The field of a form for one setting."""
+    value = field.value
     usual: dict[str, Any] = {"label": field.label, "interactive": True}
     if field.kind == "switch":
         return gr.Checkbox(value, **usual)

@@ -71,11 +71,12 @@ def test_the_table_has_groups_fastest_first_and_names_what_is_not_in_it():
     }
     environment = {"hardware": "h", "threads": 1}
     head = {"environment": environment, "model": "m", "samples": 4, "batch": 2, "steps": 9}
-    head["left_out"] = {"leap": "needs a flow"}
+    head |= {"left_out": {"leap": "needs a flow"}, "waiting": ["int8 dynamic", "int8 weights"]}
     made = tables._peers_on({**head, "rows": rows})
     order = [line.split(" | ")[1] for line in made.splitlines() if line.startswith("| ")][1:]
     assert order == ["both", "fast", "slow", "peer", "blank"]
     missing = made.splitlines()[-1]
     assert "EncoderPropagation" in missing
     assert "IntervalCache" not in missing
-    assert missing.endswith("Left out here: leap (needs a flow).")
+    assert "Left out here: leap (needs a flow)." in missing
+    assert missing.endswith("Not measured yet: int8 dynamic; int8 weights.")

@@ -47,6 +47,19 @@ def test_a_recipe_of_two_models_has_both_and_a_picture_of_each(monkeypatch):
         assert f"(pictures/dpm.{name}.png)" in card
 
 
+def test_where_nothing_of_the_baseline_is_left_it_is_said():
+    found = read("report_digits-ddpm")
+    assert found is not None
+    row = found["recipes"][0]
+    assert "other samples, as from another seed" in recipe_cards.unrelated(found, row)
+    assert recipe_cards.unrelated(found | {"unrelated_psnr": 0.0}, row) == ""
+    whole = read("report_digits-dit")
+    assert whole is not None
+    assert [recipe_cards.unrelated(whole, r) for r in whole["recipes"]] == [""] * len(
+        whole["recipes"]
+    )
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("report_*.json")), ids=lambda p: p.stem)
 def test_a_kept_report_is_whole_and_names_shipped_recipes(path):
     found = read(path.stem)
