@@ -8,9 +8,8 @@ samples are read by the referee, which nothing is trained, calibrated or searche
 from __future__ import annotations
 
 import argparse
-import hashlib
+import io
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from accel import zoo
+from accel.artifact import write_atomically
 from accel.clock import denoiser_modules
 from accel.measure import environment
 from accel.metrics import judged, memorised
@@ -32,6 +32,7 @@ from accel.metrics.video import flicker, motion, still_border
 from accel.zoo.judge import AttributeJudge, accuracy, judge
 from accel.zoo.world import COLOURS, DIGITS, Attributes, DigitWorld
 from benchmarks import results_file, zoo_pictures
+from benchmarks.digits_study import weights_sha256
 from benchmarks.zoo_card import JUDGES, REFEREE, card
 from benchmarks.zoo_subjects import SUBJECTS, Subject
 
@@ -59,7 +60,7 @@ class Study:
     ):
         self.subject, self.count = subject, samples or subject.samples
         self.backwards = backwards
-        self.keep = keep and keep / f"{subject.name}-{weights(subject.name)[:12]}"
+        self.keep = keep and keep / f"{subject.name}-{weights_sha256(zoo.path(subject.name))[:12]}"
         self.pipe, self.referee = subject.load(), judge(REFEREE)
         self.real, self.what = subject.real(self.count, SEED)
         self._samples: dict[tuple[float, int], np.ndarray] = {}
@@ -87,11 +88,9 @@ class Study:
             return np.load(file)
         part = self.subject.part(self.pipe, self.what, rows, guidance, steps, SEED)
         if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}")
-            with partial.open("wb") as stream:
-                np.save(stream, part)
-            os.replace(partial, file)  # whole or not at all
+            content = io.BytesIO()
+            np.save(content, part)
+            write_atomically(file, content.getvalue())
         return part
 
     def protocol(self) -> dict[str, Any]:
@@ -110,13 +109,6 @@ class Study:
             resize=None,
             quantise="rounded to 8 bits",
         ).as_json()
-
-
-def weights(name: str) -> str:
-    """Hash of a model's weights and configurations."""
-    files = [f for f in zoo.path(name).rglob("*") if f.suffix in (".safetensors", ".json")]
-    hashes = [file_sha256(f) for f in sorted(files) if f.name != "training.json"]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def read(study: Study, samples: np.ndarray, reader: AttributeJudge) -> dict[str, np.ndarray]:
