@@ -2,9 +2,10 @@
 
 https://github.com/vipshop/cache-dit (Apache-2.0), version of the ``peers`` extra, through its own
 ``enable_cache`` and ``disable_cache``. It patches the pipeline *class*, so a second pipeline of the
-class must not run meanwhile, and after ``disable_cache`` its copy of DiT's forward stays on the
-transformer with a second name for an embedding; that is taken off here, so that the unmodified side
-is unmodified.
+class must not run meanwhile. On the transformer it puts its copy of DiT's forward in the place of
+whatever was there, our layers included (they are put back when a run starts), and ``disable_cache``
+leaves that copy, with a second name for an embedding. Both are taken off here, so that the
+unmodified side is unmodified.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class _LiveCacheDit(Attached):
         super().detach()
         pipe: Any = self._pipe()
         cache_dit.disable_cache(pipe)
+        vars(pipe.transformer).pop("forward", None)  # theirs, also where one of ours had been
         for path, names in _names(pipe.transformer).items():
             for name in names - self._before.get(path, names):
                 delattr(pipe.transformer.get_submodule(path), name)

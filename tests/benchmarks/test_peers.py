@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from accel.method import Recipe, attached
 from accel.settings import Settings
 from accel.testing import tiny
 from benchmarks.peers import CacheDit
+from samplers.swap import SwapScheduler
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cache_dit") is None, reason="the peers extra is not installed"
@@ -47,6 +49,27 @@ def test_it_reuses_blocks_and_gives_the_pipeline_back(order):
     assert set(after) == set(state)
     assert all(torch.equal(after[k], v) for k, v in state.items())
     assert torch.equal(Study(pipe, [CALL]).run().samples, plain.samples)
+
+
+@pytest.mark.parametrize("first", ["solver", "cache"], ids=lambda name: f"{name}-off-first")
+@pytest.mark.parametrize("runs", [0, 1])
+def test_beside_another_method_it_gives_the_pipeline_back_in_any_order(first, runs):
+    """The other method's clock has a layer on the forward that cache-dit replaces."""
+    pipe = tiny("dit").pipe
+    before = _names(pipe.transformer)
+    plain = pipe(**CALL, generator=torch.manual_seed(0), output_type="np").images
+    solver = SwapScheduler("DPMSolverMultistepScheduler", steps=4).attach(pipe)
+    cache = CacheDit(EAGER, 1).attach(pipe)
+    for _ in range(runs):
+        pipe(**CALL, output_type="np")
+    lives = [solver, cache] if first == "solver" else [cache, solver]
+    lives[0].detach()
+    pipe(**CALL, output_type="np")
+    lives[1].detach()
+    assert [bool(live.report()["runs"]) for live in lives] == [bool(runs), True]
+    assert _names(pipe.transformer) == before
+    again = pipe(**CALL, generator=torch.manual_seed(0), output_type="np").images
+    assert np.array_equal(again, plain)
 
 
 def test_an_exception_in_a_run_leaves_nothing_behind():
