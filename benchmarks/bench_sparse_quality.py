@@ -7,7 +7,7 @@ blocks drawn at random, with and without means for the rest, and must lose. At o
 default policy's parts are taken away one by one, and it, the calibrated one, the best static
 pattern and the control are judged by the referee (digit, colour, background, motion), on more
 videos. Blocks are small, since a video has 1,280 tokens: nothing here is a speed. Budgets are
-calibrated on other prompts and seeds. About 220 videos of 6 seconds of one core. Videos are kept
+calibrated on other prompts and seeds. About 240 videos of 6 seconds of one core. Videos are kept
 as they are made, so a stopped study goes on.
 """
 
@@ -38,6 +38,7 @@ from benchmarks.results_file import DEVICES, write
 from sparse_attn._live import LiveSparse, Place, SparseAttention
 from sparse_attn.adaptive import Adaptive
 from sparse_attn.block_map import keep_share
+from sparse_attn.budgets import Budgets
 from sparse_attn.calibrate import CalibrationSettings
 from sparse_attn.estimators import complement
 from sparse_attn.head_classes import HeadClasses
@@ -174,11 +175,14 @@ def main() -> None:
     videos = _Videos(pipe, calls, args.out, key)
     plain, _ = videos.of(Recipe(()), count)
     budgets = calibrated(pipe, args.out, key)
+    foretold = Budgets.load(budgets, pipe)
     rows = {}
     for density in args.densities:
         parts = density == args.judged_density
         for name, method in methods(density, budgets, parts).items():
             found = row(videos, method, plain, args.videos)
+            if isinstance(method, SubblockLSE) and method.artifact is not None:
+                found["expected"] = foretold.at_density(density).quality
             rows[f"{name} @ {density:g}"] = found
             print(
                 f"{name:34} {found['density']:.3f} {found['psnr']['estimate']:.2f} dB", flush=True

@@ -734,7 +734,8 @@ class QuantKernels(_Strict):
 
 
 class SparseQualityRow(_Strict):
-    """A policy against dense attention. density: counted in the last video."""
+    """A policy against dense attention. density: counted in the last video. expected: PSNR that its
+    calibration foretold, dB."""
 
     methods: list[MethodRecord]
     density: Share
@@ -742,6 +743,7 @@ class SparseQualityRow(_Strict):
     per_video: list[float]
     output_error: Annotated[float, Field(ge=0)]
     fallbacks: dict[str, Count]
+    expected: float | None = None
 
 
 class SparseVerdict(_Strict):

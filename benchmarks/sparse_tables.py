@@ -89,7 +89,8 @@ def quality(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, {result['steps']} steps of which the first {dense:.0%} are dense, "
         f"guidance {result['guidance']:g}, {result['videos']} videos: PSNR against dense "
-        "attention, same seeds, mean with interval (density kept where it is another).",
+        "attention, same seeds, mean with interval (density kept where it is another; what the "
+        "calibration expected).",
         "",
         f"| policy | {head} |",
         f"|---|{'---|' * len(densities)}",
@@ -119,6 +120,8 @@ def _psnr(row: dict[str, Any] | None, asked: float) -> str:
         return "-"
     p = row["psnr"]
     other = f" (kept {row['density']:.2f})" if abs(row["density"] - asked) > 0.02 else ""
+    if row.get("expected") is not None:
+        other += f" (expected {row['expected']:.1f})"
     return f"{p['estimate']:.1f} ({p['low']:.1f} to {p['high']:.1f}){other}"
 
 

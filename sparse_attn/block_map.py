@@ -126,16 +126,6 @@ def keep_mass(scores: Tensor, mass: float, low: float = 0.0, high: float = 1.0) 
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
-def keep_shares_of_heads(scores: Tensor, shares: Tensor) -> Tensor:
-    """`keep_share` in each head for its own share, (h,)."""
-    flat = scores.flatten(2)  # (b, h, nq * nk)
-    order = flat.sort(dim=-1, descending=True, stable=True).indices
-    count = (shares.to(flat.device) * flat.shape[-1]).round().clamp(min=1)
-    kept = torch.arange(flat.shape[-1], device=flat.device) < count[:, None]
-    most = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order, kept.expand_as(flat))
-    return most.view_as(scores) | _top(scores, 1)
-
-
 def _top(scores: Tensor, count: int) -> Tensor:
     best = scores.topk(count, dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

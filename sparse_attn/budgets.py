@@ -1,13 +1,16 @@
-"""Error against density, measured by head, layer and noise level, and how to spend a budget on it.
+"""What the sample loses at each density, by layer and noise level, and how to spend a budget on it.
 
 `accel calibrate sparse` measures the curves (``calibrate.py``); a policy asks for an allocation.
-Cells cost alike, so the best use of a mean density is to go down the convex hulls of all curves at
-once, always where the error falls fastest: whole layers, heads or stages that need it attend
-densely, others to little. An allocation is asked for by density or by error, from one artifact.
+The best use of a mean density is to go down the convex hulls of all curves at once, always where
+the loss falls fastest: whole layers or stages that need it attend densely, others to little. Within
+a layer the policy shares out by scores, which gains make comparable between heads. An allocation is
+asked for by density or by quality, from one artifact.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,37 +21,60 @@ from accel.artifact import Artifact, ArtifactRef
 from accel.denoiser import denoisers
 
 METHOD = "sparse_attn.subblock_lse:SubblockLSE"
+PARTS = ("losses", "gains", "sigmas", "steps")
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """Of one denoiser. losses: (stages, layers, ladder), mean squared error of the sample, of which
+    the last is density 1, loss 0. gains: (stages, layers, heads) by which scores of blocks are
+    multiplied. sigmas, steps: (stages,), mean noise level and number of steps.
+    """
+
+    losses: np.ndarray
+    gains: np.ndarray
+    sigmas: np.ndarray
+    steps: np.ndarray
+
+    def stage(self, sigma: float) -> int:
+        """The stage whose noise level is nearest."""
+        return int(np.abs(self.sigmas - sigma).argmin())
 
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """shares[slot]: (stages, layers, heads) of blocks to keep; sigmas[slot]: of the stages."""
+    """shares[slot]: (stages, layers) of blocks to keep. density: mean over calls and layers."""
 
-    shares_by_slot: dict[str, np.ndarray]
-    sigmas: dict[str, np.ndarray]
+    curves: dict[str, Curves]
+    shares: dict[str, np.ndarray]
     density: float
-    error: float  # expected, relative, root of the mean over layers and stages
+    loss: float  # expected mean squared error of the sample, in [0, 1]
 
-    def shares(self, slot: str, layer: int, sigma: float) -> np.ndarray:
-        """(heads,): of the stage whose noise level is nearest."""
-        stage = int(np.abs(self.sigmas[slot] - sigma).argmin())
-        return self.shares_by_slot[slot][stage, layer]
+    def of(self, slot: str, layer: int, sigma: float) -> tuple[float, np.ndarray]:
+        """Share of blocks that a layer keeps, and (heads,) gains of its scores."""
+        stage = self.curves[slot].stage(sigma)
+        return float(self.shares[slot][stage, layer]), self.curves[slot].gains[stage, layer]
+
+    @property
+    def quality(self) -> float:
+        """Expected PSNR to the sample of dense attention, in dB."""
+        return math.inf if self.loss <= 0 else -10 * math.log10(self.loss)
 
 
 @dataclass(frozen=True, eq=False)
 class Budgets:
-    """errors[slot]: (stages, layers, heads, ladder), of which the last is density 1, error 0.
-
-    An error is a head's part of its layer's squared relative error: heads of a layer add up.
-    """
+    """Curves of every denoiser of a pipeline, by slot. Losses add up."""
 
     ladder: np.ndarray
-    errors: dict[str, np.ndarray]
-    sigmas: dict[str, np.ndarray]
+    curves: dict[str, Curves]
 
     @classmethod
-    def load(cls, ref: ArtifactRef, pipe: Any) -> Budgets:
-        """Raises ValueError where the artifact is of another kind or model."""
+    def load(cls, ref: ArtifactRef, pipe: Any, **wanted: Any) -> Budgets:
+        """wanted: settings that the calibration must have had.
+
+        Raises:
+            ValueError: the artifact is of another kind, model or setting.
+        """
         artifact = Artifact.load(ref)
         if artifact.method != METHOD:
             raise ValueError(
@@ -57,86 +83,104 @@ class Budgets:
             )
         found = denoisers(pipe)
         artifact.check_model(found[0].module)
+        for name, value in wanted.items():
+            had = artifact.settings.get(name)
+            if (list(value) if isinstance(value, tuple) else value) != had:
+                raise ValueError(f"{ref.path} was calibrated with {name} {had}, not {value}")
         tensors = {name: t.numpy() for name, t in artifact.tensors.items()}
-        missing = [d.slot for d in found if f"{d.slot}/errors" not in tensors]
+        missing = [d.slot for d in found if f"{d.slot}/losses" not in tensors]
         if missing:
             raise ValueError(f"{ref.path} has no budgets for {missing[0]}; calibrate again")
         return cls(
             tensors["ladder"],
-            {d.slot: tensors[f"{d.slot}/errors"] for d in found},
-            {d.slot: tensors[f"{d.slot}/sigmas"] for d in found},
+            {d.slot: Curves(*(tensors[f"{d.slot}/{part}"] for part in PARTS)) for d in found},
         )
 
     def at_density(self, density: float) -> Allocation:
-        """The least expected error at a mean density.
+        """The least expected loss at a mean density.
 
         Raises:
-            ValueError: less than the ladder begins with.
+            ValueError: less than the ladder begins with, more than 1.
         """
-        if density < self.ladder[0]:
-            raise ValueError(
-                f"density {density} is below the {self.ladder[0]:g} that was calibrated"
-            )
-        return self._allocate(lambda mean_density, _: mean_density >= density, density)
+        if not self.ladder[0] <= density <= 1:
+            raise ValueError(f"density {density}: calibrated from {self.ladder[0]:g} to 1")
+        return self._spend(lambda cells: (density - cells.density) / cells.cost_of_next)
 
-    def at_error(self, error: float) -> Allocation:
-        """The least density whose expected relative error is at most `error`."""
-        if error < 0:
-            raise ValueError(f"error {error}: at least 0")
-        return self._allocate(lambda _, found: found <= error, None)
+    def at_quality(self, quality: float) -> Allocation:
+        """The least density whose expected PSNR is at least `quality` dB."""
+        loss = 10 ** (-quality / 10)
+        return self._spend(lambda cells: (cells.loss - loss) / cells.worth_of_next)
 
-    def _allocate(self, enough: Any, exactly: float | None) -> Allocation:
-        cells = np.concatenate([e.reshape(-1, len(self.ladder)) for e in self.errors.values()])
-        steps = [step for i, curve in enumerate(cells) for step in hull(self.ladder, curve, i)]
-        steps.sort(key=lambda step: step.slope)
-        place = np.zeros(len(cells), dtype=int)
-        shares = np.full(len(cells), self.ladder[0])
-        errors = cells[:, 0].copy()
-        layers = sum(e.shape[0] * e.shape[1] for e in self.errors.values())
-        for step in steps:
-            if enough(shares.mean(), _root(errors.sum() / layers)):
-                break
-            place[step.cell] = step.to
-            shares[step.cell], errors[step.cell] = self.ladder[step.to], cells[step.cell, step.to]
-        if exactly is not None and shares.mean() > exactly:
-            shares = np.maximum(self.ladder[0], shares * exactly / shares.mean())
-        return Allocation(
-            self._by_slot(shares), self.sigmas, float(shares.mean()), _root(errors.sum() / layers)
-        )
+    def _spend(self, room: Callable[[_Cells], float]) -> Allocation:
+        """Takes steps down the hulls while there is room; of the last, the part that fits."""
+        cells = _Cells(self)
+        while cells.left and (part := room(cells)) > 0:
+            cells.take(min(1.0, part))
+        shares, at = {}, 0
+        for slot, curves in self.curves.items():
+            shape = curves.losses.shape[:2]
+            shares[slot] = cells.shares[at : at + math.prod(shape)].reshape(shape)
+            at += math.prod(shape)
+        return Allocation(self.curves, shares, float(cells.density), float(cells.loss))
 
-    def _by_slot(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        found, at = {}, 0
-        for slot, errors in self.errors.items():
-            shape = errors.shape[:3]
-            size = int(np.prod(shape))
-            found[slot] = flat[at : at + size].reshape(shape)
-            at += size
-        return found
+
+class _Cells:
+    """All curves on the way down; a cell is a layer in a stage."""
+
+    def __init__(self, budgets: Budgets) -> None:
+        ladder, found = budgets.ladder, list(budgets.curves.values())
+        losses = np.concatenate([c.losses.reshape(-1, len(ladder)) for c in found])
+        steps = np.concatenate([np.repeat(c.steps, c.losses.shape[1]) for c in found])
+        self.weights = steps / steps.sum()
+        self.shares = np.full(len(losses), ladder[0])
+        self.density, self.loss = float(ladder[0]), float(losses[:, 0].sum())
+        down = [
+            step
+            for cell, (curve, weight) in enumerate(zip(losses, self.weights, strict=True))
+            for step in hull(ladder, curve, cell, weight)
+        ]
+        self.left = sorted(down, key=lambda step: step.worth / step.cost)  # the best is the last
+
+    @property
+    def cost_of_next(self) -> float:
+        return self.left[-1].cost
+
+    @property
+    def worth_of_next(self) -> float:
+        return max(self.left[-1].worth, 1e-30)
+
+    def take(self, part: float) -> None:
+        step = self.left.pop()
+        self.shares[step.cell] += part * step.share
+        self.density += part * step.cost
+        self.loss = max(0.0, self.loss - part * step.worth)
+        if part < 1:
+            self.left.clear()
 
 
 @dataclass(frozen=True)
-class _Step:
-    """From one corner of a cell's hull to the next: what error falls by per density."""
+class Step:
+    """From one corner of a cell's hull to the next: by how much its share grows, what that costs of
+    the mean density, what the loss falls by."""
 
     cell: int
-    to: int
-    slope: float
+    share: float
+    cost: float
+    worth: float
 
 
-def hull(ladder: np.ndarray, errors: np.ndarray, cell: int = 0) -> list[_Step]:
-    """The lower convex hull of a curve, slopes ascending (steepest fall first)."""
+def hull(ladder: np.ndarray, losses: np.ndarray, cell: int = 0, weight: float = 1.0) -> list[Step]:
+    """The lower convex hull of a curve from left to right: the first step is worth most."""
     corners = [0]
     for i in range(1, len(ladder)):
-        while len(corners) > 1 and _slope(ladder, errors, corners[-2], i) <= _slope(
-            ladder, errors, corners[-2], corners[-1]
+        while len(corners) > 1 and _slope(ladder, losses, corners[-2], i) <= _slope(
+            ladder, losses, corners[-2], corners[-1]
         ):
             corners.pop()
         corners.append(i)
-    return [_Step(cell, b, _slope(ladder, errors, a, b)) for a, b in pairwise(corners)]
-
-
-def _root(x: float) -> float:
-    return float(max(0.0, x) ** 0.5)  # what is left of rounding is not below zero
+    shares = [float(ladder[b] - ladder[a]) for a, b in pairwise(corners)]
+    worths = [float(losses[a] - losses[b]) for a, b in pairwise(corners)]
+    return [Step(cell, s, s * weight, w) for s, w in zip(shares, worths, strict=True)]
 
 
 def _slope(x: np.ndarray, y: np.ndarray, a: int, b: int) -> float:

@@ -1,10 +1,16 @@
-"""What each head loses at each density, by layer and noise level: measured on a few inputs.
+"""What the sample loses where a layer, at a noise level, keeps only a share of its blocks.
 
-The pipeline runs as it is, with dense attention. At every attention a few blocks of queries are
-attended once more at a ladder of densities, with the same selection and pooled keys as the policy
-has, from one set of logits. The error of a head is what its output, through its part of the
-output projection, differs by, squared, relative to the whole layer's output. Takes as long as a
-few plain runs; each input's figures are kept, so that a stopped calibration goes on.
+A few inputs are run, and three things are measured of each, every one where it can be seen:
+
+- how a layer's own output suffers at a ladder of densities: with dense attention on, a few blocks
+  of queries are attended once more at each, with the policy's selection and pooled keys;
+- how far that reaches: at one step of each stage the denoiser is called again and again, each time
+  with another layer sparse, and its outputs compared;
+- what it does to the sample: the run is repeated, each time with another stage sparse.
+
+Their product is what budgets are made of: the mean squared error of the sample, by stage, layer and
+density. An input takes as long as about two runs and one more for each stage; what was measured
+of it is kept, so that a stopped calibration goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,22 +28,26 @@ import torch
 from torch import Tensor
 
 from accel.artifact import Artifact, Fingerprint, inputs_digest, write_atomically
-from accel.denoiser import denoisers
-from accel.method import Method, attached
+from accel.denoiser import Denoiser, denoisers
+from accel.measure import pipeline_samples
+from accel.method import Attached, Method, attached
 from sparse_attn._live import LiveSparse, Place, SparseAttention, attention_paths, with_text
 from sparse_attn.block_map import keep_share
 from sparse_attn.budgets import METHOD
-from sparse_attn.estimators import block_scores, complement
+from sparse_attn.estimators import block_scores, complement, weighed
+from sparse_attn.kernels.reference import Pooled
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How budgets are measured. ladder: densities, ascending, the last 1. stages: how many parts
-    the steps are put together in. queries: blocks of queries that are tried at an attention.
-    Raises ValueError for settings that measure nothing.
+    """How budgets are measured. ladder: densities, ascending, the last 1. tried: the one of them at
+    which layers and stages are tried. stages: how many parts the steps are put together in.
+    queries: blocks of queries that are attended again at an attention. blocks, pooled, dense: as
+    the policy will have them. Raises ValueError for settings that measure nothing.
     """
 
     ladder: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+    tried: float = 0.2
     stages: int = 4
     queries: int = 4
     blocks: tuple[int, int] = (256, 64)
@@ -48,6 +59,8 @@ class CalibrationSettings:
             raise ValueError(f"CalibrationSettings.ladder = {self.ladder}: ascending, above 0")
         if self.ladder[-1] != 1:
             raise ValueError("CalibrationSettings.ladder: its last density must be 1")
+        if self.tried not in self.ladder[:-1]:
+            raise ValueError(f"CalibrationSettings.tried = {self.tried} is not on the ladder")
         if self.stages < 1 or self.queries < 1:
             raise ValueError("CalibrationSettings: stages and queries are at least 1")
 
@@ -61,6 +74,8 @@ def measured_budgets(
     """The artifact that `SubblockLSE(artifact=...)` reads.
 
     Args:
+        inputs: of one sample each, or a batch; noise is that of their generators' seeds, else of
+            their place in the list.
         parts: folder where the figures of each input are kept.
 
     Raises:
@@ -69,37 +84,48 @@ def measured_budgets(
     if not inputs:
         raise ValueError("calibrate: give at least one input")
     key = _key(pipe, settings)
-    curves, sigmas = [], None
-    with attached(_Probe(dense=(settings.dense, 0.0), blocks=settings.blocks), pipe) as live:
-        assert isinstance(live, LiveSparse)
+    found = []
+    probe = _Probe((settings.dense, 0.0), settings.blocks, pooled=settings.pooled)
+    with attached(probe, pipe) as live:
+        assert isinstance(live, _LiveProbe)
+        live.settings = settings
         for i, arguments in enumerate(inputs):
-            file = None if parts is None else Path(parts) / f"{key[:8]}-{_digest(arguments)}.json"
-            found = _kept(file) or _measure(pipe, live, settings, arguments, i, file)
-            if sigmas is not None and found["sigmas"] != sigmas:
+            name = f"{key[:8]}-{_digest(arguments, i)}.json"
+            file = None if parts is None else Path(parts) / name
+            found.append(_kept(file) or _measure(pipe, live, arguments, i, file))
+            if _grid(found[0]) != _grid(found[-1]):
                 raise ValueError("calibrate: all inputs must have the same number of steps")
-            sigmas = found["sigmas"]
-            curves.append(found["errors"])
-    assert sigmas is not None
-    return _artifact(pipe, inputs, settings, curves, sigmas)
+    return _artifact(pipe, inputs, settings, found)
 
 
 def _measure(
-    pipe: Any,
-    live: LiveSparse,
-    settings: CalibrationSettings,
-    arguments: dict[str, Any],
-    seed: int,
-    file: Path | None,
+    pipe: Any, live: _LiveProbe, arguments: dict[str, Any], at: int, file: Path | None
 ) -> dict[str, Any]:
-    """One run: {"sigmas": by step, "errors": {slot: {step: {layer: (heads, ladder)}}}}."""
-    live.tables = _Curves(pipe, settings)
-    pipe(**{"generator": torch.Generator("cpu").manual_seed(seed), **arguments})
-    found = {"sigmas": live.tables.sigmas, "errors": live.tables.means()}
-    if not found["errors"]:
+    """By slot: what `_LiveProbe.end` says, and "losses" of stages."""
+    live.begin()
+    plain = _sample(pipe, arguments, at)
+    found = live.end()
+    if not found:
         raise ValueError("calibrate: no attention of this run could be sparse; see its report")
+    for slot, figures in found.items():
+        figures["losses"] = []
+        for stage in live.stages(slot):
+            live.sparse_steps = {(slot, step) for step in stage}
+            sample = _sample(pipe, arguments, at)
+            figures["losses"].append(float((sample - plain).square().mean()))
+    live.sparse_steps = set()
     if file is not None:
         write_atomically(file, json.dumps(found).encode())
     return found
+
+
+def _grid(found: dict[str, Any]) -> dict[str, Any]:
+    return {slot: figures["sigmas"] for slot, figures in found.items()}
+
+
+def _sample(pipe: Any, arguments: dict[str, Any], at: int) -> Tensor:
+    seed = _plain(arguments).get("generator", at)
+    return pipeline_samples(pipe, arguments, seed)
 
 
 def _kept(file: Path | None) -> dict[str, Any] | None:
@@ -112,8 +138,8 @@ def _key(pipe: Any, settings: CalibrationSettings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(arguments: dict[str, Any]) -> str:
-    return inputs_digest([_plain(arguments)])[:12]
+def _digest(arguments: dict[str, Any], at: int) -> str:
+    return inputs_digest([{"generator": at, **_plain(arguments)}])[:12]
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -123,30 +149,145 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, **more}
 
 
-class _Curves:
-    """Errors of one run, as they come."""
+@dataclass(frozen=True)
+class _Probe(SparseAttention, Method):
+    """Attends densely, through the processors, but where it is told to try a density."""
 
-    def __init__(self, pipe: Any, settings: CalibrationSettings) -> None:
-        self.settings = settings
-        self.sigmas: dict[str, float] = {}  # JSON has no numbers as keys
-        self.sums: dict[tuple[str, int, int], list[Tensor]] = defaultdict(list)
+    guard: bool = False
+    pooled: bool = True
+
+    def neutral(self) -> Method:
+        return replace(self)
+
+    def new_live(self, pipe: Any) -> Attached:
+        return _LiveProbe(self, pipe)
+
+    def nominal(self) -> float:
+        return 1.0
+
+    def attends_densely(self) -> bool:
+        return False
+
+    def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
+        assert isinstance(live, _LiveProbe)
+        if live.tries(place):
+            scores = block_scores(q, k, live.values, place.blocks, self.pooled)
+            return keep_share(weighed(scores, live.gains(place)), live.settings.tried, "layer")
+        live.saw(q, k, place)
+        nq, nk = (-(-x.shape[2] // n) for x, n in zip((q, k), place.blocks, strict=True))
+        return torch.ones(*q.shape[:2], nq, nk, dtype=torch.bool, device=q.device)
+
+    def pool(self, k: Tensor, v: Tensor, keep: Tensor, place: Place) -> Pooled | None:
+        return complement(k, v, keep, place.blocks[1]) if self.pooled else None
+
+
+class _LiveProbe(LiveSparse):
+    """Measures a run, then is sparse where it is asked to be."""
+
+    def __init__(self, method: _Probe, pipe: Any) -> None:
+        super().__init__(method, pipe)
+        self.settings = CalibrationSettings()
         self.weights = {d.slot: _output_weights(d) for d in denoisers(pipe)}
+        self.sparse_steps: set[tuple[str, int]] = set()
+        self._layer: int | None = None  # the one that is tried
+        self._measuring = False
+        self._steps: dict[str, dict[int, float]] = {}  # slot -> step -> sigma
+        self._seen: dict[tuple[str, int, int], list[tuple[Tensor, Tensor]]] = {}
+        self._reach: dict[tuple[str, int], list[Tensor]] = {}
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> None:
+    def begin(self) -> None:
+        """The next run is measured."""
+        self._measuring, self.sparse_steps = True, set()
+        self._steps = defaultdict(dict)
+        self._seen, self._reach = defaultdict(list), defaultdict(list)
+
+    def saw(self, q: Tensor, k: Tensor, place: Place) -> None:
+        """An attention of the run, as it is without us."""
+        if not self._measuring or self._layer is not None:
+            return
         weight = self.weights[place.denoiser][place.layer]
-        found = head_errors(q, k, v, place, self.settings, weight)
-        self.sigmas[str(place.step)] = place.sigma
-        self.sums[place.denoiser, place.step, place.layer].append(found)
+        found = layer_errors(q, k, self.values, place, self.settings, weight)
+        self._seen[place.denoiser, place.step, place.layer].append(found)
+        self._steps[place.denoiser][place.step] = place.sigma
 
-    def means(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for (slot, step, layer), errors in self.sums.items():
-            by_step = found.setdefault(slot, {}).setdefault(str(step), {})
-            by_step[str(layer)] = torch.stack(errors).mean(0).tolist()
+    def tries(self, place: Place) -> bool:
+        if self._layer is not None:
+            return place.layer == self._layer
+        return (place.denoiser, place.step) in self.sparse_steps
+
+    def gains(self, place: Place) -> Tensor:
+        found = self._seen[place.denoiser, place.step, place.layer]
+        return torch.stack([gains for _, gains in found]).log().mean(0).exp()
+
+    def _around_denoiser(
+        self, denoiser: Denoiser, call_next: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A call of the measured run is made again with one layer sparse, for each layer."""
+        call = super()._around_denoiser
+        out = call(denoiser, call_next, *args, **kwargs)
+        now = self.now
+        assert now is not None
+        if self._measuring and now.step in self._steps[denoiser.slot] and self._is_probed(now.step):
+            right = _tensor(out).float()
+            for layer in range(len(attention_paths(denoiser))):
+                self._layer = layer
+                try:
+                    again = _tensor(call(denoiser, call_next, *args, **kwargs)).float()
+                finally:
+                    self._layer = None
+                off = (again - right).square().mean() / right.square().mean()
+                self._reach[denoiser.slot, now.step].append(off)
+        return out
+
+    def _is_probed(self, step: int) -> bool:
+        """One in as many as make the stages: which step of a stage does not matter much."""
+        run = self.clock.run
+        assert run is not None
+        first = math.ceil(self.settings.dense * run.steps)
+        every = max(1, (run.steps - first) // self.settings.stages)
+        return (step - first) % every == every // 2
+
+    def stages(self, slot: str) -> list[list[int]]:
+        """The measured steps in parts, by number."""
+        steps = torch.tensor(sorted(self._steps[slot]))
+        parts = torch.tensor_split(steps, min(self.settings.stages, len(steps)))
+        return [part.tolist() for part in parts]
+
+    def end(self) -> dict[str, dict[str, list]]:
+        """By slot: {"sigmas", "steps", "errors", "gains", "reach"}, each by stage."""
+        self._measuring = False
+        found = {}
+        for denoiser in denoisers(self._pipe()):
+            slot, layers = denoiser.slot, range(len(attention_paths(denoiser)))
+            if not self._steps[slot]:
+                continue
+            figures = found[slot] = defaultdict(list)
+            for stage in self.stages(slot):
+                errors, gains = [], []
+                for layer in layers:
+                    seen = [x for step in stage for x in self._seen[slot, step, layer]]
+                    errors.append(torch.stack([x for x, _ in seen]).mean(0).tolist())
+                    gains.append(torch.stack([x for _, x in seen]).log().mean(0).exp().tolist())
+                figures["errors"].append(errors)
+                figures["gains"].append(gains)
+                figures["reach"].append(self._reach_of(slot, stage, len(layers)))
+                figures["sigmas"].append(sum(self._steps[slot][s] for s in stage) / len(stage))
+                figures["steps"].append(len(stage))
         return found
 
+    def _reach_of(self, slot: str, stage: list[int], layers: int) -> list[float]:
+        """(layers,): mean over branches, at the probed step nearest to the middle of the stage."""
+        probed = [step for at, step in self._reach if at == slot]
+        nearest = min(probed, key=lambda step: abs(step - stage[len(stage) // 2]))
+        calls = torch.stack(self._reach[slot, nearest]).view(-1, layers)
+        return calls.mean(0).tolist()
 
-def _output_weights(denoiser: Any) -> list[Tensor | None]:
+
+def _tensor(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+
+
+def _output_weights(denoiser: Denoiser) -> list[Tensor | None]:
     """The output projection of each attention, (out, heads * d); None where there is none."""
     found: list[Tensor | None] = []
     for path in attention_paths(denoiser):
@@ -157,16 +298,20 @@ def _output_weights(denoiser: Any) -> list[Tensor | None]:
     return found
 
 
-def head_errors(
+def layer_errors(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     place: Place,
     settings: CalibrationSettings,
     weight: Tensor | None,
-) -> Tensor:
-    """(heads, ladder): squared error of each head through its part of `weight`, over the squared
-    output of the layer. q (b, h, s, d), k and v in order, on sampled blocks of queries."""
+) -> tuple[Tensor, Tensor]:
+    """(ladder,) squared errors of a layer's output, through `weight`, relative to it; and (heads,)
+    gains that make scores of blocks compare between heads.
+
+    A gain is the error of a head at the density that is tried, as the scores of what was dropped
+    foretell it. q (b, h, s, d), k and v in order; on sampled blocks of queries.
+    """
     h, s, d = q.shape[1:]
     repeat = h // k.shape[1]
     nq = -(-s // place.blocks[0])
@@ -178,63 +323,70 @@ def head_errors(
     heads_k, heads_v = (x.float().repeat_interleave(repeat, dim=1) for x in (k, v))
     logits = q[:, :, rows].float() @ heads_k.transpose(-1, -2) / math.sqrt(d)
     right = logits.softmax(-1) @ heads_v
-    metric = _metric(weight, h, d, q)
-    whole = _squared(right, metric).sum()  # heads of a layer as if independent
-    score = block_scores(q, k, v, place.blocks, settings.pooled)
-    errors = []
-    for density in settings.ladder[:-1]:
-        keep = keep_share(score, density, "head")
+    scores = block_scores(q, k, v, place.blocks, settings.pooled)
+
+    def off(keep: Tensor) -> Tensor:
+        """What the output of each head, (b, h, rows, d), differs by where these are kept."""
         if place.text:
             keep = with_text(keep, math.prod(place.grid), place.blocks)
         mine = keep[:, :, chosen][:, :, owner]  # (b, h, rows, nk)
         tokens = mine.repeat_interleave(place.blocks[1], dim=-1)[..., : k.shape[2]]
-        kept = logits.masked_fill(~tokens, -math.inf)
-        values = heads_v
+        kept, values = logits.masked_fill(~tokens, -math.inf), heads_v
         if settings.pooled:
             pooled = complement(k, v, keep, place.blocks[1])
             pk, pv = (x.float().repeat_interleave(repeat, dim=1) for x in pooled[:2])
             more = q[:, :, rows].float() @ pk.transpose(-1, -2) / math.sqrt(d)
             more = more + pooled.bias[:, :, chosen][:, :, owner]
             kept, values = torch.cat([kept, more], -1), torch.cat([values, pv], 2)
-        errors.append(_squared(kept.softmax(-1) @ values - right, metric) / whole)
-    return torch.stack([*errors, torch.zeros_like(errors[0])], dim=-1)
+        return kept.softmax(-1) @ values - right
+
+    parts = _parts(weight, h, d, q.device)
+    tried = keep_share(scores, settings.tried, "head")
+    missed = _through(off(tried), parts).square().sum((0, 2, 3))
+    told = scores.masked_fill(tried, 0)[:, :, chosen].square().sum((0, 2, 3))
+    gains = (missed.clamp(min=1e-12) / told.clamp(min=1e-12)).sqrt()
+    whole = _through(right, parts).sum(1).square().sum().clamp(min=1e-30)
+    errors = []
+    for density in settings.ladder[:-1]:
+        keep = keep_share(weighed(scores, gains), density, "layer")
+        errors.append(_through(off(keep), parts).sum(1).square().sum() / whole)
+    return torch.stack([*errors, torch.zeros_like(errors[0])]), gains
 
 
-def _metric(weight: Tensor | None, heads: int, width: int, like: Tensor) -> Tensor:
-    """(h, d, d): what squared lengths of a head's output are after the projection."""
+def _parts(weight: Tensor | None, heads: int, width: int, device: torch.device) -> Tensor:
+    """(h, d, out): each head's part of the output projection; without one, heads stay apart."""
     if weight is None or weight.shape[-1] != heads * width:
-        return torch.eye(width, device=like.device).expand(heads, width, width)
-    part = weight.detach().to(like.device, torch.float32).unflatten(-1, (heads, width))
-    return torch.einsum("ohd,ohe->hde", part, part)
+        return torch.eye(heads * width, device=device).unflatten(0, (heads, width))
+    return weight.detach().to(device, torch.float32).unflatten(-1, (heads, width)).permute(1, 2, 0)
 
 
-def _squared(x: Tensor, metric: Tensor) -> Tensor:
-    """(h,): summed over batch and queries."""
-    return torch.einsum("bhnd,hde,bhne->h", x, metric, x)
+def _through(x: Tensor, parts: Tensor) -> Tensor:
+    """(b, h, n, d) -> (b, h, n, out)."""
+    return torch.einsum("bhnd,hdo->bhno", x, parts)
 
 
 def _artifact(
     pipe: Any,
     inputs: list[dict[str, Any]],
     settings: CalibrationSettings,
-    curves: list[dict[str, Any]],
-    sigmas: dict[str, float],
+    found: list[dict[str, Any]],
 ) -> Artifact:
-    steps = sorted(map(int, sigmas))
     tensors = {"ladder": torch.tensor(settings.ladder, dtype=torch.float64)}
     for denoiser in denoisers(pipe):
-        mine = [s for s in steps if str(s) in curves[0].get(denoiser.slot, {})]
-        if not mine:
-            raise ValueError(f"calibrate: {denoiser.slot} was not called; take more steps")
-        stages = torch.tensor_split(torch.tensor(mine), min(settings.stages, len(mine)))
-        errors, levels = [], []
-        for stage in stages:
-            picked = [c[denoiser.slot][str(s)] for c in curves for s in stage.tolist()]
-            layers = sorted(map(int, picked[0]))
-            errors.append([torch.tensor([p[str(n)] for p in picked]).mean(0) for n in layers])
-            levels.append(sum(sigmas[str(s)] for s in stage.tolist()) / len(stage))
-        tensors[f"{denoiser.slot}/errors"] = torch.stack([torch.stack(e) for e in errors]).double()
-        tensors[f"{denoiser.slot}/sigmas"] = torch.tensor(levels, dtype=torch.float64)
+        slot = denoiser.slot
+        if slot not in found[0]:
+            raise ValueError(f"calibrate: {slot} was not called; take more steps")
+
+        def of(name: str, slot: str = slot) -> Tensor:
+            """(inputs, stages, ...)."""
+            return torch.tensor([x[slot][name] for x in found], dtype=torch.float64)
+
+        tensors[f"{slot}/losses"] = losses(
+            of("losses"), of("reach"), of("errors"), settings.ladder.index(settings.tried)
+        )
+        tensors[f"{slot}/gains"] = of("gains").log().mean(0).exp()
+        tensors[f"{slot}/sigmas"] = of("sigmas")[0]
+        tensors[f"{slot}/steps"] = of("steps")[0]
     return Artifact(
         method=METHOD,
         fingerprint=Fingerprint.of(denoisers(pipe)[0].module),
@@ -245,23 +397,15 @@ def _artifact(
     )
 
 
-@dataclass(frozen=True)
-class _Probe(SparseAttention, Method):
-    """Attends densely, through the processors, and measures on the way."""
+def losses(stages: Tensor, reach: Tensor, errors: Tensor, tried: int) -> Tensor:
+    """(stages, layers, ladder): the sample's squared error, in the mean of dB over inputs.
 
-    guard: bool = False
-
-    def neutral(self) -> Method:
-        return replace(self)
-
-    def nominal(self) -> float:
-        return 1.0
-
-    def attends_densely(self) -> bool:
-        return False
-
-    def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
-        if live.tables is not None:
-            live.tables.add(q, k, live.values, place)
-        nq, nk = (-(-x.shape[2] // n) for x, n in zip((q, k), place.blocks, strict=True))
-        return torch.ones(*q.shape[:2], nq, nk, dtype=torch.bool, device=q.device)
+    A stage's loss at the density that was tried, (inputs, stages), is shared out to its layers as
+    their sparsity reached the denoiser's output, (inputs, stages, layers); at other densities it is
+    as the layer's own errors, (inputs, stages, layers, ladder), are to those at that density.
+    """
+    whole = stages.clamp(min=1e-12).log().mean(0).exp()
+    part = (reach / reach.sum(-1, keepdim=True).clamp(min=1e-30)).mean(0)
+    curve = errors.mean(0)
+    curve = curve / curve[..., tried, None].clamp(min=1e-30)
+    return whole[:, None, None] * part[..., None] * curve

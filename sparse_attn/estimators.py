@@ -47,6 +47,11 @@ def block_scores(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int], poole
     return mass * loss_by_means(q, k, v, blocks) if pooled else mass
 
 
+def weighed(scores: Tensor, gains: Tensor) -> Tensor:
+    """Scores (b, h, nq, nk) that compare between heads; gains (h,)."""
+    return scores * gains.to(scores)[:, None, None]
+
+
 def loss_by_means(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int]) -> Tensor:
     """How far off a mean key and value are for a block, per mass: float32 (b, h, nq, nk).
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from accel.artifact import Artifact, ArtifactRef
 from accel.method import Method
 from sparse_attn._live import LiveSparse, Place, SparseAttention
-from sparse_attn.block_map import keep_share, keep_shares_of_heads
+from sparse_attn.block_map import keep_share
 from sparse_attn.budgets import Budgets
 from sparse_attn.calibrate import CalibrationSettings, measured_budgets
-from sparse_attn.estimators import block_scores, complement
+from sparse_attn.estimators import block_scores, complement, weighed
 from sparse_attn.kernels.reference import Pooled
 
 
@@ -35,8 +35,8 @@ class SubblockLSE(SparseAttention, Method):
 
     density: share of blocks kept; 1 is dense attention. allocate: within what the share holds, a
     "row" of blocks, a "head" or a "layer". pooled: what is dropped takes part as means. artifact:
-    of `accel calibrate sparse`; then `density` is the mean over layers, heads and noise levels,
-    spent where it errs least.
+    of `accel calibrate sparse`; then `density` is the mean over layers and noise levels, spent
+    where the sample gains most, and scores of heads are weighed by what they were seen to miss.
     """
 
     PAPER = "SGLang sub-block selection; pooled branch after Video-BLADE, arXiv 2508.10774"
@@ -67,7 +67,7 @@ class SubblockLSE(SparseAttention, Method):
         settings: CalibrationSettings | None = None,
         parts: str | None = None,
     ) -> Artifact:
-        """Measure what each head, layer and noise level loses at each density; see `calibrate`.
+        """Measure what each layer and noise level costs the sample at each density.
 
         parts: a folder where each input's figures are kept, so that a stopped run goes on.
         """
@@ -75,14 +75,15 @@ class SubblockLSE(SparseAttention, Method):
 
     def prepare(self, pipe: Any, live: LiveSparse) -> None:
         if self.artifact is not None and self.density < 1:
-            live.tables = Budgets.load(self.artifact, pipe).at_density(self.density)
+            budgets = Budgets.load(self.artifact, pipe, blocks=self.blocks, pooled=self.pooled)
+            live.tables = budgets.at_density(self.density)
 
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
         score = block_scores(q, k, live.values, place.blocks, self.pooled)
         if live.tables is None:
             return keep_share(score, self.density, self.allocate)
-        shares = live.tables.shares(place.denoiser, place.layer, place.sigma)
-        return keep_shares_of_heads(score, torch.as_tensor(shares))
+        share, gains = live.tables.of(place.denoiser, place.layer, place.sigma)
+        return keep_share(weighed(score, torch.as_tensor(gains)), share, self.allocate)
 
     def pool(self, k: Tensor, v: Tensor, keep: Tensor, place: Place) -> Pooled | None:
         return complement(k, v, keep, place.blocks[1]) if self.pooled else None

@@ -39,11 +39,11 @@ def sparse(
         typer.Option(help="Job file whose inputs and seeds are used; zoo models have their own."),
     ] = None,
     count: Annotated[int, typer.Option(min=2, help="Inputs; the last is held out.")] = 3,
-    error: Annotated[
-        float, typer.Option(min=0, help="Relative error of attention outputs that is allowed.")
-    ] = 0.1,
+    quality: Annotated[
+        float, typer.Option(min=1, help="PSNR to what dense attention makes that is kept, in dB.")
+    ] = 30.0,
     density: Annotated[
-        float | None, typer.Option(min=0.05, max=1, help="Mean density instead of an error.")
+        float | None, typer.Option(min=0.05, max=1, help="Mean density instead of a quality.")
     ] = None,
     blocks: Annotated[
         tuple[int, int], typer.Option(help="Tokens of a block of queries, of keys.")
@@ -52,10 +52,10 @@ def sparse(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
-    """Budgets of sparse attention for each head, layer and noise level, within an error.
+    """Budgets of sparse attention for each head, layer and noise level, within a loss of quality.
 
-    Runs the model as it is on a few inputs. A stopped calibration goes on where it was. The error
-    is then checked on an input that was held out.
+    An input takes as long as about six plain runs; a stopped calibration goes on where it was.
+    The quality is then checked on an input that was held out.
     """
     with told():
         import torch
@@ -78,28 +78,30 @@ def sparse(
         artifact = SubblockLSE.calibrate(pipe, calls[:-1], settings, str(kept))
         ref = artifact.save(out.with_suffix(".safetensors"))
         budgets = Budgets.load(ref, pipe)
-        chosen = budgets.at_error(error) if density is None else budgets.at_density(density)
+        chosen = budgets.at_quality(quality) if density is None else budgets.at_density(density)
         method = SubblockLSE((dense, 0.0), blocks, density=min(1.0, chosen.density), artifact=ref)
-        typer.echo(f"density {chosen.density:.3f}, expected error {chosen.error:.4f}")
-        found = held_out(pipe, method, calls[-1])
+        typer.echo(f"density {chosen.density:.3f}, expected PSNR {chosen.quality:.1f} dB")
+        found = held_out(pipe, method, inputs[-1], seeds[-1])
         if found is not None:
-            typer.echo(f"on an input held out: density {found[0]:.3f}, error {found[1]:.4f}")
+            typer.echo(f"on an input held out: density {found[0]:.3f}, PSNR {found[1]:.1f} dB")
         write_recipe(out, Recipe((method,)), name=out.stem)
         typer.echo(f"wrote {out}; measure it with: accel measure {out} --model {model}")
 
 
-def held_out(pipe: Any, method: SubblockLSE, call: dict[str, Any]) -> tuple[float, float] | None:
-    """Density and error in a run of its own; None where the method leaves everything dense."""
+def held_out(
+    pipe: Any, method: SubblockLSE, call: dict[str, Any], seed: int
+) -> tuple[float, float] | None:
+    """Density and PSNR of an input, where the guard does not mind; None where all stays dense."""
     from dataclasses import replace
 
+    from accel.measure import mean_psnr, pipeline_samples
     from accel.method import attached
 
-    with attached(replace(method, guard=False, canary=1), pipe) as live:
-        pipe(**call)
+    plain = pipeline_samples(pipe, call, seed)
+    with attached(replace(method, guard=False), pipe) as live:
+        sample = pipeline_samples(pipe, call, seed)
         detail = live.report()["runs"][0]["detail"]
-    if "density" not in detail:
-        return None
-    return detail["density"], detail["output_error"]["mean"]
+    return (detail["density"], mean_psnr(sample, plain)) if "density" in detail else None
 
 
 def _pipeline(

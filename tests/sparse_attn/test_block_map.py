@@ -13,7 +13,6 @@ from sparse_attn.block_map import (
     blocked,
     keep_mass,
     keep_share,
-    keep_shares_of_heads,
 )
 
 
@@ -66,7 +65,6 @@ def test_the_best_are_kept():
     assert keep_share(scores, 1 / 3).tolist() == [[[[False, True, False], [True, False, False]]]]
     layer = keep_share(scores, 1 / 2, "layer")
     assert layer.tolist() == [[[[False, True, False], [True, True, False]]]]
-    assert keep_shares_of_heads(scores, torch.tensor([0.5])).tolist() == layer.tolist()
 
 
 def test_mass_includes_the_block_that_crosses():

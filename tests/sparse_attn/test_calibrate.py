@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 from accel.denoiser import denoisers
+from accel.measure import pipeline_samples
 from accel.method import attached
 from accel.testing import assert_same_state, host_state, tiny
 from sparse_attn._live import Place
 from sparse_attn.block_map import BlockMap, keep_share
 from sparse_attn.budgets import Budgets
-from sparse_attn.calibrate import CalibrationSettings, head_errors
+from sparse_attn.calibrate import CalibrationSettings, layer_errors, losses
 from sparse_attn.estimators import block_scores, complement
 from sparse_attn.kernels import reference
 from sparse_attn.subblock_lse import SubblockLSE
 from sparse_attn.token_order import gilbert
 
-SETTINGS = CalibrationSettings(ladder=(0.25, 0.5, 1.0), stages=2, blocks=(16, 16))
+SETTINGS = CalibrationSettings((0.25, 0.5, 1.0), 0.25, stages=2, blocks=(16, 16))
 
 
 def inputs(host):
@@ -46,45 +48,79 @@ def test_errors_are_of_the_attention_through_the_projection(pooled):
     q, k, v = (torch.randn(1, 2, 64, 8, generator=g) for _ in "qkv")
     weight = torch.randn(16, 16, generator=g)
     place = Place((4, 4, 4), gilbert((4, 4, 4)), 0, (16, 16), "transformer", 0, 1, 0, 1, 0.5, "")
-    settings = CalibrationSettings((0.5, 1.0), 1, queries=4, blocks=(16, 16), pooled=pooled)
-    found = head_errors(q, k, v, place, settings, weight)
-    keep = keep_share(block_scores(q, k, v, (16, 16), pooled), 0.5, "head")
-    more = complement(k, v, keep, 16) if pooled else None
-    out = reference.attend(q, k, v, BlockMap(keep, 16, 16, 64, 64), more).out
+    settings = CalibrationSettings((0.5, 1.0), 0.5, 1, queries=4, blocks=(16, 16), pooled=pooled)
+    errors, gains = layer_errors(q, k, v, place, settings, weight)
     right = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    projected = [
-        x[0].transpose(0, 1)[:, h] @ weight[:, 8 * h : 8 * h + 8].T
-        for x in (out - right, right)
-        for h in range(2)
-    ]
-    squared = [x.square().sum().item() for x in projected]
-    whole = squared[2] + squared[3]
-    assert found[:, 0].tolist() == pytest.approx([s / whole for s in squared[:2]], rel=1e-4)
-    assert found[:, 1].tolist() == [0, 0]
+
+    def missed(keep):
+        more = complement(k, v, keep, 16) if pooled else None
+        return reference.attend(q, k, v, BlockMap(keep, 16, 16, 64, 64), more).out - right
+
+    def projected(x):
+        return x.transpose(1, 2).flatten(2) @ weight.T
+
+    scores = block_scores(q, k, v, (16, 16), pooled)
+    off = missed(keep_share(scores * gains[:, None, None], 0.5, "layer"))
+    share = projected(off).square().sum() / projected(right).square().sum()
+    assert errors.tolist() == pytest.approx([share.item(), 0.0], rel=1e-4)
+    tried = keep_share(scores, 0.5, "head")
+    for h in range(2):
+        alone = missed(tried)[:, h] @ weight[:, 8 * h : 8 * h + 8].T
+        told = scores[:, h][~tried[:, h]].square().sum()
+        gain = (alone.square().sum() / told).sqrt()
+        assert gains[h].item() == pytest.approx(gain.item(), rel=1e-4)
 
 
-def test_budgets_are_measured_kept_and_used(host, tmp_path):
+def test_losses_are_measured_on_the_sample(host, tmp_path):
+    """At the density that was tried they are what one stage alone does to the sample."""
     state = host_state(host.pipe)
-    parts = tmp_path / "parts"
-    artifact = SubblockLSE.calibrate(host.pipe, [inputs(host)], SETTINGS, str(parts))
+    artifact = SubblockLSE.calibrate(host.pipe, [inputs(host)], SETTINGS, str(tmp_path / "parts"))
     assert_same_state(state, host_state(host.pipe))
-    errors = artifact.tensors["transformer/errors"]
-    assert errors.shape == (2, 3, 2, 3)  # stages, layers, heads, ladder
-    assert (errors[..., 0] >= errors[..., 1]).all()
-    assert (errors[..., -1] == 0).all()
+    losses = artifact.tensors["transformer/losses"]
+    assert losses.shape == (2, 3, 3)  # stages, layers, ladder
+    assert (losses[..., 0] >= losses[..., 1]).all()
+    assert (losses[..., -1] == 0).all()
+    assert artifact.tensors["transformer/gains"].shape == (2, 3, 2)
+    assert artifact.tensors["transformer/steps"].sum() == host.inputs["num_inference_steps"]
+    parts = json.loads(next((tmp_path / "parts").iterdir()).read_text("utf-8"))["transformer"]
+    assert losses[..., 0].sum(-1).tolist() == pytest.approx(parts["losses"], rel=1e-6)
+    plain = pipeline_samples(host.pipe, inputs(host), 0)
+    ref = artifact.save(tmp_path / "budgets.safetensors")
+    with attached(method(ref, density=0.25), host.pipe):
+        both = pipeline_samples(host.pipe, inputs(host), 0)
+    whole = (both - plain).square().mean().item()
+    assert 0.3 < whole / sum(parts["losses"]) < 3  # parts add up, about
+
+
+def method(ref, **settings):
+    return SubblockLSE((0.0, 0.0), (16, 16), False, canary=1, artifact=ref, **settings)
+
+
+def test_budgets_are_used(host, tmp_path):
+    artifact = SubblockLSE.calibrate(host.pipe, [inputs(host)], SETTINGS)
     ref = artifact.save(tmp_path / "budgets.safetensors")
     allocation = Budgets.load(ref, host.pipe).at_density(0.5)
-    method = SubblockLSE((0.0, 0.0), (16, 16), False, canary=1, density=0.5, artifact=ref)
-    with attached(method, host.pipe) as live:
+    with attached(method(ref, density=0.5), host.pipe) as live:
         host.pipe(**inputs(host), generator=torch.Generator().manual_seed(0))
         run = live.report()["runs"][0]
     # what a layer keeps follows its shares: at most a block a row more, of two blocks
     layers = len(denoisers(host.pipe)[0].blocks)
-    shares = allocation.shares_by_slot["transformer"].mean((0, 2))
+    shares = allocation.shares["transformer"].mean(0)
     for layer, density in run["detail"]["density_by_layer"]:
         assert shares[layer] - 0.26 <= density <= shares[layer] + 0.51
     assert layers == len(run["detail"]["density_by_layer"])
     assert math.isfinite(run["detail"]["output_error"]["mean"])
+
+
+def test_a_layer_that_reaches_further_gets_more():
+    """Two layers with like errors of their own; the second one's reach the output twice."""
+    found = losses(
+        stages=torch.tensor([[0.03]]),
+        reach=torch.tensor([[[0.1, 0.2]]]),
+        errors=torch.tensor([[[[0.4, 0.2, 0.0], [0.4, 0.2, 0.0]]]]),
+        tried=1,
+    )
+    assert found.flatten().tolist() == pytest.approx([0.02, 0.01, 0.0, 0.04, 0.02, 0.0])
 
 
 def test_a_stopped_calibration_goes_on(host, tmp_path):
@@ -101,7 +137,7 @@ def test_a_stopped_calibration_goes_on(host, tmp_path):
     unsubscribe = clock.subscribe(lambda event: runs.append(event.kind))
     again = SubblockLSE.calibrate(host.pipe, calls, SETTINGS, parts)
     unsubscribe()
-    assert runs.count("run") == 1  # only the second input ran
+    assert runs.count("run") == 1 + SETTINGS.stages  # only the second input ran
     for name, tensor in whole.tensors.items():
         assert torch.allclose(tensor, again.tensors[name], rtol=1e-6), name
 
@@ -116,6 +152,8 @@ def test_other_artifacts_are_refused(host, tmp_path):
     ref = artifact.save(tmp_path / "mine.safetensors")
     with pytest.raises(ValueError, match="does not fit"):
         SubblockLSE(density=0.5, artifact=ref).attach(tiny("ltx").pipe)
+    with pytest.raises(ValueError, match=r"calibrated with blocks \[16, 16\], not \(32, 16\)"):
+        SubblockLSE(blocks=(32, 16), density=0.5, artifact=ref).attach(host.pipe)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +162,8 @@ def test_other_artifacts_are_refused(host, tmp_path):
         {"ladder": (0.5, 0.2, 1.0)},
         {"ladder": (0.2, 0.5)},
         {"ladder": (0.0, 1.0)},
+        {"tried": 0.25},
+        {"tried": 1.0},
         {"stages": 0},
         {"queries": 0},
     ],

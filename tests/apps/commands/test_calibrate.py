@@ -1,4 +1,4 @@
-"""`accel calibrate sparse`: a recipe within an error, checked on an input that was held out."""
+"""`accel calibrate sparse`: a recipe of a quality, checked on an input that was held out."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ def calibrate(folder, *more: str):
     return CliRunner().invoke(app, [*command, "--out", str(folder / "sparse.yaml"), *more])
 
 
-def test_writes_a_recipe_within_the_error_and_goes_on(folder):
-    result = calibrate(folder, "--error", "0.08")
+def test_writes_a_recipe_of_a_quality_and_goes_on(folder):
+    result = calibrate(folder, "--quality", "45")
     assert result.exit_code == 0, result.output
-    expected = re.search(r"density (\S+), expected error (\S+)", result.output)
-    held_out = re.search(r"held out: density (\S+), error (\S+)", result.output)
+    expected = re.search(r"density (\S+), expected PSNR (\S+) dB", result.output)
+    held_out = re.search(r"held out: density (\S+), PSNR (\S+) dB", result.output)
     assert expected
     assert held_out
-    assert float(expected[2]) <= 0.08
+    assert float(expected[2]) >= 45
+    assert float(held_out[2]) == pytest.approx(float(expected[2]), abs=10)
     assert 0 < float(held_out[1]) <= 1
     (method,) = read_recipe(folder / "sparse.yaml").recipe.methods
     assert isinstance(method, SubblockLSE)
