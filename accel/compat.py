@@ -124,6 +124,16 @@ def is_compiled(module: Any) -> bool:
     return compiled_in_place or compiled_entry(module) is not module
 
 
+def recompile_limit_hit() -> type[Exception]:
+    """What a call of a ``fullgraph`` graph raises that has been made in too many variants."""
+    return importlib.import_module("torch._dynamo.exc").FailOnRecompileLimitHit
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Calls inside run without the graphs that were made of them."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def unwatched() -> AbstractContextManager[Any]:
     """Operations inside are not seen by dispatch modes that are on (a watched or counted call)."""
     return lookup("leaving dispatch modes")()

@@ -8,6 +8,7 @@ are the two other frozen kinds; they receive recipes as values.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
@@ -179,19 +180,24 @@ class Attached:
         """The denoiser call being computed; ``None`` outside a run this method has seen begin."""
         return self.clock.now if self._in_run else None
 
-    def around_call(self, module: Any, layer: Layer) -> None:
+    def around_call(self, module: Any, layer: Layer, in_graph: Layer | None = None) -> None:
         """Run ``layer(call_next, *args, **kwargs)`` around calls of ``module`` within runs.
 
-        Calls outside a run, and calls being traced by ``torch.compile``, go straight through.
+        Calls outside a run go straight through. So do calls being traced by ``torch.compile``,
+        which come to ``in_graph`` where it is given: it becomes part of the graph, in runs or not.
         """
 
         def guarded(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-            if compat.is_compiling() or self.clock.now is None or not self._in_run:
+            if compat.is_compiling():
+                call = call_next if in_graph is None else functools.partial(in_graph, call_next)
+                return call(*args, **kwargs)
+            if self.clock.now is None or not self._in_run:
                 return call_next(*args, **kwargs)
             return layer(call_next, *args, **kwargs)
 
         self.patch.around_call(module, guarded)
-        self._layered.add(id(compat.compiled_entry(module)))
+        if in_graph is None:
+            self._layered.add(id(compat.compiled_entry(module)))
 
     def around_denoiser(self, slot: str, layer: Layer) -> None:
         """Run ``layer(call_next, *args, **kwargs)`` around a denoiser's calls within runs.

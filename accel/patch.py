@@ -46,7 +46,11 @@ class _Entry:
 
 
 class Trampoline:
-    """The callable standing in ``vars(owner)[name]``; runs its layers around ``original``."""
+    """What stands in ``vars(owner)[name]``, by its ``entry``; runs its layers around ``original``.
+
+    In a method's place stands a method. Dynamo tells callable objects apart by identity, methods by
+    their code, so that graphs go on to be shared by modules that are alike.
+    """
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner_ref = weakref.ref(owner)
@@ -59,9 +63,19 @@ class Trampoline:
         owner = self.owner_ref()
         self.shadowed = vars(owner).get(self.name, _MISSING)
         self.original = getattr(owner, self.name)
-        functools.update_wrapper(self, self.original)  # signature() and capture checks follow this
-        object.__setattr__(owner, self.name, self)
+        self.entry = self._entry()  # signature() and capture checks follow its __wrapped__
+        object.__setattr__(owner, self.name, self.entry)
         self.compose()
+
+    def _entry(self) -> Callable:
+        if not isinstance(self.original, types.MethodType):
+            return functools.update_wrapper(self, self.original)
+
+        def enter(trampoline: Trampoline, *args: Any, **kwargs: Any) -> Any:
+            return trampoline.call(*args, **kwargs)
+
+        functools.update_wrapper(enter, self.original.__func__).__name__ = self.name
+        return types.MethodType(enter, self)
 
     def compose(self) -> None:
         """Fold the layers into one callable, so that a call costs one frame per layer."""
@@ -81,7 +95,7 @@ class Trampoline:
     def remove_if_topmost(self) -> bool:
         """Give the attribute back if no other wrapper stands on top of this one."""
         owner = self.owner_ref()
-        if owner is None or vars(owner).get(self.name) is not self:
+        if owner is None or vars(owner).get(self.name) is not self.entry:
             return False
         if self.shadowed is _MISSING:
             object.__delattr__(owner, self.name)
@@ -94,7 +108,7 @@ class Trampoline:
         current = vars(self.owner_ref()).get(self.name)
         seen: set[int] = set()
         while current is not None and id(current) not in seen:
-            if current is self:
+            if current is self.entry:
                 return True
             seen.add(id(current))
             current = compat.wrapped_callable(current)
@@ -103,16 +117,36 @@ class Trampoline:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A deep copy of the owner gets its plain method back, bound to the copy."""
         owner = self.owner_ref()
-        method = getattr(type(owner), self.name)
-        return types.MethodType(method, memo.get(id(owner), owner))
+        plain = types.MethodType(getattr(type(owner), self.name), memo.get(id(owner), owner))
+        return plain if self.entry is self else _Plain(plain)
 
     def __reduce__(self) -> Any:
         """Pickled, the owner gets its plain method back too."""
-        return _unpatched, (self.owner_ref(), self.name)
+        if self.entry is self:
+            return _unpatched, (self.owner_ref(), self.name)
+        return _itself, (self.owner_ref(),)  # a method is pickled as an attribute of its object
+
+
+class _Plain:
+    """In a copy of an owner what the trampoline was: its entry comes here."""
+
+    def __init__(self, call: types.MethodType) -> None:
+        self.call = call
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Plain:
+        owner: Any = self.call.__self__
+        return _Plain(types.MethodType(self.call.__func__, memo.get(id(owner), owner)))
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.call.__self__,)
 
 
 def _unpatched(owner: Any, name: str) -> Any:
     return types.MethodType(getattr(type(owner), name), owner)
+
+
+def _itself(owner: Any) -> Any:
+    return owner
 
 
 @dataclass

@@ -23,7 +23,7 @@ from accel.artifact import write_atomically
 from accel.denoiser import denoisers
 from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached
-from caches._executor import first_leaf
+from caches._outputs import first_leaf
 from caches.schedule import noise_share
 
 SAMPLED = 1 << 16  # numbers of an output that are looked at, evenly spread

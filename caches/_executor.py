@@ -10,16 +10,26 @@ middle), another shape than the kept one (guidance switched off).
 from __future__ import annotations
 
 import functools
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from accel import compat
 from accel.artifact import Artifact, ArtifactRef
 from accel.clock import Run
 from accel.denoiser import Denoiser, chunked_feed_forward, denoisers
 from accel.method import Attached, Claim, Method
+from caches._in_graph import Port, asked, inside, layer_in_graph, transparent
+from caches._outputs import (
+    combined,
+    first_leaf,
+    map_tensors,
+    passed,
+    shape_of,
+    size_of,
+    versions_of,
+)
 from caches.schedule import (
     COMPUTE,
     REUSE,
@@ -150,6 +160,7 @@ class LiveSchedule(Attached):
         self.kept: dict[tuple[str, str, int], _Kept] = {}
         self.weights: dict[tuple[tuple[int, ...], int], tuple[float, ...]] = {}
         self.bytes = self.peak = 0
+        self.ports: dict[str, Port] = {}
         self.repeat_kept = 1  # times along the batch, for a call that stands for several steps
 
     # -- on the model ------------------------------------------------------------------------
@@ -160,7 +171,9 @@ class LiveSchedule(Attached):
         Raises:
             ValueError: its feed-forwards run in chunks, several calls a step.
         """
+        columns = list(columns)
         blocks = {f"{denoiser.slot}.{block.path}": block for block in denoiser.blocks}
+        self._open_graphs(denoiser, columns)
         for column in columns:
             path = column.partition(".")[2]
             if not path:
@@ -172,14 +185,12 @@ class LiveSchedule(Attached):
                     f"{self.method.name()}: {column} runs its feed-forward in chunks; "
                     "switch chunking off to cache"
                 )
-            block = blocks.get(column)
-            if block is None or not block.ff:
-                self.around_call(module, self._layer(column, _no_skip))
-            else:
+            block, skip = blocks.get(column), _no_skip
+            if block is not None and block.ff:
                 self.skippable.add(column)
-                self.around_call(
-                    module, self._layer(column, functools.partial(passed, block.output_layout))
-                )
+                skip = functools.partial(passed, block.output_layout)
+            port = self.ports[column] = Port()
+            self.around_call(module, self._layer(column, skip), layer_in_graph(port, skip))
 
     def _layer(self, column: str, skip: Callable) -> Callable:
         def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -187,29 +198,90 @@ class LiveSchedule(Attached):
             assert now is not None
             if place is None:
                 return call_next(*args, **kwargs)
-            letter = self.rows_of(now.branch)[now.step][place]
-            if letter == SKIP:
-                self.counts["skipped"] += 1
-                return skip(args, kwargs)
-            kept = self.kept.get((column, now.branch, now.stage))
-            shape = _shape(args, kwargs)
-            if kept is not None and kept.outputs and self.repeat_kept > 1:
-                self.counts["reused"] += self.repeat_kept
-                return map_tensors(self._repeated, kept.outputs[0][2])
-            if letter != COMPUTE and kept is not None and kept.outputs and kept.shape == shape:
-                if _versions(kept.outputs[0][2]) == kept.versions:
-                    if column == now.denoiser:
-                        self.clock.answered(len(first_leaf(kept.outputs[0][2])))
-                    return self._known(kept, letter, now, place)
-                self.fallback(f"{column}: a kept output was changed in place")
-            elif letter != COMPUTE:
-                self.detail["forced"] = self.detail.get("forced", 0) + 1
-            self.counts["computed"] += 1
-            output = call_next(*args, **kwargs)
-            self._keep(column, place, now, output, shape, forced=letter != COMPUTE)
+            shape = shape_of(args, kwargs)
+            letter, output = self._choose(column, place, now, shape)
+            if letter == COMPUTE:
+                output = call_next(*args, **kwargs)
+            elif letter == SKIP:
+                output = skip(args, kwargs)
+            elif column == now.denoiser:
+                self.clock.answered(len(first_leaf(output)))
+            self._done(column, now, letter, output, shape)
             return output
 
         return layer
+
+    def _choose(self, column: str, place: int, now: Any, shape: Any) -> tuple[str, Any]:
+        """What a column does now, C, R or S, and its output where that is known already."""
+        letter = self.rows_of(now.branch)[now.step][place]
+        if letter == SKIP:
+            return SKIP, None
+        kept = self.kept.get((column, now.branch, now.stage))
+        if kept is not None and kept.outputs and self.repeat_kept > 1:
+            return REUSE, map_tensors(self._repeated, kept.outputs[0][2])
+        if letter != COMPUTE and kept is not None and kept.outputs and kept.shape == shape:
+            if versions_of(kept.outputs[0][2]) == kept.versions:
+                return REUSE, self._known(kept, letter, now, place)
+            self.fallback(f"{column}: a kept output was changed in place")
+        elif letter != COMPUTE:
+            self.detail["forced"] = self.detail.get("forced", 0) + 1
+        return COMPUTE, None
+
+    def _done(self, column: str, now: Any, letter: str, output: Any, shape: Any) -> None:
+        """Count what a column did, and keep what it computed."""
+        if letter == COMPUTE:
+            self.counts["computed"] += 1
+            self._keep(column, self.places[column], now, output, shape)
+        elif letter == SKIP:
+            self.counts["skipped"] += 1
+        else:
+            self.counts["reused"] += self.repeat_kept
+
+    # -- in graphs of torch.compile ----------------------------------------------------------
+
+    def _open_graphs(self, denoiser: Denoiser, columns: list[str]) -> None:
+        """Layers around whatever may become one graph: the denoiser, and blocks with columns in."""
+        slot = denoiser.slot
+        within = inside(slot, columns)
+        if within:
+            self.around_denoiser(slot, self._graph(lambda: getattr(self._pipe(), slot), within))
+        for block in denoiser.blocks:
+            within = inside(f"{slot}.{block.path}", columns)
+            if within:
+                module = denoiser.module.get_submodule(block.path)
+                self.around_call(module, self._graph(lambda m=module: m, within), transparent)
+
+    def _graph(self, module: Callable[[], Any], columns: list[str]) -> Callable:
+        """The layer around a module that tells its columns, where it is compiled, what to do."""
+
+        def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+            if not self.places or not compat.is_compiled(module()):
+                return call_next(*args, **kwargs)
+            now, shape = self.clock.now, shape_of(args, kwargs)
+            letters: dict[str, str] = {}
+            try:
+                for column in columns:
+                    if column in self.places and asked(column, letters):
+                        letter, kept = self._choose(column, self.places[column], now, shape)
+                        letters[column] = letter
+                        self.ports[column].open(letter, kept)
+                output = call_next(*args, **kwargs)
+            except compat.recompile_limit_hit():
+                self._close(letters)
+                self.fallback("torch._dynamo.config.recompile_limit is too low; raise it")
+                with compat.uncompiled():
+                    return call_next(*args, **kwargs)
+            finally:
+                found = self._close(letters)
+            for column, value in found.items():
+                if value is not None:
+                    self._done(column, now, letters[column], value, shape)
+            return output
+
+        return layer
+
+    def _close(self, columns: Iterable[str]) -> dict[str, Any]:
+        return {column: self.ports[column].close() for column in columns}
 
     def _repeated(self, tensor: Any) -> Any:
         return tensor.repeat(self.repeat_kept, *[1] * (tensor.ndim - 1))
@@ -246,7 +318,6 @@ class LiveSchedule(Attached):
         return rows
 
     def _known(self, kept: _Kept, letter: str, now: Any, place: int) -> Any:
-        self.counts["reused"] += 1
         if letter == REUSE or len(kept.outputs) == 1:
             output = kept.outputs[0][2]
         else:
@@ -254,17 +325,15 @@ class LiveSchedule(Attached):
             if key not in self.weights:
                 places = [share for _, share, _ in kept.outputs]
                 self.weights[key] = extrapolation(places, self.shares[now.step])
-            output = _combined([o for _, _, o in kept.outputs], self.weights[key])
+            output = combined([o for _, _, o in kept.outputs], self.weights[key])
         last = self.reads[now.branch]
         for k in range(len(kept.outputs) - 1, -1, -1):
             step = kept.outputs[k][0]
             if last.get((step, place), -1) == now.step:
-                self.bytes -= _size(kept.outputs.pop(k)[2])
+                self.bytes -= size_of(kept.outputs.pop(k)[2])
         return output
 
-    def _keep(
-        self, column: str, place: int, now: Any, output: Any, shape: Any, forced: bool
-    ) -> None:
+    def _keep(self, column: str, place: int, now: Any, output: Any, shape: Any) -> None:
         """Keep an output if it is read later; one computed against the plan always."""
         key = (column, now.branch, now.stage)
         kept = self.kept.setdefault(key, _Kept())
@@ -273,97 +342,28 @@ class LiveSchedule(Attached):
             kept.shape = shape
         assert self.schedule is not None
         last = self.reads[now.branch]
+        forced = self.rows_of(now.branch)[now.step][place] != COMPUTE
         room = self.schedule.order + 1
         wanted = forced or (now.step, place) in last
         outputs = [o for o in kept.outputs if last.get((o[0], place), now.step) > now.step]
         outputs = outputs[: room - wanted]
         if wanted:
             outputs = [(now.step, self.shares[now.step], output), *outputs]
-            kept.versions = _versions(output)
+            kept.versions = versions_of(output)
         elif outputs:
-            kept.versions = _versions(outputs[0][2])
-        self.bytes += sum(_size(o) for _, _, o in outputs)
-        self.bytes -= sum(_size(o) for _, _, o in kept.outputs)
+            kept.versions = versions_of(outputs[0][2])
+        self.bytes += sum(size_of(o) for _, _, o in outputs)
+        self.bytes -= sum(size_of(o) for _, _, o in kept.outputs)
         kept.outputs = outputs
         self.peak = max(self.peak, self.bytes)
 
     def _drop(self, kept: _Kept) -> None:
-        self.bytes -= sum(_size(o) for _, _, o in kept.outputs)
+        self.bytes -= sum(size_of(o) for _, _, o in kept.outputs)
         kept.outputs = []
 
     def _forget(self) -> None:
         self.kept.clear()
         self.bytes = 0
-
-
-# -- outputs: tensors, tuples of them, diffusers' output objects ------------------------------
-
-
-def _leaves(output: Any) -> list[Any]:
-    import torch
-
-    if isinstance(output, torch.Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, dict) else output
-    if isinstance(output, (dict, tuple, list)):
-        return [leaf for part in parts for leaf in _leaves(part)]
-    return []
-
-
-def first_leaf(output: Any) -> Any:
-    """The first tensor of an output."""
-    return _leaves(output)[0]
-
-
-def _combined(outputs: list[Any], weights: tuple[float, ...]) -> Any:
-    """Sum of weighted outputs of one structure, in float32, in their own type."""
-
-    def total(*tensors: Any) -> Any:
-        weighted = [w * t.float() for w, t in zip(weights, tensors, strict=True)]
-        return functools.reduce(operator.add, weighted).to(tensors[0].dtype)
-
-    return map_tensors(total, *outputs)
-
-
-def map_tensors(change: Callable, *outputs: Any) -> Any:
-    """`change` of the tensors of outputs of one structure, which the result has, too."""
-    import torch
-
-    first = outputs[0]
-    if isinstance(first, torch.Tensor):
-        return change(*outputs)
-    if isinstance(first, dict):
-        return type(first)(**{k: map_tensors(change, *(o[k] for o in outputs)) for k in first})
-    if isinstance(first, (tuple, list)):
-        return type(first)(map_tensors(change, *parts) for parts in zip(*outputs, strict=True))
-    return first
-
-
-def _size(output: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in _leaves(output))
-
-
-def _versions(output: Any) -> tuple[int, ...]:
-    """Counters of changes in place; of none in inference mode, which does not count."""
-    return tuple(0 if leaf.is_inference() else leaf._version for leaf in _leaves(output))
-
-
-def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Shape of the first tensor of a call."""
-    for value in (*args, *kwargs.values()):
-        if hasattr(value, "shape"):
-            return value.shape
-    return None
-
-
-def passed(layout: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a block returns that does nothing: its inputs, in the order it returns them."""
-    names = {"hidden": ("hidden_states", 0), "text": ("encoder_hidden_states", 1)}
-    found = []
-    for part in layout:
-        name, place = names[part]
-        found.append(args[place] if place < len(args) else kwargs[name])
-    return found[0] if len(found) == 1 else tuple(found)
 
 
 def _no_skip(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

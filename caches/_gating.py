@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accel.clock import Run
 from accel.denoiser import Block, Denoiser, denoisers
 from accel.method import Attached, Method
-from caches._executor import passed
+from caches._outputs import passed
 from caches.schedule import is_unet, noise_share
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from accel.clock import Run
 from accel.denoiser import denoisers
 from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached
-from caches._executor import first_leaf, map_tensors
+from caches._outputs import first_leaf, map_tensors
 
 FIRST_LOGIT = 5.0  # of the first row, which always computes; and the bound of all
 CHECKPOINT, CURVE = "checkpoint.pt", "curve.json"

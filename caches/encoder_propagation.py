@@ -15,7 +15,8 @@ from typing import Any
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
-from caches._executor import LiveSchedule, Scheduled, first_leaf, map_tensors
+from caches._executor import LiveSchedule, Scheduled
+from caches._outputs import first_leaf, map_tensors
 from caches.schedule import REUSE, Schedule, block_columns, from_steps, is_unet
 
 PAPER_STEPS = 50  # the key steps are of a run of so many

@@ -148,8 +148,9 @@ def test_signature_and_name_follow_the_original():
     module, patch = Doubler(), Patch()
     before = inspect.signature(module.forward)
     patch.around(module, "forward", lambda call_next, *a, **k: call_next(*a, **k))
-    assert isinstance(module.forward, Trampoline)
+    assert isinstance(module.forward.__self__, Trampoline)
     assert inspect.signature(module.forward) == before
+    assert module.forward.__name__ == "forward"
     patch.undo()
 
 
@@ -158,8 +159,10 @@ def test_a_deep_copy_is_unpatched_and_bound_to_itself():
     module.factor = torch.nn.Parameter(torch.ones(1))
     patch.around(module, "forward", lambda call_next, *a, **k: call_next(*a, **k) + 100)
     twin = copy.deepcopy(module)
+    module.factor.data += 10
     assert twin(torch.ones(1)) == 2
-    assert twin.forward.__self__ is twin
+    assert copy.deepcopy(twin)(torch.ones(1)) == 2
+    assert pickle.loads(pickle.dumps(twin))(torch.ones(1)) == 2
     patch.undo()
 
 
@@ -178,6 +181,25 @@ def test_layer_follows_a_module_compiled_later():
     assert eager == [False], "the layer runs outside the graph"
     patch.undo()
     assert "forward" not in vars(module)
+
+
+def test_modules_that_are_alike_share_a_graph_under_layers():
+    """Dynamo would make one for each layered module if callable objects stood in `forward`."""
+    torch._dynamo.reset()
+    graphs, patch = [], Patch()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    outer = [torch.nn.Sequential(Doubler()) for _ in range(3)]
+    for module in outer:
+        patch.around(module[0], "forward", lambda call_next, *a, **k: call_next(*a, **k) + 100)
+        module.compile(fullgraph=True, backend=backend)
+    assert [float(module(torch.ones(1))) for module in outer] == [102.0] * 3
+    assert len(graphs) == 1
+    patch.undo()
+    torch._dynamo.reset()
 
 
 def test_one_layer_function_on_several_modules_follows_each():
@@ -202,7 +224,9 @@ def test_one_layer_function_on_several_modules_follows_each():
 def test_a_pickled_owner_is_unpatched():
     module, patch = Doubler(), Patch()
     patch.around(module, "forward", lambda call_next, *a, **k: call_next(*a, **k) + 100)
-    assert pickle.loads(pickle.dumps(module))(torch.ones(1)) == 2
+    again = pickle.loads(pickle.dumps(module))
+    assert again(torch.ones(1)) == 2
+    assert again.forward.__self__ is again
     patch.undo()
 
 

@@ -1,0 +1,63 @@
+"""How a schedule acts inside graphs of `torch.compile`, of blocks or of a whole denoiser.
+
+A layer cannot decide anything while a graph runs. So whoever calls the graph decides before: every
+column inside has a `Port`, through which the graph gets its letter and the kept output, and hands
+out what it computed. To the compiler a letter is a constant, a kept output an input, a computed one
+an output: one graph for each pattern of letters, without breaks, shared by blocks that are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from caches.schedule import COMPUTE, REUSE, SKIP, is_inside
+
+
+class Port:
+    """One column as a graph sees it. Without a letter the graph does what it does by itself."""
+
+    def __init__(self) -> None:
+        self.close()
+
+    def open(self, letter: str, kept: Any) -> None:
+        """For the next call: what the column does, and its output where that is known."""
+        self.letter, self.kept = letter, kept
+
+    def close(self) -> Any:
+        """No letter, nothing held; returns what the call found, None where it did not come by."""
+        found = getattr(self, "found", None)
+        self.letter, self.kept, self.found = "", None, None
+        return found
+
+
+def layer_in_graph(port: Port, skip: Callable) -> Callable:
+    """The layer around a column that acts while its call is traced; told apart by letters only."""
+
+    def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        if port.letter == REUSE:
+            output = port.kept
+        elif port.letter == SKIP:
+            output = skip(args, kwargs)
+        else:
+            output = call_next(*args, **kwargs)
+        if port.letter:
+            port.found = output
+        return output
+
+    return layer
+
+
+def transparent(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The layer in a graph of what acts outside of it."""
+    return call_next(*args, **kwargs)
+
+
+def inside(path: str, columns: Sequence[str]) -> list[str]:
+    """The columns inside a module, those that contain others first."""
+    return sorted((c for c in columns if is_inside(c, path)), key=lambda c: c.count("."))
+
+
+def asked(column: str, letters: dict[str, str]) -> bool:
+    """Is a column run, given the letters of those around it?"""
+    return all(letter == COMPUTE for other, letter in letters.items() if is_inside(column, other))
