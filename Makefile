@@ -37,6 +37,7 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_caches
 	$(PY) -m benchmarks.bench_caches --steps 20
 	$(PY) -m benchmarks.bench_caches --model zoo:digits-sd
+	$(PY) -m benchmarks.bench_caches_video
 	$(PY) -m benchmarks.bench_cache_speed
 	$(PY) -m benchmarks.bench_robustness
 	$(PY) -m benchmarks.bench_evaluate
@@ -76,6 +77,7 @@ gpu: $(READY)
 	$(PY) -m benchmarks.bench_temporal_cache --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda --model zoo:digits-sd
+	$(PY) -m benchmarks.bench_caches_video --device cuda
 	$(PY) -m benchmarks.bench_cache_speed --device cuda --blocks 24
 	$(PY) -m benchmarks.bench_tdm --device cuda
 	$(PY) -m benchmarks.waterfall --device cuda

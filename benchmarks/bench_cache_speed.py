@@ -1,6 +1,7 @@
 """How much of the work that a cache saves becomes time saved, at the shapes of public models.
 
     python -m benchmarks.bench_cache_speed [--device cuda] [--rounds 5] [--blocks 4] [--only DiT]
+                                           [--compile DiT]
 
 Random weights, so there is no quality here: a slice of DiT-XL/2 at 256 pixels and one of Wan 2.1
 1.3B, which are timed in turn with and without a cache. On the small models of the zoo, what is left
@@ -15,10 +16,13 @@ import random
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
@@ -30,6 +34,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
+from accel import compat
 from accel.clock import sampling_grid
 from accel.denoiser import denoisers
 from accel.measure import counted_flops, environment, load_average, paired_time, pipeline_samples
@@ -43,6 +48,8 @@ from caches.router import RouterCache
 from caches.schedule import COMPUTE, REUSE, Schedule, causal, module_columns, to_artifact
 
 STEPS = 8
+COMPILED = "compiled blocks"
+IN_GRAPHS = (RouterCache, EvolutionCache, IntervalCache)
 LEARNED_SHARE = 0.375  # reused, HarmoniCa, DiT-XL/2 256, 20 steps
 
 
@@ -104,25 +111,45 @@ def caches(pipe: Any, folder: Path) -> Iterator[tuple[str, Method]]:
     yield "FirstBlockCache, always after one step", FirstBlockCache(1e9)
 
 
-def measure(name: str, blocks: int, device: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, blocks: int, device: str, rounds: int, compiled: bool) -> dict[str, Any]:
     """Rows of one model: speed-up and work, and the speed-up that the work alone would give."""
     pipe, call = MODELS[name](blocks, device)
     pipe.set_progress_bar_config(disable=True)
     call["num_inference_steps"] = STEPS
     rows = {}
 
-    def draw(method: Method | None) -> None:
-        with attached(method or (), pipe):
+    def draw(method: Method | None, around: Any = nullcontext) -> None:
+        with around(), attached(method or (), pipe):
             pipeline_samples(pipe, call, 0)
+
+    def timed(label: str, before: Any, after: Any, flops: list[int]) -> None:
+        times = paired_time(before, after, rounds=rounds)
+        rows[label] = {"speedup": times.speedup.as_json(), "flops": flops}
+        print(name, label, rows[label], round(flops[0] / flops[1], 3), flush=True)
 
     plain = counted_flops(lambda: draw(None))
     with tempfile.TemporaryDirectory() as folder:
-        for label, method in caches(pipe, Path(folder)):
-            times = paired_time(lambda: draw(None), lambda m=method: draw(m), rounds=rounds)
+        methods = dict(caches(pipe, Path(folder)))
+        for label, method in methods.items():
             flops = counted_flops(lambda m=method: draw(m))
-            rows[label] = {"speedup": times.speedup.as_json(), "flops": [plain, flops]}
-            print(name, label, rows[label], round(plain / flops, 3), flush=True)
+            timed(label, lambda: draw(None), lambda m=method: draw(m), [plain, flops])
+        if compiled:
+            compile_blocks(pipe)
+            eager = partial(draw, None, compat.uncompiled)
+            timed(COMPILED, eager, lambda: draw(None), [plain, plain])
+            for label, method in methods.items():
+                if isinstance(method, IN_GRAPHS):
+                    work = rows[label]["flops"]
+                    in_graphs = f"{COMPILED}, {label}"
+                    timed(in_graphs, lambda: draw(None), lambda m=method: draw(m), work)
     return {"blocks": blocks, "rows": rows}
+
+
+def compile_blocks(pipe: Any, **settings: Any) -> None:
+    """Each block of the denoiser a graph of its own, which those that are alike share."""
+    (denoiser,) = denoisers(pipe)
+    for block in denoiser.blocks:
+        denoiser.module.get_submodule(block.path).compile(fullgraph=True, **settings)
 
 
 def main() -> None:
@@ -131,12 +158,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=4, help="of each model")
     parser.add_argument("--only", default="", help="models whose name holds this")
+    parser.add_argument("--compile", default="DiT", help="models whose blocks are compiled, too")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64  # patterns of letters times layouts of the input
     load = load_average()
     warnings.simplefilter("ignore", NoEffectWarning)  # of the schedule that computes everything
     names = [name for name in MODELS if given.only in name]
-    found = {name: measure(name, given.blocks, given.device, given.rounds) for name in names}
+    found = {
+        name: measure(name, given.blocks, given.device, given.rounds, given.compile in name)
+        for name in names
+    }
     protocol = Protocol(
         model="slices of public shapes, random weights",
         inputs="one sample",

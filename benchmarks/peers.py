@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accel.clock import Run
+from accel.denoiser import denoisers
 from accel.method import Attached, Claim, Method
 from accel.settings import Settings
 
@@ -59,7 +60,8 @@ class _LiveCacheDit(Attached):
     """Counts the blocks that are really computed."""
 
     def remember(self, pipe: Any) -> None:
-        self.blocks = list(pipe.transformer.transformer_blocks)
+        (denoiser,) = denoisers(pipe)
+        self.blocks = [denoiser.module.get_submodule(block.path) for block in denoiser.blocks]
         self._before = _names(pipe.transformer)
 
     def computed(self, call_next: Any, *args: Any, **kwargs: Any) -> Any:

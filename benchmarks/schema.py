@@ -201,8 +201,8 @@ class Peers(Study):
 
 
 class Caches(Study):
-    """``caches.json`` (50 steps), ``caches_20.json``, ``caches_sd.json``: settings of each cache,
-    from careful to bold; a row's name begins with its curve."""
+    """``caches.json`` (50 steps), ``caches_20.json``, ``caches_sd.json``, ``caches_wan.json``:
+    settings of each cache, from careful to bold; a row's name begins with its curve."""
 
 
 class KernelRow(Row):
@@ -775,6 +775,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "caches": Caches,
     "caches_20": Caches,
     "caches_sd": Caches,
+    "caches_wan": Caches,
     "cache_speed": CacheSpeed,
     "robustness": Robustness,
     "tdm": Students,

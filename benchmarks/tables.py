@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OWN = ("samplers", "caches", "quant", "sparse_attn")
 RESULTS_WITH_METHODS = (
     *("native", "caches", "caches_20", "caches_sd", "leap", "rlg", "temporal_cache", "quant"),
+    "caches_wan",
     "attention_backend",
 )
 PEERS = "benchmarks.peers:"
@@ -369,6 +370,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "caches_sd": lambda: _every_device("caches_sd", _caches_on),
     "search": lambda: _every_device("search", search_tables.search),
     "search_wan": lambda: _every_device("search_wan", search_tables.search),
+    "caches_wan": lambda: _every_device("caches_wan", _caches_on),
     "cache_speed": lambda: _every_device("cache_speed", cache_tables.speed),
     "robustness": lambda: _every_device("robustness", cache_tables.robustness),
     "quant": lambda: _every_device("quant", _quant_on),

@@ -47,7 +47,11 @@ def test_every_cache_saves_work(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", bench_cache_speed.MODELS)
-def test_the_models_run(name):
-    found = bench_cache_speed.measure(name, 2, "cpu", 1)
-    assert len(found["rows"]) == 7
+@pytest.mark.parametrize(("name", "compiled"), [("DiT-XL/2", True), ("Wan 2.1 1.3B", False)])
+def test_the_models_run(name, compiled):
+    found = bench_cache_speed.measure(name, 2, "cpu", 1, compiled)
+    rows = found["rows"]
+    assert len(rows) == 7 + compiled * 6
+    for label, row in rows.items():
+        _, _, uncompiled = label.partition(f"{bench_cache_speed.COMPILED}, ")
+        assert row["flops"] == rows[uncompiled or label]["flops"]

@@ -1,0 +1,191 @@
+"""Feature caches on a video model: curves of speed against fidelity on ``zoo:digits-wan``.
+
+    python -m benchmarks.bench_caches_video [--videos 8] [--rounds 3] [--only CURVE ...]
+
+As ``bench_caches``: every row is timed in turn with the unmodified pipeline and paired with it
+video by video, and the referee judges digit, colour, background and motion. Guidance asks the
+network twice a step, each branch in a call of its own. Gate, ratios and searched schedule are
+calibrated on one other video with other noise; no router is trained, which takes hundreds of
+videos. A minute of one core a row; rows are written as they are measured, and a run that was cut
+off goes on. The control computes as many steps as the searched schedule, at random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import accel
+from accel.artifact import ArtifactRef
+from accel.clock import sampling_grid
+from accel.denoiser import denoisers
+from accel.loading import zoo_path
+from accel.measure import Study, load_average
+from accel.method import Method, Recipe
+from accel.settings import Settings
+from apps.digits_referee import NAME, digits_referee, zoo_inputs
+from benchmarks.bench_native import here, kept_rows
+from benchmarks.digits_study import row, weights_sha256
+from benchmarks.peers import CacheDit
+from benchmarks.results_file import DEVICES, read, write
+from caches.evolution import EvolutionCache, EvolutionSearch
+from caches.interval import IntervalCache
+from caches.native import FirstBlockCache, MagCache, TaylorSeer
+from caches.residual_gate import ResidualGate
+from caches.schedule import Schedule, causal, of_artifact, to_artifact
+
+MODEL, RESULT = "zoo:digits-wan", "caches_wan"
+STEPS, GUIDANCE, SEED = 20, 4.0, 1000
+OTHER = 77  # place of the calibration's prompt in the order of prompts
+SEARCH = EvolutionSearch(population=8, generations=2)
+QUALITIES = (35, 30)  # dB that searched schedule and gate are asked for
+MARGIN = 1.0  # dB more on the calibration video
+
+Made = Callable[[], Method]
+
+
+def videos(count: int, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Calls of one video each, going round digits, colours, backgrounds and motions."""
+    calls = zoo_inputs("WanPipeline", count, steps)
+    return [{**call, "guidance_scale": GUIDANCE} for call in calls]
+
+
+def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
+    """What is measured, by worth; what needs a calibration is made when it is asked for."""
+    for interval in (2, 3, 4):
+        yield f"interval, output: {interval}", partial(IntervalCache, interval, 2, 0, "output", 1)
+    yield "interval, blocks: 2", partial(IntervalCache, 2, 3, 0, "blocks", 1)
+    yield "FORA: 2", partial(IntervalCache, 2, 1, 0, "modules", 0)
+    for interval in (2, 3, 4):
+        yield f"TaylorSeer, lite: {interval}", partial(TaylorSeer, interval, 3, modules="lite")
+    for threshold in (0.05, 0.1):
+        yield f"FirstBlockCache: {threshold}", partial(FirstBlockCache, threshold)
+    for most, name in ((0, "DBCache"), (3, "DBCache + TaylorSeer")):
+        cache = {
+            "Fn_compute_blocks": 1,
+            "max_warmup_steps": 4,
+            "residual_diff_threshold": 1.0 if most else 0.12,
+            **({"max_continuous_cached_steps": most} if most else {}),
+        }
+        setting = most or 0.12
+        yield f"cache-dit {name}: {setting}", partial(CacheDit, Settings(cache), min(most, 1))
+    calls = [{**call, "output_type": "np"} for call in videos(OTHER + 1, steps)[OTHER:]]
+    for quality in QUALITIES:
+        yield (
+            f"evolution: {quality} dB asked",
+            partial(searched, pipe, calls, folder, quality, shuffle=False),
+        )
+    yield (
+        f"control: random steps, as many as evolution at {QUALITIES[-1]} dB",
+        partial(searched, pipe, calls, folder, QUALITIES[-1], shuffle=True),
+    )
+    yield "MagCache: 0.06", lambda: MagCache(0.06, artifact=_ratios(pipe, calls, folder))
+    for quality in QUALITIES:
+        yield f"residual gate: {quality} dB asked", partial(gate, pipe, calls, folder, quality)
+
+
+def searched(
+    pipe: Any, calls: list[dict[str, Any]], folder: Path, quality: float, *, shuffle: bool
+) -> EvolutionCache:
+    """The fastest schedule of a short search with so many dB; shuffled, its steps at random."""
+    found = SEARCH.run(pipe, calls, folder / "search")  # from its ledger, the second time
+    good = [c for c in found.candidates if c.quality >= quality + MARGIN]
+    schedule = max(good, key=lambda c: c.speedup).schedule
+    if shuffle:
+        later = list(schedule.rows[1:])
+        random.Random(0).shuffle(later)
+        schedule = causal(replace(schedule, rows=(schedule.rows[0], *later)))
+    return EvolutionCache(_saved(schedule, pipe, folder, f"{quality:g}-{shuffle}"))
+
+
+def _saved(schedule: Schedule, pipe: Any, folder: Path, name: str) -> ArtifactRef:
+    (denoiser,) = denoisers(pipe)
+    pipe.scheduler.set_timesteps(schedule.steps)
+    grid = sampling_grid(pipe.scheduler)[1]
+    made = to_artifact(schedule, denoiser, method=EvolutionCache.name(), grid=grid)
+    assert of_artifact(made) == schedule
+    return made.save(folder / f"{name}.safetensors")
+
+
+def gate(pipe: Any, calls: list[dict[str, Any]], folder: Path, quality: float) -> ResidualGate:
+    """The gate for so many dB on the calibration's video."""
+    found = ResidualGate.calibrate(pipe, calls, quality=quality + MARGIN)
+    return ResidualGate(found.save(folder / f"gate-{quality:g}.safetensors"))
+
+
+def _ratios(pipe: Any, calls: list[dict[str, Any]], folder: Path) -> ArtifactRef:
+    return MagCache.calibrate(pipe, calls).save(folder / "mag.safetensors")
+
+
+def study(given: argparse.Namespace) -> Study:
+    """The pipeline, one thread, a video a call; the first is timed."""
+    torch.set_num_threads(1)
+    pipe = accel.load(given.model, device=given.device)
+    pipe.set_progress_bar_config(disable=True)
+    calls = videos(given.videos, given.steps)
+    folder = zoo_path(given.model) if given.model == MODEL else Path(given.model)
+    return Study(
+        pipe,
+        calls,
+        seeds=[SEED + i for i in range(len(calls))],
+        timed=1,
+        referee=digits_referee(calls, NAME),
+        model={"name": given.model, "weights_sha256": weights_sha256(folder)},
+    )
+
+
+def content(bench: Study, block: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """As ``schema.Caches`` has it."""
+    protocol = bench.protocol()
+    return {
+        "environment": block,
+        "protocol": protocol.as_json(),
+        "model": protocol.model["name"],
+        "steps": protocol.steps,
+        "guidance": protocol.guidance,
+        "batch": 1,
+        "samples": len(bench.inputs),
+        "rows": measured,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=MODEL, help="a folder is a trial, not kept")
+    parser.add_argument("--videos", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
+    parser.add_argument("--only", nargs="*", default=[], help="beginnings of rows to measure")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    given = parser.parse_args()
+    load = load_average()
+    bench = study(given)
+    block = here(given.device, load)
+    trial = given.model != MODEL
+    old = None if given.fresh or trial else read(RESULT, given.device)
+    measured: dict[str, Any] = dict(kept_rows(old, bench.protocol(), block))
+    with tempfile.TemporaryDirectory() as folder:
+        found = dict(rows(bench.pipe, given.steps, Path(folder)))
+        for label, make in found.items():
+            wanted = not given.only or label.startswith(tuple(given.only))
+            if label in measured or not wanted:
+                continue
+            recipe = Recipe((make(),))
+            measured[label] = row(recipe, bench.compare(recipe, rounds=given.rounds), folder)
+            print(label, *(measured[label][k] for k in ("speedup", "psnr", "judged")), flush=True)
+            measured = {name: measured[name] for name in found if name in measured}
+            if not trial:
+                write(RESULT, given.device, content(bench, here(given.device, load), measured))
+
+
+if __name__ == "__main__":
+    main()
