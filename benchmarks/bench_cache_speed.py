@@ -46,6 +46,7 @@ from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, TaylorSeer
 from caches.router import RouterCache
 from caches.schedule import COMPUTE, REUSE, Schedule, causal, module_columns, to_artifact
+from caches.token_merge import VIDEO_CLASSES, TokenMerge
 
 STEPS = 8
 COMPILED = "compiled blocks"
@@ -109,6 +110,8 @@ def caches(pipe: Any, folder: Path) -> Iterator[tuple[str, Method]]:
     yield "interval, output: 2", IntervalCache(2, 2, 0, "output", 1)
     yield "TaylorSeer, lite: 2", TaylorSeer(2, 2, modules="lite")
     yield "FirstBlockCache, always after one step", FirstBlockCache(1e9)
+    if denoiser.cls in VIDEO_CLASSES:
+        yield "token merge: all steps", TokenMerge(1.0)
 
 
 def measure(name: str, blocks: int, device: str, rounds: int, compiled: bool) -> dict[str, Any]:

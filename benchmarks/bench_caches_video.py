@@ -41,6 +41,7 @@ from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from caches.residual_gate import ResidualGate
 from caches.schedule import Schedule, causal, of_artifact, to_artifact
+from caches.token_merge import TokenMerge
 
 MODEL, RESULT = "zoo:digits-wan", "caches_wan"
 STEPS, GUIDANCE, SEED = 20, 4.0, 1000
@@ -77,6 +78,8 @@ def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
         }
         setting = most or 0.12
         yield f"cache-dit {name}: {setting}", partial(CacheDit, Settings(cache), min(most, 1))
+    for until in (0.5, 1.0):
+        yield f"token merge: first {until:.0%} of the steps", partial(TokenMerge, until)
     calls = [{**call, "output_type": "np"} for call in videos(OTHER + 1, steps)[OTHER:]]
     for quality in QUALITIES:
         yield (

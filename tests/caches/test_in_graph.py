@@ -60,8 +60,8 @@ def _run(host, method):
     return output, {key: run[key] for key in REPORTED}
 
 
-# Graphs of an interval schedule: one where all computes and one where nothing does, of every kind
-# of block. Kinds differ by class (two in Flux) and by the layout of what comes in (the first of DiT's
+# Graphs of an interval schedule: one where all computes, one where nothing does, of every kind of
+# block. Kinds differ by class (two in Flux) and by the layout of what comes in (the first of DiT's
 # blocks, and of PixArt's; one of Flux's, whose attentions alone see it).
 GRAPHS = [
     ("dit", IntervalCache(2, order=1), "whole", 2),
