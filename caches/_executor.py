@@ -4,7 +4,8 @@ What to do is known before the run starts: a letter a step and column, the weigh
 forecast, and which outputs are read again. So a step compares no tensors and waits for nothing.
 An output is kept by guidance branch and solver stage, from the step that computes it to the step
 that reads it last. Whatever does not fit computes: nothing kept yet (image to image starts in the
-middle), another shape than the kept one (guidance switched off).
+middle), another shape than the kept one (guidance switched off). What lies inside graphs of
+`torch.compile` acts there (`caches._in_graph`); the output of the whole network is kept outside.
 """
 
 from __future__ import annotations

@@ -3,7 +3,12 @@
 A layer cannot decide anything while a graph runs. So whoever calls the graph decides before: every
 column inside has a `Port`, through which the graph gets its letter and the kept output, and hands
 out what it computed. To the compiler a letter is a constant, a kept output an input, a computed one
-an output: one graph for each pattern of letters, without breaks, shared by blocks that are alike.
+an output: one graph for each pattern of letters, without breaks, and shared by blocks that are
+alike where blocks are compiled one by one. Nothing is to be switched on.
+
+Many patterns want a higher `torch._dynamo.config.recompile_limit` (8); where it is reached, calls
+are computed in full, counted and said. CUDA graphs (`mode="reduce-overhead"`) are no host: they
+overwrite an output when its graph runs again, so that nothing can be kept. Not tried on a GPU.
 """
 
 from __future__ import annotations
