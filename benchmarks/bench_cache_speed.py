@@ -7,6 +7,9 @@ Random weights, so there is no quality here: a slice of DiT-XL/2 at 256 pixels a
 1.3B, which are timed in turn with and without a cache. On the small models of the zoo, what is left
 of a block when its modules are reused (norms, embeddings, Python) is half of its time; here it is
 what it is for users. "37.5 % of the modules" is what HarmoniCa's paper says of its 20-step router.
+Then every block is compiled for itself, without breaks, and schedules act inside those graphs: they
+are timed in turn with the compiled blocks alone. Rows are written as they are measured, and a run
+that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import argparse
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -39,8 +42,8 @@ from accel.clock import sampling_grid
 from accel.denoiser import denoisers
 from accel.measure import counted_flops, environment, load_average, paired_time, pipeline_samples
 from accel.method import Method, NoEffectWarning, attached
-from accel.metrics.protocol import Protocol
-from benchmarks.results_file import DEVICES, write
+from accel.metrics.protocol import Protocol, require_same
+from benchmarks.results_file import DEVICES, read, write
 from caches.evolution import EvolutionCache
 from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, TaylorSeer
@@ -49,8 +52,10 @@ from caches.schedule import COMPUTE, REUSE, Schedule, causal, module_columns, to
 from caches.token_merge import VIDEO_CLASSES, TokenMerge
 
 STEPS = 8
-COMPILED = "compiled blocks"
+RESULT, COMPILED = "cache_speed", "compiled blocks"
 IN_GRAPHS = (RouterCache, EvolutionCache, IntervalCache)
+Draw = Callable[[], None]
+Rows = dict[str, dict[str, Any]]
 LEARNED_SHARE = 0.375  # reused, HarmoniCa, DiT-XL/2 256, 20 steps
 
 
@@ -114,38 +119,41 @@ def caches(pipe: Any, folder: Path) -> Iterator[tuple[str, Method]]:
         yield "token merge: all steps", TokenMerge(1.0)
 
 
-def measure(name: str, blocks: int, device: str, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Rows of one model: speed-up and work, and the speed-up that the work alone would give."""
-    pipe, call = MODELS[name](blocks, device)
-    pipe.set_progress_bar_config(disable=True)
-    call["num_inference_steps"] = STEPS
-    rows = {}
+class Timing:
+    """Times rows of one model into `rows`, each once; `keep` is called after each."""
 
-    def draw(method: Method | None, around: Any = nullcontext) -> None:
-        with around(), attached(method or (), pipe):
-            pipeline_samples(pipe, call, 0)
+    def __init__(self, name: str, rows: Rows, rounds: int, keep: Callable[[], None]) -> None:
+        self.name, self.rows, self.rounds, self.keep = name, rows, rounds, keep
 
-    def timed(label: str, before: Any, after: Any, flops: list[int]) -> None:
-        times = paired_time(before, after, rounds=rounds)
-        rows[label] = {"speedup": times.speedup.as_json(), "flops": flops}
-        print(name, label, rows[label], round(flops[0] / flops[1], 3), flush=True)
+    def measure(self, pipe: Any, call: dict[str, Any], compiled: bool) -> None:
+        """Speed-up and work of every row, uncompiled and then in compiled blocks."""
+        pipe.set_progress_bar_config(disable=True)
 
-    plain = counted_flops(lambda: draw(None))
-    with tempfile.TemporaryDirectory() as folder:
-        methods = dict(caches(pipe, Path(folder)))
-        for label, method in methods.items():
-            flops = counted_flops(lambda m=method: draw(m))
-            timed(label, lambda: draw(None), lambda m=method: draw(m), [plain, flops])
-        if compiled:
-            compile_blocks(pipe)
-            eager = partial(draw, None, compat.uncompiled)
-            timed(COMPILED, eager, lambda: draw(None), [plain, plain])
+        def draw(method: Method | None = None, around: Any = nullcontext) -> None:
+            with around(), attached(method or (), pipe):
+                pipeline_samples(pipe, {**call, "num_inference_steps": STEPS}, 0)
+
+        plain = counted_flops(draw)
+        with tempfile.TemporaryDirectory() as folder:
+            methods = dict(caches(pipe, Path(folder)))
             for label, method in methods.items():
-                if isinstance(method, IN_GRAPHS):
-                    work = rows[label]["flops"]
-                    in_graphs = f"{COMPILED}, {label}"
-                    timed(in_graphs, lambda: draw(None), lambda m=method: draw(m), work)
-    return {"blocks": blocks, "rows": rows}
+                self._row(label, draw, partial(draw, method), plain)
+            if compiled:
+                compile_blocks(pipe)
+                self._row(COMPILED, partial(draw, None, compat.uncompiled), draw, plain, plain)
+                for label, method in methods.items():
+                    if isinstance(method, IN_GRAPHS):
+                        work = self.rows[label]["flops"][1]  # graphs hide theirs
+                        self._row(f"{COMPILED}, {label}", draw, partial(draw, method), plain, work)
+
+    def _row(self, label: str, before: Draw, after: Draw, plain: int, work: int = 0) -> None:
+        if label in self.rows:
+            return
+        flops = [plain, work or counted_flops(after)]
+        times = paired_time(before, after, rounds=self.rounds)
+        self.rows[label] = {"speedup": times.speedup.as_json(), "flops": flops}
+        print(self.name, label, self.rows[label], round(flops[0] / flops[1], 3), flush=True)
+        self.keep()
 
 
 def compile_blocks(pipe: Any, **settings: Any) -> None:
@@ -161,17 +169,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=4, help="of each model")
     parser.add_argument("--only", default="", help="models whose name holds this")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--compile", default="DiT", help="models whose blocks are compiled, too")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # patterns of letters times layouts of the input
     load = load_average()
     warnings.simplefilter("ignore", NoEffectWarning)  # of the schedule that computes everything
-    names = [name for name in MODELS if given.only in name]
-    found = {
-        name: measure(name, given.blocks, given.device, given.rounds, given.compile in name)
-        for name in names
-    }
     protocol = Protocol(
         model="slices of public shapes, random weights",
         inputs="one sample",
@@ -180,8 +184,29 @@ def main() -> None:
         steps=STEPS,
         more={"rounds": given.rounds, "blocks": given.blocks},
     )
-    content = {"protocol": protocol.as_json(), "models": found}
-    write("cache_speed", given.device, {"environment": environment(given.device, load), **content})
+    found = {} if given.fresh else measured(given.device, protocol)
+
+    def keep() -> None:
+        block = environment(given.device, load)
+        content = {"environment": block, "protocol": protocol.as_json(), "models": found}
+        write(RESULT, given.device, content)
+
+    for name in (name for name in MODELS if given.only in name):
+        rows = found.setdefault(name, {"blocks": given.blocks, "rows": {}})["rows"]
+        pipe, call = MODELS[name](given.blocks, given.device)
+        Timing(name, rows, given.rounds, keep).measure(pipe, call, given.compile in name)
+
+
+def measured(device: str, protocol: Protocol) -> dict[str, Any]:
+    """Models that are in the file already. Raises ValueError: they compare with nothing now."""
+    old = read(RESULT, device)
+    if old is None:
+        return {}
+    require_same(Protocol.read(old["protocol"]), protocol)
+    here = environment(device)
+    if any(old["environment"][key] != here[key] for key in ("hardware", "threads")):
+        raise ValueError(f"{RESULT}.json is of another machine; measure all again (--fresh)")
+    return old["models"]
 
 
 if __name__ == "__main__":

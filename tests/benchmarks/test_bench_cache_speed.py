@@ -49,8 +49,11 @@ def test_every_cache_saves_work(rows):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "compiled"), [("DiT-XL/2", True), ("Wan 2.1 1.3B", False)])
 def test_the_models_run(name, compiled):
-    found = bench_cache_speed.measure(name, 2, "cpu", 1, compiled)
-    rows = found["rows"]
+    rows, kept = {}, []
+    pipe, call = bench_cache_speed.MODELS[name](2, "cpu")
+    timing = bench_cache_speed.Timing(name, rows, 1, lambda: kept.append(len(rows)))
+    timing.measure(pipe, call, compiled)
+    assert kept == list(range(1, len(rows) + 1))
     assert len(rows) == (7 + 6 if compiled else 8)
     for label, row in rows.items():
         _, _, uncompiled = label.partition(f"{bench_cache_speed.COMPILED}, ")
