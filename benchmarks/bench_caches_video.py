@@ -67,7 +67,7 @@ def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
     yield "FORA: 2", partial(IntervalCache, 2, 1, 0, "modules", 0)
     for interval in (2, 3, 4):
         yield f"TaylorSeer, lite: {interval}", partial(TaylorSeer, interval, 3, modules="lite")
-    for threshold in (0.05, 0.1):
+    for threshold in (0.1, 0.2):
         yield f"FirstBlockCache: {threshold}", partial(FirstBlockCache, threshold)
     for most, name in ((0, "DBCache"), (3, "DBCache + TaylorSeer")):
         cache = {
