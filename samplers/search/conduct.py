@@ -52,6 +52,9 @@ class Explorer:
 
     DRAFTS: ClassVar[bool] = False  # the recipe is for drafts; winners are rendered without
 
+    def check(self, session: Session) -> None:
+        """Raises ``ValueError`` if it cannot search what the session has; computes nothing."""
+
     def explore(self, session: Session) -> None:
         """Ask the session for candidates until satisfied, or until it raises ``Spent``."""
         raise NotImplementedError
@@ -125,6 +128,7 @@ def conduct(
 
 
 def _searched(search: Any, session: Session, settings: SearchSettings) -> Winner:
+    search.check(session)
     stopped = "finished"
     try:
         search.explore(session)
@@ -133,6 +137,28 @@ def _searched(search: Any, session: Session, settings: SearchSettings) -> Winner
     if settings.baseline:
         session.baseline()
     return session.deliver(stopped, render=settings.deliver)
+
+
+def refusals(
+    searches: Sequence[Any], pipe: Any, call: dict[str, Any], verifier: Any, recipe: Recipe = PLAIN
+) -> list[str | None]:
+    """Why each of ``searches`` cannot search a call; ``None`` where it can. Computes nothing."""
+    found: list[str | None] = []
+    place = Place(0, 1, asked_for(pipe, call))
+    with Player(pipe, call) as player:
+        for search in searches:
+            candidates = PLAIN if search.DRAFTS else recipe
+            drafts = recipe if search.DRAFTS else None
+            session = Session(
+                player, Judging(verifier), Budget(renders=1), candidates, drafts, place=place
+            )
+            try:
+                search.check(session)
+            except ValueError as error:
+                found.append(str(error))
+            else:
+                found.append(None)
+    return found
 
 
 def held_out(verifier: Any, settings: SearchSettings) -> tuple[Any, ...]:

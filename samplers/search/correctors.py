@@ -50,6 +50,14 @@ class Correctors(Explorer, Search):
         if not 0 < self.eta <= 1 or not 0 <= self.threshold <= 1:
             raise ValueError(f"{self}: eta in 0..1 above 0, threshold in 0..1")
 
+    def check(self, session: Session) -> None:
+        session.steerable()
+        if self.target == "guidance" and self.power == 1 and session.guidance <= 1:
+            raise ValueError(
+                f"Correctors weigh guidance, and a call with guidance_scale {session.guidance:g} "
+                "has none; ask for more than 1, or for another target or power"
+            )
+
     def explore(self, session: Session) -> None:
         number = 0
         while self.rounds is None or number < self.rounds:

@@ -48,12 +48,19 @@ class Evolution(Explorer, Search):
         if not 0 <= self.mutation <= 1 or not 0 <= self.eta <= 1:
             raise ValueError(f"{self}: mutation and eta in 0..1")
 
-    def explore(self, session: Session) -> None:
-        stops = [round(a * session.steps) for a in self.at]
+    def check(self, session: Session) -> None:
+        session.steerable()
+        stops = self._stops(session.steps)
         if len(set(stops)) < len(stops):
             raise ValueError(
                 f"{self}: too few steps ({session.steps}) to tell the generations apart"
             )
+
+    def _stops(self, steps: int) -> list[int]:
+        return [round(a * steps) for a in self.at]
+
+    def explore(self, session: Session) -> None:
+        stops = self._stops(session.steps)
         members = session.draws(self.populations[0])
         if stops[0] > 0:
             members = [

@@ -47,6 +47,10 @@ class Gradient(Explorer, Search):
         if not 0 <= self.cosine < 1 or not -1 <= self.floor < 1:
             raise ValueError(f"{self}: cosine in 0..1, floor in -1..1")
 
+    def check(self, session: Session) -> None:
+        session.replaceable()
+        session.differentiable()
+
     def explore(self, session: Session) -> None:
         with session.reserved(self.commits):
             drafts = self._climbed(session)

@@ -49,8 +49,11 @@ class Particles(Explorer, Search):
         if not 0 < self.eta <= 1 or not 0 <= self.threshold <= 1 or self.strength < 0:
             raise ValueError(f"{self}: eta in 0..1 above 0, threshold in 0..1, strength from 0")
 
-    def explore(self, session: Session) -> None:
+    def check(self, session: Session) -> None:
         session.absolute()
+        session.steerable()
+
+    def explore(self, session: Session) -> None:
         stops = sorted({s for a in self.at if 0 < (s := session.levels.nearest(a)) < session.steps})
         number = 0
         while self.rounds is None or number < self.rounds:

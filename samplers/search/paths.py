@@ -15,6 +15,8 @@ from samplers.search.conduct import Explorer
 from samplers.search.path import Path, Renoise, Run
 from samplers.search.session import Session
 
+MOST_ROUNDS = 1000
+
 
 @dataclass(frozen=True)
 class Paths(Explorer, Search):
@@ -40,19 +42,27 @@ class Paths(Explorer, Search):
         if not 0 < self.up < self.down <= 1:
             raise ValueError(f"{self}: up and down within 0..1, down the larger")
 
+    def check(self, session: Session) -> None:
+        session.steerable()
+        self._rounds(session)
+
     def explore(self, session: Session) -> None:
         number = 0
         while self.rounds is None or number < self.rounds:
             self._descent(session, number)
             number += 1
 
-    def _descent(self, session: Session, number: int) -> None:
+    def _rounds(self, session: Session) -> list[tuple[int, int, int]]:
+        """The steps that each round begins at, goes back to, and ends at; the last is the end.
+
+        Raises:
+            ValueError: the grid is too coarse, or the way down too slow.
+        """
         levels, steps = session.levels, session.steps
         share = self.start
         here = min(levels.nearest(share), steps - 1)
-        pool: list[Path] = [(*p, Run(here, 0.0)) for p in session.draws(self.survivors)]
-        trace = session.report.setdefault("levels", [])
-        while True:
+        found: list[tuple[int, int, int]] = []
+        while here < steps:
             back = levels.nearest(min(share + self.up, 1.0))
             share = share + self.up - self.down
             target = steps if share <= 0 else levels.nearest(share)
@@ -61,14 +71,24 @@ class Paths(Explorer, Search):
                     f"Paths: on a grid of {steps} steps, from {here} up to {back} and down to "
                     f"{target} is no search; more steps, or a larger up"
                 )
+            found.append((here, back, target))
+            if len(found) > MOST_ROUNDS:
+                raise ValueError(f"{self}: more than {MOST_ROUNDS} rounds; a larger down")
+            here = target
+        return found
+
+    def _descent(self, session: Session, number: int) -> None:
+        rounds = self._rounds(session)
+        pool: list[Path] = [(*p, Run(rounds[0][0], 0.0)) for p in session.draws(self.survivors)]
+        trace = session.report.setdefault("levels", [])
+        for here, back, target in rounds:
             copies = self._copies(session, pool, back, len(trace), number)
             trace.append([here, back, target])
-            if target >= steps:
+            if target < session.steps:
+                found = session.preview([(*p, Run(target, 0.0)) for p in copies])
+                pool = [c.path for c in session.ranked(found)[: self.survivors]]
+            else:
                 session.render([(*p, Run(None, 0.0)) for p in copies])
-                return
-            found = session.preview([(*p, Run(target, 0.0)) for p in copies])
-            pool = [c.path for c in session.ranked(found)[: self.survivors]]
-            here = target
 
     def _copies(
         self, session: Session, pool: list[Path], back: int, round_: int, number: int

@@ -105,6 +105,12 @@ class Player:
             raise ValueError(f"search: {type(self.pipe).__name__} shows no first noise or grid")
         return found
 
+    def replaceable(self, recipe: Recipe) -> None:
+        """Raises ``ValueError`` where first noises cannot be given to calls."""
+        first = self.grid(recipe).first
+        if first is None or len(first) != 1:
+            raise self._no_first_noise()
+
     def frames(self, paths: Sequence[Path], recipe: Recipe, cost: Cost) -> np.ndarray:
         """Finished samples (n, ..., h, w, c) uint8 of paths, in one call if they are alike."""
         paths = [finished(p) for p in paths]
@@ -272,11 +278,14 @@ class Player:
         with _forked(keys[0]):
             first = capture(self.pipe, self._arguments(recipe, keys)).first
         if first is None or len(first) != len(keys):
-            raise ValueError(
-                f"{type(self.pipe).__name__} shows no first noise of each sample; search it with "
-                "algorithms that only draw seeds: Random, DraftCommit"
-            )
+            raise self._no_first_noise()
         return State(0, first).rows()
+
+    def _no_first_noise(self) -> ValueError:
+        return ValueError(
+            f"{type(self.pipe).__name__} shows no first noise of each sample; search it with "
+            "algorithms that only draw seeds: Random, DraftCommit"
+        )
 
     def _runs(self, paths: list[Path], move: Run, recipe: Recipe, cost: Cost) -> list[State]:
         assert move.to is not None

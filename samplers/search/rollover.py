@@ -41,8 +41,11 @@ class Rollover(Explorer, Search):
         if min(self.starts, self.quota, self.together) < 1 or not 0 < self.eta <= 1:
             raise ValueError(f"{self}: starts, quota and together from 1, eta in 0..1 above 0")
 
-    def explore(self, session: Session) -> None:
+    def check(self, session: Session) -> None:
         session.absolute()
+        session.steerable()
+
+    def explore(self, session: Session) -> None:
         number = 0
         while self.rounds is None or number < self.rounds:
             self._trajectory(session, number)

@@ -151,11 +151,9 @@ class Session:
 
         cosine: of the step; floor: least one to the draw that a path begins with. As many as can be
         afforded, at ``PRICE`` times what a draft takes. Raises ``Spent`` if none, ``ValueError``
-        where verifier, recipe or pipeline have no gradient.
+        where the pipeline has no gradient.
         """
         ask = self._draft((cosine, floor))
-        check_recipe(ask.recipe, self.player.pipe)
-        self.judging.differentiable(self.place.prompt)
         self._climbed: list[Path] = []
         found = self._scored(ask, [finished(p) for p in paths])
         return found, self._climbed
@@ -196,9 +194,25 @@ class Session:
         values = np.nan_to_num(self.values(candidates), nan=-np.inf)
         return [candidates[i] for i in np.argsort(-values, kind="stable")]
 
+    # what ``check`` of an algorithm asks: each raises ``ValueError``, and computes nothing
+
     def absolute(self) -> None:
-        """Raises ``ValueError`` if scores mean nothing outside their pool."""
+        """If scores mean nothing outside their pool."""
         self.judging.absolute()
+
+    def replaceable(self) -> None:
+        """If the pipeline takes no first noise from outside."""
+        self.player.replaceable(self.draft_recipe or self.recipe)
+
+    def steerable(self) -> None:
+        """If runs of the pipeline cannot begin and end in the middle of its schedule."""
+        self.replaceable()
+        self.player.levels(self.recipe)
+
+    def differentiable(self) -> None:
+        """If verifier or draft have no gradient."""
+        check_recipe(self._draft().recipe, self.player.pipe)
+        self.judging.differentiable(self.place.prompt)
 
     @contextmanager
     def reserved(self, renders: int) -> Iterator[None]:

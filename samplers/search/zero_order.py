@@ -44,6 +44,9 @@ class ZeroOrder(Explorer, Search):
         if not 0 <= self.cosine < 1 or not -1 <= self.floor < 1 or self.widen < 1:
             raise ValueError(f"{self}: cosine in 0..1, floor in -1..1, widen 1 or more")
 
+    def check(self, session: Session) -> None:
+        session.replaceable()
+
     def explore(self, session: Session) -> None:
         starts = session.render(session.draws(self.starts))
         pivot = session.ranked(starts)[0]

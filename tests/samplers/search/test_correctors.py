@@ -154,8 +154,11 @@ def test_a_mix_as_guidance_is_the_pipelines_own():
 
 
 def test_without_guidance_there_is_nothing_to_correct():
-    winner = run(tiny("sd"), Correctors(2, rounds=1), guidance_scale=1.0).winners[0]
-    assert max(winner.report["populations"][0]["spread"]) < 1e-3
+    with pytest.raises(ValueError, match="guidance_scale 1 has none"):
+        run(tiny("sd"), Correctors(2, rounds=1), guidance_scale=1.0)
+    both = Correctors(2, "product", rounds=1)  # of the same prompt twice: its square
+    winner = run(tiny("sd"), both, guidance_scale=1.0).winners[0]
+    assert max(winner.report["populations"][0]["spread"]) > 1e-3
 
 
 def test_branches_that_cannot_be_told_apart_are_refused():

@@ -42,6 +42,8 @@ def test_survivors_are_the_best_previews(host, call):
 def test_a_grid_too_coarse_is_refused(host, call):
     with pytest.raises(ValueError, match="no search"):
         run(host, call, Paths(1, 2, start=0.4, up=0.01, down=0.02), steps=2)
+    with pytest.raises(ValueError, match="more than 1000 rounds"):
+        run(host, call, Paths(1, 2, start=0.4, up=0.5, down=0.5 + 1e-16), steps=12)
 
 
 @pytest.mark.parametrize("bad", [{"up": 0.9, "down": 0.8}, {"survivors": 0}, {"start": 0.0}])
