@@ -1,4 +1,5 @@
-"""Does a recipe fit a model, and do its methods go together? Tried on a copy, before anything runs.
+"""Does a recipe fit a model, do its methods go together, which searches can run? Tried on a copy,
+before anything runs.
 
 The copy is loaded on the CPU, one model at a time, and only if it is small: a large model tells at
 the start of its run, in the same words.
@@ -18,7 +19,7 @@ from apps.web.imports import LOCK, once
 from apps.web.models import folder_of
 
 if TYPE_CHECKING:
-    from accel import Method
+    from accel import Method, Search
 
 MAX_BYTES = 1 << 30  # of a model's files, to be loaded a second time for checks
 _SLOTS = {
@@ -59,6 +60,32 @@ class Checks:
             if key not in self._fits:
                 self._fits[key] = self._try(*key)
             return self._fits[key]
+
+    def searches(
+        self,
+        model: str,
+        inputs: dict[str, Any],
+        searches: Sequence[Search],
+        verifier: str,
+        recipe: Path | None,
+    ) -> list[str | None]:
+        """Why each of some searches cannot search a call, in a sentence; None if it can."""
+        once()
+        import accel
+        from samplers.search.conduct import refusals
+        from samplers.search.verifiers.names import verifier_named
+
+        with LOCK:
+            pipe = self._copy(model)
+            if pipe is None:
+                return [None] * len(searches)
+            try:
+                used = accel.Recipe(()) if recipe is None else accel.read_recipe(recipe).recipe
+                judge = verifier_named(verifier, trusted=False)
+                found = refusals(searches, pipe, inputs, judge, used)
+            except (ValueError, OSError, ImportError) as error:
+                return [sentence(str(error))] * len(searches)
+        return [None if why is None else sentence(why) for why in found]
 
     def _try(self, model: str, recipe: Any) -> str | None:
         pipe = self._copy(model)

@@ -12,8 +12,9 @@ import gradio as gr
 from apps.web import markup
 from apps.web.checks import offers, sentence
 from apps.web.job_fields import JobFields
-from apps.web.method_settings import Field, about, edited, fields
+from apps.web.method_settings import edited
 from apps.web.recipe_view import choices, default_choice, told
+from apps.web.settings_form import Edits, SettingsForm
 from apps.web.site import PLAIN, RECIPES, Refused
 from apps.web.trial_view import NOTHING_YET, view
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 REFRESH = 0.15  # seconds between two looks at a running trial
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-Edits = dict[str, dict[str, Any]]  # what the form has, by a method's key and a setting's name
 BY_RECIPE, BY_METHODS = "A recipe", "Methods of my choice"
 
 
@@ -50,11 +50,10 @@ class CreateTab:
         self.recipe = gr.Dropdown([("nothing", PLAIN)], value=PLAIN, label="Recipe")
         self.recipe_note = gr.HTML()
         self.methods = gr.CheckboxGroup([], label="Methods", visible=False, elem_classes="ac-list")
-        self._boxes: dict[str, gr.Accordion] = {}
-        self._places: list[tuple[str, str]] = []  # a method's key and a setting's name
-        self._values: list[Any] = []  # the field of each
+        self.form = SettingsForm()
         with gr.Column(visible=False, elem_id="settings") as self.settings:
-            self._settings_form()
+            for one in offers(self._app.site.recipes().values()):
+                self.form.box(one.key, one.label, one.method)
         self.conflict = gr.HTML()
         with gr.Accordion("More settings", open=False):
             self.job.build_more()
@@ -66,23 +65,6 @@ class CreateTab:
             self.go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=110)
             self.stop = gr.Button("Cancel", interactive=False, elem_id="cancel", min_width=90)
         self.notice = gr.HTML()
-
-    def _settings_form(self) -> None:
-        """Fields of every method that can be ticked; those of the ticked ones are shown."""
-        for one in offers(self._app.site.recipes().values()):
-            with gr.Accordion(f"Settings of {one.label}", open=False, visible=False) as box:
-                gr.HTML(f'<div class="ac-hint"><p>{markup.text(about(one.method))}</p></div>')
-                for field in fields(one.method):
-                    self._places.append((one.key, field.name))
-                    self._values.append(_component(field))
-            self._boxes[one.key] = box
-
-    def _edits(self, values: tuple[Any, ...]) -> Edits:
-        """What the fields of `_values` have."""
-        found: Edits = {}
-        for (key, name), value in zip(self._places, values, strict=True):
-            found.setdefault(key, {})[name] = value
-        return found
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
@@ -96,16 +78,14 @@ class CreateTab:
         ways = [self.recipe, self.recipe_note, self.methods, self.settings, self.conflict]
         self.how.change(self._choose_way, self.how, ways, **quiet)
         self.recipe.change(self._describe, [self.recipe, job.model], self.recipe_note, **quiet)
-        self.methods.change(
-            lambda keys: [gr.update(visible=key in keys) for key in self._boxes],
-            self.methods, list(self._boxes.values()), **quiet,
-        )  # fmt: skip
+        form = self.form
+        self.methods.change(form.showing, self.methods, form.boxes, **quiet)
         gr.on(
-            [self.methods.change, *(one.input for one in self._values)],
-            self._check, [job.model, self.methods, *self._values], self.conflict, **quiet,
+            [self.methods.change, *(one.input for one in form.values)],
+            self._check, [job.model, self.methods, *form.values], self.conflict, **quiet,
         )  # fmt: skip
         self.dice.click(lambda: random.randrange(2**31), None, job.seed, **quiet)
-        asked = [self.how, self.recipe, self.methods, self.keep, *job.all, *self._values]
+        asked = [self.how, self.recipe, self.methods, self.keep, *job.all, *form.values]
         watched = [self.result, self.go, self.stop]
         gr.on(
             [self.go.click, job.prompt.submit],
@@ -144,7 +124,7 @@ class CreateTab:
 
     def _check(self, model: str, keys: list[str], *values: Any) -> str:
         try:
-            methods = self._ticked(keys, self._edits(values))
+            methods = self._ticked(keys, self.form.edits(values))
             if not methods:
                 return ""
             problem = self._app.checks.problem(self._app.site.model(model), methods)
@@ -172,7 +152,7 @@ class CreateTab:
         of_job = len(self.job.all)
         try:
             model, job = self.job.job(list(values[:of_job]))
-            path = self._recipe(how, recipe, keys, self._edits(values[of_job:]), model)
+            path = self._recipe(how, recipe, keys, self.form.edits(values[of_job:]), model)
             trial = self._app.trials.start(model, path, job, keep=keep)
         except (Refused, ValueError, OSError) as error:
             return gr.skip(), markup.notice(sentence(str(error)))
@@ -221,16 +201,3 @@ class CreateTab:
             if over and trial.version == last[0]:
                 return
             await asyncio.sleep(REFRESH)
-
-
-def _component(field: Field) -> Any:
-    """The field of a form for one setting."""
-    value = field.value
-    usual: dict[str, Any] = {"label": field.label, "interactive": True}
-    if field.kind == "switch":
-        return gr.Checkbox(value, **usual)
-    if field.kind == "choice":
-        return gr.Dropdown(list(field.choices), value=value, **usual)
-    if field.kind == "number":
-        return gr.Number(value, step=0.01 if isinstance(value, float) else 1, **usual)
-    return gr.Textbox(value, **usual)

@@ -18,15 +18,17 @@ _ARGUMENTS = ("class_label", "prompt", "num_inference_steps", "guidance_scale", 
 class JobFields:
     """Fields that follow the chosen model: `build` first, `build_more` where there is room."""
 
-    def __init__(self, app: App, prefix: str = "") -> None:
+    def __init__(self, app: App, prefix: str = "", first: str | None = None) -> None:
+        """``first``: the model that is chosen to begin with."""
         self._app, self._prefix = app, prefix
+        self._first = first or app.site.models[0]
 
     def build(self) -> None:
         """Model, what to draw, seed and steps."""
         models = self._app.site.models
         name = self._prefix
         self.model = gr.Dropdown(
-            list(models), value=models[0], label="Model", elem_id=f"{name}model"
+            list(models), value=self._first, label="Model", elem_id=f"{name}model"
         )
         self.label = gr.Dropdown([], label="Draw", visible=False, elem_id=f"{name}class")
         self.prompt = gr.Textbox(label="Prompt", lines=2, visible=False, elem_id=f"{name}prompt")

@@ -1,4 +1,4 @@
-"""The settings of a method as fields of a form, and back: wrong values become a sentence."""
+"""The settings of a method or search as fields of a form, and back; wrong ones are a sentence."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accel.artifact import ArtifactRef
 from accel.settings import settings_json
 
 if TYPE_CHECKING:
-    from accel import Method
+    from accel import Method, Search
+
+    Settable = Method | Search
+S = TypeVar("S", bound="Settable")
 
 # A figure in it; on or off; one of a few words; words as they are; anything else, written as JSON.
 Kind = Literal["number", "switch", "choice", "words", "json"]
 _WRONG = re.compile(
     r"(\w+)\.(\w+) = (.*): (?:(?:input )?(?:should|must) be |(?=at least |at most ))(.*)"
 )
+_WHOLE = re.compile(r"^(\w+)\(.*\): ")  # a value with all its settings, of which some are wrong
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Field:
         return self.name.replace("_", " ") + (" (may be empty)" if self.optional else "")
 
 
-def fields(method: Method) -> list[Field]:
-    """What can be set, in the method's order. An artifact cannot: it belongs to its recipe."""
+def fields(method: Settable) -> list[Field]:
+    """What can be set, in its own order. An artifact cannot: it belongs to its recipe."""
     hints = typing.get_type_hints(type(method))
     plain = settings_json(method)
     found = []
@@ -63,11 +67,11 @@ def fields(method: Method) -> list[Field]:
     return found
 
 
-def edited(method: Method, values: Mapping[str, Any]) -> Method:
-    """The method with other settings; ``values``: as the form has them.
+def edited(method: S, values: Mapping[str, Any]) -> S:
+    """The same with other settings; ``values``: as the form has them.
 
     Raises:
-        ValueError: a value that the method cannot have, in a sentence that names it.
+        ValueError: a value that it cannot have, in a sentence that names it.
     """
     known = {one.name: one for one in fields(method)}
     if unknown := sorted(set(values) - set(known)):
@@ -78,14 +82,17 @@ def edited(method: Method, values: Mapping[str, Any]) -> Method:
     try:
         return type(method).from_settings(settings)
     except ValueError as error:
-        raise ValueError(_WRONG.sub(r"\1: \2 cannot be \3; it must be \4", str(error))) from None
+        said = _WHOLE.sub(r"\1 wants other settings: ", str(error)).replace("`", "")
+        raise ValueError(_WRONG.sub(r"\1: \2 cannot be \3; it must be \4", said)) from None
 
 
-def about(method: Method) -> str:
-    """The first paragraph of what the method says of itself, and its source."""
-    words = " ".join((inspect.getdoc(type(method)) or "").split("\n\n")[0].split())
-    words = words.replace("``", "")
-    return f"{words} Source: {type(method).PAPER}." if type(method).PAPER else words
+def about(method: Settable) -> list[str]:
+    """The paragraphs of what it says of itself, settings named as in the form, and its source."""
+    words = (inspect.getdoc(type(method)) or "").replace("`", "")
+    for field in dataclasses.fields(method):
+        words = words.replace(field.name, field.name.replace("_", " "))
+    parts = [" ".join(part.split()) for part in words.split("\n\n")]
+    return [*parts, f"Source: {type(method).PAPER}."] if type(method).PAPER else parts
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

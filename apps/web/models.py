@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -59,6 +60,15 @@ def folder_of(model: str) -> Path:
     folder = model_folder(model)
     assert folder is not None, "models of the app are zoo names and folders"
     return folder
+
+
+def text_first(models: Sequence[str]) -> str:
+    """The first model that is given a text; else the first."""
+    for model in models:
+        index = json.loads((folder_of(model) / "model_index.json").read_text("utf-8"))
+        if "tokenizer" in index:
+            return model
+    return models[0]
 
 
 @cache

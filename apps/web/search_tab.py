@@ -11,20 +11,20 @@ import gradio as gr
 from apps.web import markup
 from apps.web.checks import sentence
 from apps.web.job_fields import JobFields
+from apps.web.method_settings import edited
+from apps.web.models import text_first
 from apps.web.recipe_view import choices
-from apps.web.searches import MAX_RENDERS, VERIFIERS, Hunt
+from apps.web.searches import MAX_RENDERS, PURPOSES, VERIFIERS, Hunt, algorithms
+from apps.web.settings_form import Edits, SettingsForm
 from apps.web.site import PLAIN, Refused
 
 if TYPE_CHECKING:
+    from accel import Search
     from apps.web.page import App
 
 REFRESH = 0.2  # seconds between two looks at a running search
 SHOWN = 60  # candidates, the newest
-ALGORITHMS = {
-    "random: draw, keep the best": "random",
-    "zero-order: neighbours of the best": "zero-order",
-    "draft and commit: drafts with the recipe, the best without": "draft-commit",
-}
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 NOTHING_YET = markup.empty(
     "No search yet",
     "Choose what to draw, what makes a sample good and how many renders that may cost, then press "
@@ -39,7 +39,8 @@ class SearchTab:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self.job = JobFields(app, "search-")
+        self._algorithms = {one.name: one for one in algorithms()}
+        self.job = JobFields(app, "search-", text_first(app.site.models))
 
     def build(self) -> None:
         """Lay the tab out."""
@@ -47,14 +48,20 @@ class SearchTab:
             with gr.Column(scale=4, min_width=300, elem_classes="ac-form"):
                 self.job.build()
                 self.verifier = gr.Dropdown(list(VERIFIERS.items()), value="judge", label="Good is")
-                self.algorithm = gr.Dropdown(
-                    list(ALGORITHMS.items()), value="random", label="Algorithm"
-                )
-                self.renders = gr.Number(
-                    12, label="Budget, in renders", precision=0, minimum=2, maximum=MAX_RENDERS
-                )
                 self.recipe = gr.Dropdown(
                     [("nothing", PLAIN)], value=PLAIN, label="Accelerate with"
+                )
+                self.algorithm = gr.Dropdown(
+                    [(one.label, name) for name, one in self._algorithms.items()],
+                    value=next(iter(self._algorithms)), label="Algorithm", elem_id="algorithm",
+                )  # fmt: skip
+                self.about = gr.HTML(elem_id="about-search")
+                self.form = SettingsForm()
+                with gr.Column(elem_id="search-settings"):
+                    for name, one in self._algorithms.items():
+                        self.form.box(name, one.label, one.search)
+                self.renders = gr.Number(
+                    12, label="Budget, in renders", precision=0, minimum=2, maximum=MAX_RENDERS
                 )
                 with gr.Accordion("More settings", open=False):
                     self.job.build_more()
@@ -73,22 +80,27 @@ class SearchTab:
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        job = self.job
+        job, form = self.job, self.form
         chosen = [*job.following, self.recipe, self.verifier, self.notice]
+        asked = [self.algorithm, self.verifier, self.recipe, *job.all, *form.values]
+        told = (self._tell, asked, [self.algorithm, self.about])
         gr.on([self.tab.select, job.model.change], self._choose_model,
-              [job.model, self.recipe], chosen, **quiet)  # fmt: skip
-        asked = [self.algorithm, self.verifier, self.renders, self.recipe, *job.all]
+              [job.model, self.recipe], chosen, **QUIET).then(*told, **QUIET)  # fmt: skip
+        decide = [self.algorithm, self.verifier, self.recipe, job.steps, job.guidance, *form.values]
+        gr.on([one.input for one in decide], *told, **QUIET)
+        self.algorithm.change(
+            lambda name: form.showing([name]), self.algorithm, form.boxes, **QUIET
+        )
         watched = [self.shown, self.go, self.stop, self.picking, self.index]
         watch = (self._watch, self.hunt, watched)
-        self.go.click(self._start, asked, [self.hunt, self.notice], **quiet).then(
-            *watch, concurrency_limit=None, **quiet
+        self.go.click(self._start, [self.renders, *asked], [self.hunt, self.notice], **QUIET).then(
+            *watch, concurrency_limit=None, **QUIET
         )
-        blocks.load(*watch, concurrency_limit=None, **quiet)
+        blocks.load(*watch, concurrency_limit=None, **QUIET)
         self.stop.click(lambda one: self._app.searches.cancel(one), self.hunt, None,
-                        queue=False, **quiet)  # fmt: skip
-        self.pick.click(self._pick, [self.hunt, self.index], self.notice, **quiet).then(
-            *watch, concurrency_limit=None, **quiet
+                        queue=False, **QUIET)  # fmt: skip
+        self.pick.click(self._pick, [self.hunt, self.index], self.notice, **QUIET).then(
+            *watch, concurrency_limit=None, **QUIET
         )
 
     def _choose_model(self, model: str, recipe: str) -> list[Any]:
@@ -103,15 +115,80 @@ class SearchTab:
         value = recipe if recipe in known else PLAIN
         return [*fields, gr.update(choices=fit, value=value), verifier, ""]
 
-    def _start(
-        self, algorithm: str, verifier: str, renders: Any, recipe: str, *values: Any
-    ) -> tuple[Any, str]:
+    def _tell(self, algorithm: str, verifier: str, recipe: str, *values: Any) -> tuple[Any, str]:
+        """What the algorithm does, which can search what the form asks for, and why others not."""
         try:
-            model, job = self.job.job(list(values))
+            model, job = self.job.job(list(values[: len(self.job.all)]))
+            ready, reasons = self._edited(self.form.edits(values[len(self.job.all) :]))
+            reasons |= self._problems(model, job, verifier, recipe, ready)
+        except (Refused, ValueError, OSError):
+            reasons = {}  # it is said when the search is started
+        labels = [
+            (one.label + (", not here" if name in reasons else ""), name)
+            for name, one in self._algorithms.items()
+        ]
+        return gr.update(choices=labels), self._about(algorithm, reasons)
+
+    def _edited(self, edits: Edits) -> tuple[dict[str, Search], dict[str, str]]:
+        """Algorithms with the form's settings, and what is wrong with those of the others."""
+        ready: dict[str, Search] = {}
+        reasons: dict[str, str] = {}
+        for name, one in self._algorithms.items():
+            try:
+                ready[name] = edited(one.search, edits.get(name, {}))
+            except ValueError as error:
+                reasons[name] = sentence(str(error))
+        return ready, reasons
+
+    def _problems(
+        self, model: str, job: dict[str, Any], verifier: str, recipe: str, ready: dict[str, Search]
+    ) -> dict[str, str]:
+        """Why algorithms cannot search a job, by name; those that can are left out.
+
+        Raises:
+            Refused: a measure or recipe that is not here.
+        """
+        if verifier not in VERIFIERS.values():
+            raise Refused("There is no such measure here.")
+        path = None if recipe == PLAIN else self._app.site.recipe(recipe)
+        some = list(ready.values())
+        found = self._app.checks.searches(model, job["inputs"], some, verifier, path)
+        return {name: why for name, why in zip(ready, found, strict=True) if why is not None}
+
+    def _about(self, algorithm: str, reasons: dict[str, str]) -> str:
+        one = self._algorithms.get(algorithm)
+        if one is None:
+            return ""
+        words = f"<p>{markup.text(one.words)}</p>"
+        if one.drafts:
+            words += "<p>The recipe makes its drafts; what it chooses is rendered without.</p>"
+        words = f'<div class="ac-hint">{words}</div>' + markup.notice(reasons.get(algorithm, ""))
+        others = [
+            f"<li><b>{markup.text(self._algorithms[name].label)}</b>: {markup.text(why)}</li>"
+            for name, why in reasons.items()
+            if name != algorithm
+        ]
+        if others:
+            title = f"{len(others)} others cannot search this"
+            listed = markup.details(title, f"<ul>{''.join(others)}</ul>")
+            words += f'<div class="ac-hint">{listed}</div>'
+        return words
+
+    def _start(
+        self, renders: Any, algorithm: str, verifier: str, recipe: str, *values: Any
+    ) -> tuple[Any, str]:
+        of_job = len(self.job.all)
+        try:
+            model, job = self.job.job(list(values[:of_job]))
             path = None if recipe == PLAIN else self._app.site.recipe(recipe)
-            if algorithm not in ALGORITHMS.values():
+            if algorithm not in self._algorithms:
                 raise Refused("There is no such algorithm here.")
-            asked = {"algorithm": algorithm, "verifier": verifier, "renders": renders}
+            edits = self.form.edits(values[of_job:]).get(algorithm, {})
+            search = edited(self._algorithms[algorithm].search, edits)
+            if wrong := self._problems(model, job, verifier, recipe, {algorithm: search}):
+                raise Refused(wrong[algorithm])
+            asked = {"algorithm": algorithm, "settings": search.to_json()["settings"],
+                     "verifier": verifier, "renders": renders}  # fmt: skip
             return self._app.searches.start(model, path, job, asked).id, ""
         except (Refused, ValueError, OSError) as error:
             return gr.skip(), markup.notice(sentence(str(error)))
@@ -140,7 +217,7 @@ class SearchTab:
             if now != last:
                 last = now
                 page = await asyncio.to_thread(view, hunt, ahead)
-                listed = [(_name(c), c["index"]) for c in hunt.candidates[-SHOWN:]]
+                listed = [(_name(c), c["index"]) for c in shown(hunt)]
                 yield [page, gr.update(interactive=over), gr.update(interactive=not over),
                        gr.update(visible=bool(listed)), gr.update(choices=listed)]  # fmt: skip
             rendered = len(hunt.works) - 1 == len(hunt.picked)
@@ -189,7 +266,7 @@ def _chosen(hunt: Hunt) -> str:
 def _candidates(hunt: Hunt) -> str:
     best = hunt.best()
     cells = []
-    for one in hunt.candidates[-SHOWN:]:
+    for one in shown(hunt):
         mark = ' class="ac-best"' if best is not None and one["index"] == best["index"] else ""
         name = markup.text(_name(one))
         image = (
@@ -201,8 +278,21 @@ def _candidates(hunt: Hunt) -> str:
         cells.append(f"<li{mark}>{image}<span>{name}</span></li>")
     if not cells:
         return ""
-    title = f"{len(hunt.candidates)} candidates"
-    return f'<h2>{title}</h2><ul class="ac-gallery">{"".join(cells)}</ul>'
+    return f'<h2>{_title(hunt)}</h2><ul class="ac-gallery">{"".join(cells)}</ul>'
+
+
+def shown(hunt: Hunt) -> list[dict[str, Any]]:
+    """The newest candidates, with the best so far."""
+    newest, best = hunt.candidates[-SHOWN:], hunt.best()
+    return newest if best is None or best in newest else [best, *newest[1:]]
+
+
+def _title(hunt: Hunt) -> str:
+    """How many candidates of which kind: "40 candidates: 4 renders, 36 previews"."""
+    kinds = [c["purpose"] for c in hunt.candidates]
+    parts = [f"{n} {p}{'s' * (n > 1)}" for p in PURPOSES if (n := kinds.count(p))]
+    title = f"{len(kinds)} candidates" + (f": {', '.join(parts)}" if len(parts) > 1 else "")
+    return title + (f"; the newest {SHOWN}" if len(kinds) > SHOWN else "")
 
 
 def _name(candidate: dict[str, Any]) -> str:

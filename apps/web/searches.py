@@ -6,6 +6,7 @@ The search itself is the renderer's; what is picked is rendered as any job, from
 from __future__ import annotations
 
 import functools
+import importlib
 import secrets
 import threading
 from collections import OrderedDict
@@ -13,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apps.web.checks import sentence
 from apps.web.device import FIRST, Device, Work
 from apps.web.imports import once
 from apps.web.site import Refused, Site
 
 if TYPE_CHECKING:
+    from accel import Search
     from apps.pairs import Rendered
     from apps.render.executors import Event
     from apps.render.plan import PlannedTask
@@ -26,6 +29,7 @@ FOLDER = "search"
 KEPT = 20  # searches that a page can come back to
 BATCH = 4  # candidates in one call: they appear so many at a time
 MAX_RENDERS = 1000
+PURPOSES = ("render", "draft", "preview")  # of candidates, nearest to the winner first
 # What may score here: nothing that loads files of one's choosing, starts a command, calls a server.
 VERIFIERS = {
     "the judge: is it what was asked for?": "judge",
@@ -37,15 +41,44 @@ VERIFIERS = {
 }
 
 
+@dataclass(frozen=True)
+class Algorithm:
+    """A way to search. `name`: as jobs have it; `search`: with its own settings; `drafts`: a recipe
+    makes its drafts only."""
+
+    name: str
+    label: str
+    words: str
+    search: Search
+    drafts: bool
+
+
+def algorithms() -> list[Algorithm]:
+    """All there are, in the words of their modules."""
+    once()
+    from apps.search import ALGORITHMS, SearchRequest, drafts, search_of
+
+    found = []
+    for name in ALGORITHMS:
+        request = SearchRequest.model_validate({"algorithm": name, "verifier": "judge"})
+        search = search_of(request)
+        said = importlib.import_module(type(search).__module__).__doc__ or ""
+        label, _, words = " ".join(said.split("\n\n")[0].split()).partition(": ")
+        found.append(Algorithm(name, label, sentence(words), search, drafts(request)))
+    return found
+
+
 @dataclass(eq=False)
 class Hunt:
-    """One search. `candidates`: dicts with index, purpose, score, path and a small picture."""
+    """One search. `candidates`: dicts with index, purpose, score, path and a small picture;
+    `drafts`: the recipe makes drafts only, and what is picked is rendered without it."""
 
     id: str
     model: str
     recipe: Path | None
     job: dict[str, Any]
     folder: Path
+    drafts: bool = False
     candidates: list[dict[str, Any]] = field(default_factory=list)
     state: str = "waiting"
     share: float = 0.0
@@ -61,13 +94,12 @@ class Hunt:
         return self.state in ("done", "failed", "cancelled")
 
     def best(self) -> dict[str, Any] | None:
-        """The best finished candidate so far."""
-        scored = [c for c in self.candidates if c["score"] is not None and not _early(c)]
-        return max(scored, key=lambda c: c["score"], default=None)
-
-
-def _early(candidate: dict[str, Any]) -> bool:
-    return candidate["purpose"] == "preview"
+        """The best so far of those that are nearest to what will be delivered."""
+        for purpose in PURPOSES:
+            own = [c for c in self.candidates if c["purpose"] == purpose and c["score"] is not None]
+            if own:
+                return max(own, key=lambda c: c["score"])
+        return None
 
 
 class Searches:
@@ -85,12 +117,14 @@ class Searches:
     def start(
         self, model: str, recipe: Path | None, job: dict[str, Any], asked: dict[str, Any]
     ) -> Hunt:
-        """Put a search into the queue. `asked`: algorithm, verifier and renders.
+        """Put a search into the queue. `asked`: algorithm, settings, verifier and renders.
 
         Raises:
             Refused: it cannot be searched.
         """
         once()
+        from apps.search import SearchRequest, drafts
+
         renders = asked["renders"]
         if not isinstance(renders, int) or not 2 <= renders <= MAX_RENDERS:
             raise Refused(f"The budget must be a whole number of renders, 2 to {MAX_RENDERS:,}.")
@@ -98,6 +132,7 @@ class Searches:
             raise Refused("There is no such measure here.")
         search = {
             "algorithm": asked["algorithm"],
+            "settings": asked["settings"],
             "verifier": asked["verifier"],
             "budget": f"{renders} renders",
             "batch": BATCH,
@@ -105,6 +140,7 @@ class Searches:
         folder = self._site.out / FOLDER
         hunt = Hunt(secrets.token_urlsafe(12), model, recipe, job, folder)
         task = self._plan(hunt, {**job, "search": search})
+        hunt.drafts = drafts(SearchRequest.model_validate(search))
         with self._lock:
             self._known[hunt.id] = hunt
             while len(self._known) > KEPT:
@@ -122,7 +158,7 @@ class Searches:
         if found is None:
             raise Refused("Choose one of the candidates.")
         inputs = {"inputs": hunt.job["inputs"], "noise": found["path"]}
-        task = self._plan(hunt, inputs)
+        task = self._plan(hunt, inputs, recipe=not hunt.drafts)
         number = found["index"]
         self._submit(hunt, task, functools.partial(self._on_pick, hunt, task, number))
 
@@ -140,7 +176,7 @@ class Searches:
         """How many tasks of others run before this search begins."""
         return self._device.ahead_of(hunt.works[0]) if hunt.state == "waiting" else 0
 
-    def _plan(self, hunt: Hunt, job: dict[str, Any]) -> PlannedTask:
+    def _plan(self, hunt: Hunt, job: dict[str, Any], *, recipe: bool = True) -> PlannedTask:
         from apps.render.jobs import JobFileError, check_jobs
         from apps.render.plan import Settings, plan
 
@@ -150,7 +186,8 @@ class Searches:
             dtype=self._site.dtype,
             device=self._site.device,
         )
-        asked = {**job, "recipe": None if hunt.recipe is None else str(hunt.recipe.resolve())}
+        used = hunt.recipe if recipe else None
+        asked = {**job, "recipe": None if used is None else str(used.resolve())}
         try:
             return plan(check_jobs([("this form", asked)]), settings, Path())[0]
         except JobFileError as error:
@@ -185,14 +222,12 @@ class Searches:
             if found is not None:
                 hunt.picked[number] = found
         elif event["event"] in ("failed", "lost"):
-            hunt.error = event["fault"]["message"]
+            hunt.error = sentence(event["fault"]["message"])
         hunt.version += 1
 
 
 def _end(hunt: Hunt, event: Event) -> None:
     if event["event"] in ("failed", "lost"):
-        from apps.web.checks import sentence
-
         hunt.error, hunt.state = sentence(event["fault"]["message"]), "failed"
     elif event["event"] in ("cancelled", "stopped"):
         hunt.state = "cancelled"

@@ -1,4 +1,4 @@
-"""A running app, and a browser that reports every host it asks for anything."""
+"""A running app, a browser that reports every host it asks for anything, a device in place."""
 
 import json
 import os
@@ -176,6 +176,43 @@ def tab(chromium):
     yield make
     for context in contexts:
         context.close()
+
+
+class Inline:
+    """A device that runs work when it is submitted."""
+
+    def __init__(self):
+        from apps.render.worker import Worker
+        from apps.render.worker_settings import WorkerSettings
+
+        self.worker = Worker(WorkerSettings("."))
+        self.ran = []
+
+    def submit(self, work):
+        if work.asked:
+            work.sink({"event": work.asked})
+            return
+        from apps.render.executors import outcome
+        from apps.render.worker_settings import WORK_FOLDER
+
+        self.ran.append(work)
+        (work.out / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+        self.worker.out, self.worker.watch = work.out, work.watch
+        self.worker.emit = work.sink
+        work.sink({"event": "start"})
+        work.sink(outcome(self.worker, work.task, work.payload))
+
+    def end(self, work, how):
+        work.asked = how
+
+    def ahead_of(self, work):
+        return 0
+
+
+@pytest.fixture(scope="session")
+def inline():
+    """`inline()`: a device that works in place."""
+    return Inline
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import pytest
 
-from apps.render.executors import outcome
-from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
 from apps.web.batches import Batches
 from apps.web.site import Refused, Site
 from apps.web.trial_view import view, work_share
@@ -18,33 +16,6 @@ methods:
 JOB = {"seed": 3, "inputs": {"class_labels": [1], "num_inference_steps": 4}}
 
 
-class Inline:
-    """Runs work when it is submitted."""
-
-    def __init__(self):
-        from apps.render.worker import Worker
-
-        self.worker = Worker(WorkerSettings("."))
-        self.ran = []
-
-    def submit(self, work):
-        if work.asked:
-            work.sink({"event": work.asked})
-            return
-        self.ran.append(work)
-        (work.out / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-        self.worker.out, self.worker.watch = work.out, work.watch
-        self.worker.emit = work.sink
-        work.sink({"event": "start"})
-        work.sink(outcome(self.worker, work.task, work.payload))
-
-    def end(self, work, how):
-        work.asked = how
-
-    def ahead_of(self, work):
-        return 0
-
-
 @pytest.fixture
 def site(tmp_path, tiny_model):
     (tmp_path / "recipes").mkdir()
@@ -52,8 +23,8 @@ def site(tmp_path, tiny_model):
     return Site(tmp_path / "out", (tiny_model,), (tmp_path / "recipes",))
 
 
-def test_both_sides_are_rendered_watched_and_compared(site, tiny_model):
-    device = Inline()
+def test_both_sides_are_rendered_watched_and_compared(site, tiny_model, inline):
+    device = inline()
     trial = Trials(site, device).start(tiny_model, site.recipe("cached"), JOB)
     assert trial.finished
     assert [w.warm_up for w in device.ran] == [True, True, False, False]
@@ -67,8 +38,8 @@ def test_both_sides_are_rendered_watched_and_compared(site, tiny_model):
         assert words in page
 
 
-def test_a_kept_baseline_is_not_rendered_again_and_shows_no_speed(site, tiny_model):
-    device = Inline()
+def test_a_kept_baseline_is_not_rendered_again_and_shows_no_speed(site, tiny_model, inline):
+    device = inline()
     trials = Trials(site, device)
     trials.start(tiny_model, None, JOB)
     device.ran.clear()
@@ -79,8 +50,8 @@ def test_a_kept_baseline_is_not_rendered_again_and_shows_no_speed(site, tiny_mod
     assert "Speed" not in view(trial)
 
 
-def test_what_cannot_be_rendered_is_said(site, tiny_model):
-    trials = Trials(site, Inline())
+def test_what_cannot_be_rendered_is_said(site, tiny_model, inline):
+    trials = Trials(site, inline())
     bad = {"seed": 1, "inputs": {"class_labels": [1], "nothing": 2}}
     trial = trials.start(tiny_model, None, bad)
     assert trial.over
@@ -90,16 +61,16 @@ def test_what_cannot_be_rendered_is_said(site, tiny_model):
         trials.start(tiny_model, None, {"inputs": {"output_type": "pt"}})
 
 
-def test_words_of_a_job_are_no_markup(site, tiny_model):
-    trial = Trials(site, Inline()).start(tiny_model, None, JOB | {"name": "a&b <i>"[:3]})
+def test_words_of_a_job_are_no_markup(site, tiny_model, inline):
+    trial = Trials(site, inline()).start(tiny_model, None, JOB | {"name": "a&b <i>"[:3]})
     trial.error = "<script>alert(1)</script>"
     page = view(trial)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
 
-def test_a_batch_name_is_no_path(site, tiny_model):
-    batches = Batches(site, Inline())
+def test_a_batch_name_is_no_path(site, tiny_model, inline):
+    batches = Batches(site, inline())
     line = b'{"inputs": {"class_labels": [1]}}'
     for name in ("../x", "a/b", ".hidden", "con"):
         with pytest.raises(Refused, match="The name"):
