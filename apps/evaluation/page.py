@@ -117,10 +117,11 @@ def _head(found: Report) -> str:
     base = found["baseline"]
     against = "" if base["recipe"] is None else f" Baseline: {escape(base['label'])}."
     kinds = ", ".join(KIND_WORDS[k] for k in found["kinds"])
+    calls = f"{found['calls']} call{'s' * (found['calls'] > 1)}"
     return (
         f"<header><h1>{escape(found['model']['name'])}</h1>"
-        f"<p>{kinds[0].upper()}{kinds[1:]}: {count} {what} of {found['calls']} calls, the same "
-        f"seeds on every side.{against}</p>"
+        f"<p>{kinds[0].upper()}{kinds[1:]}: {count} {what} of {calls}, the same seeds on every "
+        f"side.{against}</p>"
         f'<p class="faint">{escape(where["hardware"])}, {where["threads"]} thread(s); '
         f"{escape(where['date'])}; intervals are 95 %; ↑ higher is better, ↓ lower, = unchanged; "
         "protocol "

@@ -11,6 +11,10 @@ from apps.web import markup
 from apps.web.checks import sentence
 from apps.web.site import Refused
 
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+# Of an event that shows what fields have now: what comes while it runs is not lost.
+LAST = {**QUIET, "trigger_mode": "always_last"}
+
 
 def offered(names: list[str], chosen: str | None, **more: Any) -> Any:
     """An update of a list of names that leaves a choice alone which is still among them: a person

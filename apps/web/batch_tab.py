@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
-from apps.web.acting import acting, offered
+from apps.web.acting import LAST, QUIET, acting, offered
 from apps.web.batches import MAX_BYTES, Batches, Status
 from apps.web.checks import sentence
 from apps.web.recipe_view import choices
@@ -57,7 +57,7 @@ class BatchTab:
                 )  # fmt: skip
                 self.file = gr.File(
                     label=f"Jobs: a .jsonl file of at most {MAX_BYTES >> 20} MB",
-                    file_types=[".jsonl"], height=150,
+                    file_types=[".jsonl"], height=170,
                 )  # fmt: skip
                 self.lines = gr.Textbox(
                     label="or one job a line, here", lines=4, max_lines=12, placeholder=EXAMPLE,
@@ -86,35 +86,34 @@ class BatchTab:
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         shown = [self.status, self.buttons, self.pause, self.resume, self.retry, self.cancel,
                  self.gallery, self.pages, self.seen]  # fmt: skip
         look = (self._look, [self.chosen, self.page, self.seen], shown)
-        self.tab.select(self._list, self.chosen, [self.chosen, self.timer], **quiet).then(
-            *look, **quiet
+        self.tab.select(self._list, self.chosen, [self.chosen, self.timer], **QUIET).then(
+            *look, **QUIET
         )
-        blocks.load(self._list, self.chosen, [self.chosen, self.timer], **quiet)
-        self.timer.tick(*look, **quiet, trigger_mode="once", concurrency_limit=None)
+        blocks.load(self._list, self.chosen, [self.chosen, self.timer], **QUIET)
+        self.timer.tick(*look, **QUIET, trigger_mode="once", concurrency_limit=None)
         gr.on([self.tab.select, self.model.change], self._recipes, [self.model, self.recipe],
-              self.recipe, **quiet)  # fmt: skip
+              self.recipe, **LAST)  # fmt: skip
         inputs = [self.name, self.model, self.recipe, self.file, self.lines]
         self.begin.click(
             self._start, inputs, [self.chosen, self.refused, self.file, self.name, self.page],
             api_visibility="private", show_progress="minimal",
-        ).then(*look, **quiet)  # fmt: skip
+        ).then(*look, **QUIET)  # fmt: skip
         self.chosen.input(
-            lambda: (0, "", ""), None, [self.page, self.seen, self.said], **quiet
-        ).then(*look, **quiet)
+            lambda: (0, "", ""), None, [self.page, self.seen, self.said], **QUIET
+        ).then(*look, **QUIET)
         for button, do in (
             (self.pause, self._batches.pause),
             (self.resume, self._batches.resume),
             (self.retry, lambda name: self._batches.resume(name, failed=True)),
             (self.cancel, self._batches.cancel),
         ):
-            button.click(acting(do), self.chosen, self.said, **quiet).then(*look, **quiet)
+            button.click(acting(do), self.chosen, self.said, **QUIET).then(*look, **QUIET)
         for button, by in ((self.older, -1), (self.newer, 1)):
-            button.click(lambda page, by=by: max(0, page + by), self.page, self.page, **quiet).then(
-                *look, **quiet
+            button.click(lambda page, by=by: max(0, page + by), self.page, self.page, **QUIET).then(
+                *look, **QUIET
             )
 
     def _list(self, chosen: str | None) -> list[Any]:
@@ -217,7 +216,7 @@ def gallery(files: list[Path], page: int, last: int, done: int) -> str:
             )
         cells.append(f"<li>{inside}<span>{alt}</span></li>")
     where = f"{done} finished" + (f", page {page + 1} of {last + 1}" if last else "")
-    return f'<h2>{where}</h2><ul class="ac-gallery">{"".join(cells)}</ul>'
+    return markup.gallery(where, cells)
 
 
 def _uploaded(path: str) -> bytes:

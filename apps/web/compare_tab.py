@@ -9,6 +9,7 @@ import gradio as gr
 
 from apps.sheet import shown
 from apps.web import markup
+from apps.web.acting import LAST, QUIET
 from apps.web.checks import sentence
 from apps.web.site import Refused
 from apps.web.trial_view import figures
@@ -36,7 +37,7 @@ class CompareTab:
     def build(self) -> None:
         """Lay the tab out."""
         with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=260, elem_classes="ac-form"):
+            with gr.Column(scale=4, min_width=300, elem_classes="ac-form"):
                 self.left = gr.Dropdown([], label="Baseline", elem_id="compare-left")
                 self.right = gr.Dropdown([], label="Compared with it", elem_id="compare-right")
                 self.job = gr.Dropdown([], label="Job", elem_id="compare-job")
@@ -44,23 +45,22 @@ class CompareTab:
                     self.before = gr.Button("Previous job", size="sm", min_width=80)
                     self.after = gr.Button("Next job", size="sm", min_width=80)
                 self.way = gr.Radio([SLIDER, APART], value=SLIDER, label="Pictures")
-            with gr.Column(scale=8, min_width=300):
+            with gr.Column(scale=9, min_width=300):
                 self.shown = gr.HTML(NOTHING_YET, elem_id="comparison")
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         both = [self.left, self.right]
         show = (self._show, [*both, self.job, self.way], self.shown)
-        self.tab.select(self._folders, both, both, **quiet).then(
-            self._jobs, [*both, self.job], self.job, **quiet
-        ).then(*show, **quiet)
+        self.tab.select(self._folders, both, both, **QUIET).then(
+            self._jobs, [*both, self.job], self.job, **QUIET
+        ).then(*show, **QUIET)
         gr.on([self.left.input, self.right.input], self._jobs, [*both, self.job], self.job,
-              **quiet).then(*show, **quiet)  # fmt: skip
-        gr.on([self.job.input, self.way.input], *show, **quiet)
+              **LAST).then(*show, **QUIET)  # fmt: skip
+        gr.on([self.job.input, self.way.input], *show, **LAST)
         for button, by in ((self.before, -1), (self.after, 1)):
-            button.click(self._beside(by), [*both, self.job], self.job, **quiet).then(
-                *show, **quiet
+            button.click(self._beside(by), [*both, self.job], self.job, **QUIET).then(
+                *show, **QUIET
             )
 
     def _folders(self, left: str | None, right: str | None) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
+from apps.web.acting import LAST, QUIET
 from apps.web.checks import offers, sentence
 from apps.web.job_fields import JobFields
 from apps.web.method_settings import edited
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from apps.web.page import App
 
 REFRESH = 0.15  # seconds between two looks at a running trial
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 BY_RECIPE, BY_METHODS = "A recipe", "Methods of my choice"
 
 
@@ -68,31 +68,30 @@ class CreateTab:
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
-        quiet = QUIET
         job = self.job
         chosen = [*job.following, self.recipe, self.methods, self.recipe_note, self.conflict]
         gr.on(
             [blocks.load, job.model.change], self._choose_model, job.model, chosen,
-            api_visibility="private", show_progress="minimal",
+            **{**LAST, "show_progress": "minimal"},
         )  # fmt: skip
         ways = [self.recipe, self.recipe_note, self.methods, self.settings, self.conflict]
-        self.how.change(self._choose_way, self.how, ways, **quiet)
-        self.recipe.change(self._describe, [self.recipe, job.model], self.recipe_note, **quiet)
+        self.how.change(self._choose_way, self.how, ways, **QUIET)
+        self.recipe.change(self._describe, [self.recipe, job.model], self.recipe_note, **QUIET)
         form = self.form
-        self.methods.change(form.showing, self.methods, form.boxes, **quiet)
+        self.methods.change(form.showing, self.methods, form.boxes, **QUIET)
         gr.on(
             [self.methods.change, *(one.input for one in form.values)],
-            self._check, [job.model, self.methods, *form.values], self.conflict, **quiet,
+            self._check, [job.model, self.methods, *form.values], self.conflict, **LAST,
         )  # fmt: skip
-        self.dice.click(lambda: random.randrange(2**31), None, job.seed, **quiet)
+        self.dice.click(lambda: random.randrange(2**31), None, job.seed, **QUIET)
         asked = [self.how, self.recipe, self.methods, self.keep, *job.all, *form.values]
         watched = [self.result, self.go, self.stop]
         gr.on(
             [self.go.click, job.prompt.submit],
-            self._start, asked, [self.trial, self.notice], **quiet,
-        ).then(self._watch, self.trial, watched, concurrency_limit=None, **quiet)  # fmt: skip
-        self.stop.click(self._cancel, self.trial, None, queue=False, **quiet)
-        blocks.load(self._watch, self.trial, watched, concurrency_limit=None, **quiet)
+            self._start, asked, [self.trial, self.notice], **QUIET,
+        ).then(self._watch, self.trial, watched, concurrency_limit=None, **QUIET)  # fmt: skip
+        self.stop.click(self._cancel, self.trial, None, queue=False, **QUIET)
+        blocks.load(self._watch, self.trial, watched, concurrency_limit=None, **QUIET)
 
     # answers
 

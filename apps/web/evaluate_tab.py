@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
-from apps.web.acting import acting, offered
+from apps.web.acting import LAST, QUIET, acting, offered
 from apps.web.checks import sentence
 from apps.web.evaluations import KINDS, MAX_SAMPLES, Standing
 from apps.web.recipe_view import choices
@@ -42,7 +42,7 @@ class EvaluateTab:
         """Lay the tab out."""
         models = [name for name in self._app.site.models if name.startswith("zoo:")]
         with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=280, elem_classes="ac-form"):
+            with gr.Column(scale=4, min_width=300, elem_classes="ac-form"):
                 self.name = gr.Textbox(label="Name", placeholder="made from the date")
                 self.model = gr.Dropdown(models, value=models[0], label="Model")
                 self.recipes = gr.CheckboxGroup(
@@ -71,26 +71,25 @@ class EvaluateTab:
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         shown = [self.status, self.buttons, self.pause, self.go_on, self.report, self.seen]
         look = (self._look, [self.chosen, self.seen], shown)
-        self.tab.select(self._list, self.chosen, [self.chosen, self.timer], **quiet).then(
-            *look, **quiet
+        self.tab.select(self._list, self.chosen, [self.chosen, self.timer], **QUIET).then(
+            *look, **QUIET
         )
         gr.on([self.tab.select, self.model.change], self._recipes, [self.model, self.recipes],
-              self.recipes, **quiet)  # fmt: skip
-        self.timer.tick(*look, **quiet, trigger_mode="once", concurrency_limit=None)
+              self.recipes, **LAST)  # fmt: skip
+        self.timer.tick(*look, **QUIET, trigger_mode="once", concurrency_limit=None)
         inputs = [self.name, self.model, self.recipes, self.kinds, self.samples]
         self.begin.click(
             self._start, inputs, [self.chosen, self.refused, self.name],
             api_visibility="private", show_progress="minimal",
-        ).then(*look, **quiet)  # fmt: skip
-        self.chosen.input(lambda: ("", ""), None, [self.seen, self.said], **quiet).then(
-            *look, **quiet
+        ).then(*look, **QUIET)  # fmt: skip
+        self.chosen.input(lambda: ("", ""), None, [self.seen, self.said], **QUIET).then(
+            *look, **QUIET
         )
         evaluations = self._app.evaluations
         for button, do in ((self.pause, evaluations.pause), (self.go_on, evaluations.go_on)):
-            button.click(acting(do), self.chosen, self.said, **quiet).then(*look, **quiet)
+            button.click(acting(do), self.chosen, self.said, **QUIET).then(*look, **QUIET)
 
     def _list(self, chosen: str | None) -> list[Any]:
         names = self._app.evaluations.names()

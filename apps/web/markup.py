@@ -27,6 +27,12 @@ def text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
+def code(words: str) -> str:
+    """Words in which `this` is code."""
+    parts = text(words).split("`")
+    return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
+
+
 def notice(message: str, kind: str = "error") -> str:
     """A sentence that stands out; `kind` is error, warning or info. Nothing for no message."""
     if not message:
@@ -164,6 +170,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> s
 def details(title: str, inside: str) -> str:
     """Something to open."""
     return f"<details><summary>{text(title)}</summary>{inside}</details>"
+
+
+def gallery(title: str, cells: Iterable[str]) -> str:
+    """Pictures with their names, each a cell of markup."""
+    listed = "".join(cells)
+    return f'<h2 class="ac-gallery-title">{text(title)}</h2><ul class="ac-gallery">{listed}</ul>'
 
 
 def data(value: Any) -> str:

@@ -87,8 +87,8 @@ def edited(method: S, values: Mapping[str, Any]) -> S:
 
 
 def about(method: Settable) -> list[str]:
-    """The paragraphs of what it says of itself, settings named as in the form, and its source."""
-    words = (inspect.getdoc(type(method)) or "").replace("`", "")
+    """The paragraphs of what it says of itself, `settings` named as in the form, and its source."""
+    words = (inspect.getdoc(type(method)) or "").replace("``", "`").replace("`None`", "empty")
     for field in dataclasses.fields(method):
         words = words.replace(field.name, field.name.replace("_", " "))
     parts = [" ".join(part.split()) for part in words.split("\n\n")]

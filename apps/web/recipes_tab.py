@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
-from apps.web.acting import offered
+from apps.web.acting import LAST, QUIET, offered
 from apps.web.recipe_view import inspect, packed
 from apps.web.site import Refused
 
@@ -35,7 +35,7 @@ class RecipesTab:
         """Lay the tab out."""
         names = list(self._app.site.recipes())
         with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=260, elem_classes="ac-form"):
+            with gr.Column(scale=4, min_width=300, elem_classes="ac-form"):
                 first = names[0] if names else None
                 self.name = gr.Radio(names, value=first, label="Recipes", elem_classes="ac-list")
                 self.download = gr.DownloadButton("Download with its artifacts", size="sm")
@@ -43,15 +43,14 @@ class RecipesTab:
                     '<p class="ac-note">Use it with <code>accel render --recipe FILE</code> or '
                     "<code>accel.read_recipe(FILE)</code>.</p>"
                 )
-            with gr.Column(scale=8, min_width=300):
+            with gr.Column(scale=9, min_width=300):
                 self.shown = gr.HTML(NONE_YET)
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         outputs = [self.shown, self.download]
-        self.tab.select(self._list, self.name, self.name, **quiet)
-        gr.on([blocks.load, self.name.change], self._show, self.name, outputs, **quiet)
+        self.tab.select(self._list, self.name, self.name, **QUIET)
+        gr.on([blocks.load, self.name.change], self._show, self.name, outputs, **LAST)
 
     def _list(self, chosen: str | None) -> Any:
         return offered(list(self._app.site.recipes()), chosen)

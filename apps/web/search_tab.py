@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
+from apps.web.acting import LAST, QUIET
 from apps.web.checks import sentence
 from apps.web.job_fields import JobFields
 from apps.web.method_settings import edited
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from apps.web.page import App
 
 REFRESH = 0.2  # seconds between two looks at a running search
-SHOWN = 60  # candidates, the newest
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+SHOWN = 48  # candidates, the newest
 NOTHING_YET = markup.empty(
     "No search yet",
     "Choose what to draw, what makes a sample good and how many renders that may cost, then press "
@@ -73,9 +73,10 @@ class SearchTab:
                 self.notice = gr.HTML()
             with gr.Column(scale=9, min_width=300):
                 self.shown = gr.HTML(NOTHING_YET, elem_id="search")
-                with gr.Row(visible=False) as self.picking:
+                with gr.Row(visible=False, equal_height=True) as self.picking:
                     self.index = gr.Dropdown([], label="Pick a candidate", elem_id="pick")
-                    self.pick = gr.Button("Render this one", min_width=140, scale=0)
+                    self.pick = gr.Button("Render this one", min_width=180, scale=0)
+                self.found = gr.HTML(elem_id="candidates")
         self.hunt = gr.BrowserState("", storage_key="accel-search")
 
     def wire(self, blocks: gr.Blocks) -> None:
@@ -85,13 +86,13 @@ class SearchTab:
         asked = [self.algorithm, self.verifier, self.recipe, *job.all, *form.values]
         told = (self._tell, asked, [self.algorithm, self.about])
         gr.on([self.tab.select, job.model.change], self._choose_model,
-              [job.model, self.recipe], chosen, **QUIET).then(*told, **QUIET)  # fmt: skip
+              [job.model, self.recipe], chosen, **LAST).then(*told, **QUIET)  # fmt: skip
         decide = [self.algorithm, self.verifier, self.recipe, job.steps, job.guidance, *form.values]
-        gr.on([one.input for one in decide], *told, **QUIET)
+        gr.on([one.input for one in decide], *told, **LAST)
         self.algorithm.change(
             lambda name: form.showing([name]), self.algorithm, form.boxes, **QUIET
         )
-        watched = [self.shown, self.go, self.stop, self.picking, self.index]
+        watched = [self.shown, self.found, self.go, self.stop, self.picking, self.index]
         watch = (self._watch, self.hunt, watched)
         self.go.click(self._start, [self.renders, *asked], [self.hunt, self.notice], **QUIET).then(
             *watch, concurrency_limit=None, **QUIET
@@ -124,7 +125,7 @@ class SearchTab:
         except (Refused, ValueError, OSError):
             reasons = {}  # it is said when the search is started
         labels = [
-            (one.label + (", not here" if name in reasons else ""), name)
+            (one.label + (", not here" if name in reasons.keys() - {algorithm} else ""), name)
             for name, one in self._algorithms.items()
         ]
         return gr.update(choices=labels), self._about(algorithm, reasons)
@@ -169,7 +170,7 @@ class SearchTab:
             if name != algorithm
         ]
         if others:
-            title = f"{len(others)} others cannot search this"
+            title = f"{len(others)} other{'s' * (len(others) > 1)} cannot search this"
             listed = markup.details(title, f"<ul>{''.join(others)}</ul>")
             words += f'<div class="ac-hint">{listed}</div>'
         return words
@@ -207,7 +208,7 @@ class SearchTab:
         """Show a search until it and everything picked from it is over."""
         hunt = self._app.searches.find(hunt_id)
         if hunt is None:
-            yield [NOTHING_YET, gr.update(interactive=True), gr.update(interactive=False),
+            yield [NOTHING_YET, "", gr.update(interactive=True), gr.update(interactive=False),
                    gr.update(visible=False), gr.update(choices=[])]  # fmt: skip
             return
         last: Any = None
@@ -217,8 +218,9 @@ class SearchTab:
             if now != last:
                 last = now
                 page = await asyncio.to_thread(view, hunt, ahead)
+                found = await asyncio.to_thread(gallery, hunt)
                 listed = [(_name(c), c["index"]) for c in shown(hunt)]
-                yield [page, gr.update(interactive=over), gr.update(interactive=not over),
+                yield [page, found, gr.update(interactive=over), gr.update(interactive=not over),
                        gr.update(visible=bool(listed)), gr.update(choices=listed)]  # fmt: skip
             rendered = len(hunt.works) - 1 == len(hunt.picked)
             if over and now[0] == hunt.version and (rendered or hunt.error):
@@ -227,7 +229,7 @@ class SearchTab:
 
 
 def view(hunt: Hunt, ahead: int = 0) -> str:
-    """A search as it stands: how far, the winner, what was picked, and all candidates."""
+    """A search as it stands: how far, the winner, and what was picked."""
     parts = []
     if hunt.error:
         parts.append(markup.notice(hunt.error))
@@ -240,7 +242,7 @@ def view(hunt: Hunt, ahead: int = 0) -> str:
     if not hunt.over:
         words = f"{hunt.share:.0%} of the budget, {hunt.evaluations:,} network evaluations"
         parts.append(markup.bar(round(100 * hunt.share), 100, words))
-    parts += [_chosen(hunt), _candidates(hunt)]
+    parts.append(_chosen(hunt))
     return f'<section class="ac-trial" data-state="{hunt.state}">{"".join(parts)}</section>'
 
 
@@ -252,18 +254,18 @@ def _chosen(hunt: Hunt) -> str:
         rows = [("Score", _score(value)) for value in (kept.get("score") or {}).values()]
         for name, value in (kept.get("held_out_score") or {}).items():
             rows.append((f"Not searched: {name}", _score(value)))
-        for gain in (kept.get("gain") or {}).values():
-            rows.append(("Mean of plain draws", _score(gain.get("mean"))))
-            break
+        gains = [gain["mean"] for gain in (kept.get("gain") or {}).values() if "mean" in gain]
+        rows += [("Mean of plain draws", _score(mean)) for mean in gains[:1]]
         below = markup.facts([(name, markup.text(value)) for name, value in rows])
         drawn.append(markup.figure("Winner", markup.medium(hunt.winner, "winner"), below))
     for number, one in hunt.picked.items():
         title = f"Candidate {number}, rendered"
         drawn.append(markup.figure(title, markup.medium(one, title)))
-    return f'<div class="ac-pair">{"".join(drawn)}</div>' if drawn else ""
+    return f'<div class="ac-found">{"".join(drawn)}</div>' if drawn else ""
 
 
-def _candidates(hunt: Hunt) -> str:
+def gallery(hunt: Hunt) -> str:
+    """Candidates with their scores."""
     best = hunt.best()
     cells = []
     for one in shown(hunt):
@@ -278,7 +280,7 @@ def _candidates(hunt: Hunt) -> str:
         cells.append(f"<li{mark}>{image}<span>{name}</span></li>")
     if not cells:
         return ""
-    return f'<h2>{_title(hunt)}</h2><ul class="ac-gallery">{"".join(cells)}</ul>'
+    return markup.gallery(_title(hunt), cells)
 
 
 def shown(hunt: Hunt) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -32,11 +34,13 @@ class SettingsForm:
     def box(self, key: str, label: str, value: Settable, *, visible: bool = False) -> None:
         """A box with a field for every setting of a method or search, and what they are."""
         with gr.Accordion(f"Settings of {label}", open=False, visible=visible) as box:
-            words = "".join(f"<p>{markup.text(part)}</p>" for part in about(value))
+            words = "".join(f"<p>{markup.code(part)}</p>" for part in about(value))
             gr.HTML(f'<div class="ac-hint">{words}</div>')
-            for field in fields(value):
-                self._places.append((key, field.name))
-                self.values.append(_component(field))
+            for numbers, some in itertools.groupby(fields(value), lambda f: f.kind == "number"):
+                with gr.Row() if numbers else nullcontext():
+                    for field in some:
+                        self._places.append((key, field.name))
+                        self.values.append(_component(field))
         self._boxes[key] = box
 
     def showing(self, keys: Collection[str]) -> list[Any]:
@@ -60,5 +64,6 @@ def _component(field: Field) -> Any:
     if field.kind == "choice":
         return gr.Dropdown(list(field.choices), value=value, **usual)
     if field.kind == "number":
-        return gr.Number(value, step=0.01 if isinstance(value, float) else 1, **usual)
+        step = 0.01 if isinstance(value, float) else 1
+        return gr.Number(value, step=step, min_width=120, **usual)
     return gr.Textbox(value, **usual)

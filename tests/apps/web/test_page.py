@@ -255,19 +255,57 @@ def test_the_whole_path_works_with_keys_alone(app, tab):
     one.state("#trial", "done")
 
 
+def open_search(one):
+    """The Search tab, once its form knows the model: one that is given a text, if there is one."""
+    one.go("Search")
+    one.page.wait_for_function("document.querySelector('#search-prompt textarea')?.value")
+    one.page.locator("#about-search", has_text="keep the best").wait_for()
+
+
+def test_every_algorithm_has_its_settings_and_says_where_it_cannot_search(app, tab):
+    one = tab(app.address)
+    page = one.page
+    open_search(one)
+    about = page.locator("#about-search")
+    assert page.get_by_text("others cannot search this").count() == 0, "all can search this model"
+    page.get_by_label("Good is").click()
+    page.get_by_role("option", name="sharpness", exact=True).click()
+    page.get_by_text("1 others cannot search this").click()
+    about.get_by_text("has no gradient to climb").wait_for()
+    page.locator("#algorithm input").click()
+    assert page.get_by_role("option").count() == 9
+    page.get_by_role("option", name="Gradient search, not here").wait_for()
+    page.get_by_role("option", name="Rollover budget forcing", exact=True).click()
+    about.get_by_text("Take the first next state that promises more").wait_for()
+    page.get_by_text("Settings of Rollover budget forcing").click()
+    settings = page.locator("#search-settings")
+    page.get_by_role("spinbutton", name="Steps").last.fill("6")
+    settings.get_by_label("starts").locator("visible=true").fill("0")
+    about.get_by_text("Rollover wants other settings: starts, quota").wait_for()
+    page.locator("#start-search").click()
+    page.locator(".ac-error").nth(1).wait_for()
+    assert page.locator("#search [data-state]").count() == 0, "nothing was started"
+    settings.get_by_label("starts").locator("visible=true").fill("2")
+    settings.get_by_label("quota").locator("visible=true").fill("1")
+    about.locator(".ac-error").wait_for(state="detached")
+    page.locator("#start-search").click()
+    assert one.state("#search", "done", "failed") == "done"
+    page.get_by_text("8 candidates: 1 render, 7 previews").wait_for()  # 2 starts, 5 steps
+    assert one.errors == []
+
+
 def test_candidates_appear_with_their_scores_and_one_is_picked(app, tab):
     one = tab(app.address)
     page = one.page
-    one.go("Search")
-    page.wait_for_function("document.querySelector('#search-class input')?.value")
+    open_search(one)
     page.get_by_role("spinbutton", name="Steps").last.fill("6")
     page.get_by_role("spinbutton", name="Budget, in renders").fill("6")
     page.locator("#start-search").click()
     assert one.state("#search", "done", "failed") == "done"
-    cells = page.locator("#search .ac-gallery li")
+    cells = page.locator("#candidates .ac-gallery li")
     assert cells.count() == 6
     scores = [float(words.split(": ")[1]) for words in cells.all_inner_texts()]
-    best = page.locator("#search .ac-best").inner_text()
+    best = page.locator("#candidates .ac-best").inner_text()
     assert float(best.split(": ")[1]) == max(scores)
     assert page.locator("#search figcaption", has_text="Winner").count() == 1
     page.locator("#pick input").click()
@@ -292,7 +330,7 @@ def test_an_evaluation_is_started_and_its_report_read_in_place(app, tab):
     one.state("#evaluation-status", "finished", patience=240_000)
     frame = page.frame_locator("iframe.ac-report")
     frame.get_by_role("heading", name="zoo:digits-dit", exact=True).wait_for()
-    assert "4 pictures of 1 calls" in frame.locator("header").inner_text()
+    assert "4 pictures of 1 call," in frame.locator("header").inner_text()
     assert frame.locator("text=digits-dit-1-step").count() >= 3
     for image in frame.locator("img").all():
         assert image.evaluate("i => i.complete && i.naturalWidth > 0"), "a picture did not arrive"
