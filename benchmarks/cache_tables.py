@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.spans import span
+
 TARGETS = (25.0, 30.0, 35.0, 40.0)  # dB
 PEERS = ("TaylorSeer", "FirstBlockCache", "MagCache", "cache-dit")
 
@@ -86,6 +88,6 @@ def speed(result: dict[str, Any]) -> str:
     for model, found in result["models"].items():
         for name, row in found["rows"].items():
             (before, after), time = row["flops"], row["speedup"]
-            span = f"{time['estimate']:.2f}x ({time['low']:.2f} to {time['high']:.2f})"
-            lines.append(f"| {model} | {name} | {span} | {before / after:.2f}x |")
+            cells = f"{span(time, unit='x')} | {before / after:.2f}x"
+            lines.append(f"| {model} | {name} | {cells} |")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accel.metrics.statistics import paired_test
+from benchmarks.spans import span
 
 HOLDS = ("timestep", "pooled", "text")
 
@@ -13,8 +14,7 @@ def temporal_times(result: dict[str, Any]) -> str:
     """Speed-ups in one sentence."""
     env = result["environment"]
     spans = [
-        f"{s['estimate']:.3f}x ({s['low']:.3f} to {s['high']:.3f}) with the table {case}"
-        for case, s in result["speedup"].items()
+        f"{span(s, '{:.3f}', 'x')} with the table {case}" for case, s in result["speedup"].items()
     ]
     where = f"{result['steps']} steps, {env['hardware']}, {env['threads']} thread(s)"
     return f"{result['model']}, {where}: {', '.join(spans)}."
@@ -55,13 +55,9 @@ def kernels(result: dict[str, Any]) -> str:
     ]
     rows = result["layers"] | {"DiT-XL/2 256, whole transformer": result["dit_xl_256"]}
     for label, row in rows.items():
-        cells = [_speed(row[n]) if n in row else "-" for n in names]
+        cells = [span(row[n], unit="x") if n in row else "-" for n in names]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _speed(span: dict[str, float]) -> str:
-    return f"{span['estimate']:.2f}x ({span['low']:.2f} to {span['high']:.2f})"
 
 
 # What a part changes: (what, the row without it, the row with it).

@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.results_file import read
+from benchmarks.spans import span
 from samplers.epsilon_scaling import EpsilonScaling
 from samplers.one_more_step import OneMoreStep
 from samplers.time_shift import TimeShift
@@ -71,18 +72,18 @@ def time_shift(result: dict[str, Any]) -> str:
         f"Frechet distance to real pictures on {result['model']} (features of the referee; several "
         "sets: mean and range). What is adopted was chosen with another judge on other seeds; "
         "`none` means that nothing offered beat the plain sampler there. A step costs "
-        f"{cost['estimate']:.1f} % ({cost['low']:.1f} to {cost['high']:.1f}) more with time-shift.",
+        f"{span(cost, '{:.1f}', ' %')} more with time-shift.",
         "",
         "| sampler | steps | samples | setting | adopted | Frechet |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         values = row["frechet"]
-        span = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+        around = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
         samples = f"{len(values)} x {row['samples']}" if len(values) > 1 else str(row["samples"])
         adopted = "" if row["setting"] == "base" else _adopted(row["methods"])
         cells = (row["sampler"], row["steps"], samples, row["setting"], adopted)
-        lines.append(f"| {' | '.join(map(str, cells))} | {mean(values):.2f}{span} |")
+        lines.append(f"| {' | '.join(map(str, cells))} | {mean(values):.2f}{around} |")
     lines += [
         "",
         "The exposure bias itself: DDIM's samples on their way beside noised real pictures.",
@@ -113,7 +114,7 @@ def one_more_step(result: dict[str, Any]) -> str:
         "the background: judged right. Where it does not: backgrounds beside real ones, whose "
         f"deviation is {real['deviation']:.3f} and of which {100 * real['black_or_white']:.1f} % "
         "are black or white; image means as Wasserstein distance to real ones (0 to 255). A run of "
-        f"10 steps costs {cost['estimate']:.1f} % ({cost['low']:.1f} to {cost['high']:.1f}) more.",
+        f"10 steps costs {span(cost, '{:.1f}', ' %')} more.",
         "",
         "| steps | setting | background named: right | deviation | black or white | image means | "
         "Frechet |",

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-
-def _span(value: dict[str, float], form: str = "{:.2f}") -> str:
-    low, high = (form.format(value[k]) for k in ("low", "high"))
-    return f"{form.format(value['estimate'])} ({low} to {high})"
+from benchmarks.spans import span
 
 
 def search(result: dict[str, Any]) -> str:
@@ -38,7 +35,7 @@ def search(result: dict[str, Any]) -> str:
 
 def _row(name: str, cost: str, point: dict[str, Any]) -> str:
     cells = [
-        f"{point[k]['nines']['estimate']:.2f} | {_span(point[k]['over_random'])}"
+        f"{point[k]['nines']['estimate']:.2f} | {span(point[k]['over_random'])}"
         for k in ("judge", "referee")
     ]
     return f"| {name} | {cost} | {point['prompts']} | {' | '.join(cells)} |"
@@ -59,7 +56,7 @@ def _drafts(result: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["drafts"].items():
-        shares = [_span(row[k]) for k in ("rank", "top", "captured")]
+        shares = [span(row[k]) for k in ("rank", "top", "captured")]
         costs = f"{100 * row['price']:.0f} % of a render | {100 * row['cost']:.1f} % of best-of-N"
         lines.append(f"| {name} | {' | '.join(shares)} | {costs} |")
     return lines
@@ -79,7 +76,7 @@ def _correctors(row: dict[str, Any] | None) -> list[str]:
         "|---|---|---|---|",
     ]
     for who in ("judge", "referee"):
-        cells = [_span(row[who][k]) for k in ("weighed", "unweighed", "difference")]
+        cells = [span(row[who][k]) for k in ("weighed", "unweighed", "difference")]
         lines.append(f"| {who} | {' | '.join(cells)} |")
     return lines
 

@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 from benchmarks.results_file import read
+from benchmarks.spans import span
 
 
 def measured_by_psnr(name: str) -> dict[str, Any] | None:
@@ -41,7 +42,7 @@ def speed(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["attention"]:
-        spans = (_span(row[k]) for k in ("speedup", "speedup_pooled", "over_flex"))
+        spans = (span(row[k], unit="x") for k in ("speedup", "speedup_pooled", "over_flex"))
         lines.append(
             f"| {row['tokens']:,} | {row['heads']} x {row['head_dim']} | {row['executed']:.2f} | "
             f"{' | '.join(spans)} | {row['selection_share']:.1%} |"
@@ -60,7 +61,7 @@ def speed(result: dict[str, Any]) -> str:
         ]
         for row in result["model"]:
             lines.append(
-                f"| {row['density']:g} | {row['executed']:.2f} | {_span(row['speedup'])} |"
+                f"| {row['density']:g} | {row['executed']:.2f} | {span(row['speedup'], unit='x')} |"
             )
     return "\n".join(lines)
 
@@ -118,15 +119,10 @@ def quality(result: dict[str, Any]) -> str:
 def _psnr(row: dict[str, Any] | None, asked: float) -> str:
     if row is None:
         return "-"
-    p = row["psnr"]
     other = f" (kept {row['density']:.2f})" if abs(row["density"] - asked) > 0.02 else ""
     if row.get("expected") is not None:
         other += f" (expected {row['expected']:.1f})"
-    return f"{p['estimate']:.1f} ({p['low']:.1f} to {p['high']:.1f}){other}"
-
-
-def _span(value: dict[str, float]) -> str:
-    return f"{value['estimate']:.2f}x ({value['low']:.2f} to {value['high']:.2f})"
+    return span(row["psnr"], "{:.1f}") + other
 
 
 def backends(result: dict[str, Any]) -> str:
@@ -143,5 +139,5 @@ def backends(result: dict[str, Any]) -> str:
     for name, row in result["rows"].items():
         ran = ", ".join(f"`{kernel}`" for kernel in row["kernels"])
         psnr = row["psnr"]["estimate"]
-        lines.append(f"| {name} | {ran} | {_span(row['speedup'])} | {psnr:.1f} dB |")
+        lines.append(f"| {name} | {ran} | {span(row['speedup'], unit='x')} | {psnr:.1f} dB |")
     return "\n".join([*lines, "", f"Refused there: {', '.join(result['refused'])}."])

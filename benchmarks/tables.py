@@ -37,6 +37,7 @@ from benchmarks import (
 from benchmarks.results_file import DEVICES, path
 from benchmarks.results_file import read as read_file
 from benchmarks.sampler_tables import measured_by_distance
+from benchmarks.spans import span
 from benchmarks.waterfall_picture import PICTURE, drawn_from
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,8 +122,7 @@ def index_rows(package: str) -> list[dict[str, Any]]:
 def _interval(value: dict[str, float] | None, form: str, unit: str) -> str:
     if value is None:
         return "-"
-    low, high = (form.format(value[k]) for k in ("low", "high"))
-    return f"{form.format(value['estimate'])}{unit} ({low} to {high})"
+    return span(value, form, unit)
 
 
 QUALITY = "speed-up | work | PSNR | SSIM | judged right | Frechet |"
@@ -337,9 +337,9 @@ def _overhead_on(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, row in result["dit_xl_256"].items():
-        span = f"{row['low']:.2f} to {row['high']:.2f}"
+        between = f"{row['low']:.2f} to {row['high']:.2f}"
         counted = f"{row['wrapped_calls_per_step']} | {row['counted_percent']:.3f} %"
-        lines.append(f"| {name} | {counted} | {row['overhead_percent']:.1f} % ({span}) |")
+        lines.append(f"| {name} | {counted} | {row['overhead_percent']:.1f} % ({between}) |")
     return "\n".join(lines)
 
 

@@ -155,8 +155,10 @@ def standing_view(now: Standing) -> str:
     words = PHASES.get(now.phase, "Starting") if now.running else "Not finished"
     words = "Finished" if now.finished else words
     parts = [f"<p class='ac-batch-state'>{markup.text(words)}</p>"]
-    if not now.finished:
-        parts.append(markup.bar(now.done, now.total, f"{now.done} of {now.total or '?'} tasks"))
+    if now.total and not now.finished:
+        parts.append(markup.bar(now.done, now.total, f"{now.done} of {now.total} tasks"))
+    elif state == "paused":
+        parts.append(markup.notice("What was done is kept; Continue does the rest.", "info"))
     if now.said:
         parts.append(markup.notice(now.said, "warning"))
     return f'<section class="ac-batch" data-state="{state}">{"".join(parts)}</section>'
