@@ -22,6 +22,7 @@ from apps.render.plan import PlannedTask, Settings, plan
 KINDS = ("fidelity", "fid", "judge", "clip")
 BASELINE = "baseline"
 SAMPLES = {"fidelity": 100, "judge": 200, "fid": 500, "clip": 100}  # of a zoo model, by default
+MOST_SAMPLES = 1_000_000  # a plan holds them all
 CHUNK = 200  # samples that one task looks at, about
 SEED = 1000  # of the first sample of a zoo model's calls
 _SAFE = re.compile(r"[^A-Za-z0-9]+")
@@ -69,6 +70,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"evaluate: {name} = {value}; at least {least}")
+        if self.samples is not None and self.samples > MOST_SAMPLES:
+            raise ValueError(f"evaluate: samples = {self.samples}; at most {MOST_SAMPLES:,}")
         if self.rounds == 1:
             raise ValueError("evaluate: rounds = 1 has no interval; 0 (none), or at least 2")
 

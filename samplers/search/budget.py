@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         given = [v for v in (self.evaluations, self.renders, self.seconds) if v is not None]
-        if len(given) != 1 or given[0] <= 0:
+        if len(given) != 1 or not 0 < given[0] < math.inf:
             raise ValueError(f"{self}: give one of evaluations, renders, seconds, above 0")
 
     @classmethod

@@ -27,6 +27,7 @@ from samplers.search.player import Player
 from samplers.search.result import Candidate, Progress, Purpose, Winner
 
 PLAIN = Recipe(())
+BLIND = 8  # candidates without any score, after which a search is given up
 Observer = Callable[[Progress], None]
 
 
@@ -272,7 +273,11 @@ class Session:
         if best is None:
             raise ValueError(
                 f"search: {self.judging.verifier.name} scored nothing of {self.place.prompt!r}"
-                + ("" if self.candidates else " within the budget")
+                + (
+                    "; search another verifier, or ask for something that it knows"
+                    if self.candidates
+                    else " within the budget"
+                )
             )
         path = finished(best.path)
         frames, delivered = self._delivered(best, path) if render else (None, {})
@@ -323,6 +328,8 @@ class Session:
                 raise
             found += new
             self._tell("candidates", tuple(new))
+            if len(self.candidates) >= BLIND and all(c.score is None for c in self.candidates):
+                raise Spent("nothing could be scored")
             if ask.purpose == "render":
                 self._watch(new)
             if len(new) < len(some):

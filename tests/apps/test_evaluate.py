@@ -158,6 +158,7 @@ def test_a_call_that_fails_is_left_out_of_every_side(tmp_path, tiny_model, job_f
         ({"kinds": ("fid",), "features": "zoo:digits-judge-b", "real": "/gone"}, "no pictures"),
         ({"kinds": ("fid",), "features": "zoo:digits-judge-b", "real": "/etc"}, "no pictures"),
         ({"rounds": 1}, "rounds"),
+        ({"samples": 10**9}, "at most 1,000,000"),
         ({"samples": 10}, "job file"),
     ],
 )

@@ -59,6 +59,12 @@ def test_a_budget_in_seconds_ends(host, call):
     assert winner.candidates
 
 
+@pytest.mark.parametrize("renders", [0, -1, float("inf"), float("nan")])
+def test_a_budget_is_above_nothing_and_finite(renders):
+    with pytest.raises(ValueError, match="above 0"):
+        Budget(renders=renders)
+
+
 @pytest.mark.parametrize("candidates", [0, -1])
 def test_no_candidates_are_refused(candidates):
     with pytest.raises(ValueError, match="candidates"):

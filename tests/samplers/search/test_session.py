@@ -159,8 +159,10 @@ def test_a_verifier_that_scores_nothing_is_an_error(pipe):
         def score(self, samples, prompts):
             return np.full(len(samples), np.nan)
 
-    with pytest.raises(ValueError, match="scored nothing"):
-        run(pipe, None, Random(), Budget(renders=3), Blind())
+    seen = []
+    with pytest.raises(ValueError, match=r"scored nothing of .*; search another verifier"):
+        run(pipe, None, Random(), Budget(renders=30), Blind(), observe=seen.append)
+    assert sum(len(progress.candidates) for progress in seen) == 9, "the budget is not thrown away"
 
 
 def test_an_ensemble_ranks_inside_the_pool(pipe):
