@@ -21,7 +21,7 @@ from accel.artifact import Artifact, ArtifactRef
 from accel.clock import Run
 from accel.denoiser import Denoiser, chunked_feed_forward, denoisers
 from accel.method import Attached, Claim, Method
-from caches._in_graph import Port, asked, inside, layer_in_graph, transparent
+from caches._in_graph import Port, inside, layer_in_graph, transparent
 from caches._outputs import (
     combined,
     first_leaf,
@@ -252,7 +252,7 @@ class LiveSchedule(Attached):
                 module = denoiser.module.get_submodule(block.path)
                 self.around_call(module, self._graph(lambda m=module: m, within), transparent)
 
-    def _graph(self, module: Callable[[], Any], columns: list[str]) -> Callable:
+    def _graph(self, module: Callable[[], Any], columns: list[tuple[str, list[str]]]) -> Callable:
         """The layer around a module that tells its columns, where it is compiled, what to do."""
 
         def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -261,8 +261,8 @@ class LiveSchedule(Attached):
             now, shape = self.clock.now, shape_of(args, kwargs)
             letters: dict[str, str] = {}
             try:
-                for column in columns:
-                    if column in self.places and asked(column, letters):
+                for column, around in columns:
+                    if all(letters[c] == COMPUTE for c in around if c in letters):
                         letter, kept = self._choose(column, self.places[column], now, shape)
                         letters[column] = letter
                         self.ports[column].open(letter, kept)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from caches.schedule import COMPUTE, REUSE, SKIP, is_inside
+from caches.schedule import REUSE, SKIP, is_inside
 
 
 class Port:
@@ -58,11 +58,7 @@ def transparent(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
     return call_next(*args, **kwargs)
 
 
-def inside(path: str, columns: Sequence[str]) -> list[str]:
-    """The columns inside a module, those that contain others first."""
-    return sorted((c for c in columns if is_inside(c, path)), key=lambda c: c.count("."))
-
-
-def asked(column: str, letters: dict[str, str]) -> bool:
-    """Is a column run, given the letters of those around it?"""
-    return all(letter == COMPUTE for other, letter in letters.items() if is_inside(column, other))
+def inside(path: str, columns: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The columns inside a module, those that contain others first, each with those around it."""
+    found = sorted((c for c in columns if is_inside(c, path)), key=lambda c: c.count("."))
+    return [(c, [other for other in found if is_inside(c, other)]) for c in found]

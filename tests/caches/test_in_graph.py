@@ -140,13 +140,14 @@ def test_blocks_share_the_graphs_of_a_learned_schedule(tmp_path):
     assert backend.graphs == len(patterns)
 
 
-def test_a_skipped_block_in_a_whole_graph(tmp_path):
+def test_skipped_blocks_and_columns_inside_others_in_a_whole_graph(tmp_path):
     host = tiny("dit")
     (denoiser,) = denoisers(host.pipe)
     host.pipe.scheduler.set_timesteps(STEPS)
     grid = sampling_grid(host.pipe.scheduler)[1]
     columns = tuple(f"{denoiser.slot}.{block.path}" for block in denoiser.blocks)
-    schedule = Schedule(columns, ("CCC", "CSC", "CRR", "SCC", "CCS", "CCC"))
+    columns += (f"{denoiser.slot}.{denoiser.blocks[0].self_attn}",)
+    schedule = Schedule(columns, ("CCCC", "CSCR", "CRRC", "SCCR", "RCSR", "CCCR"))
     made = to_artifact(schedule, denoiser, method=EvolutionCache.name(), grid=grid)
     method = EvolutionCache(made.save(tmp_path / "skips.safetensors"))
     expected, report = _run(tiny("dit"), method)
