@@ -10,7 +10,6 @@ extra) with its caches alone and with its forecasts. The searched and learned sc
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
@@ -25,11 +24,10 @@ from accel.denoiser import denoisers
 from accel.measure import load_average
 from accel.method import Method, Recipe
 from accel.settings import Settings
-from apps.digits_referee import NAME
 from benchmarks.bench_native import here, kept_rows
-from benchmarks.digits_study import BATCH, MODEL, SD, head, inputs, row, study
+from benchmarks.digits_study import BATCH, MODEL, SD, command_line, head, inputs, row, study
 from benchmarks.peers import CacheDit
-from benchmarks.results_file import DEVICES, read, write
+from benchmarks.results_file import read, write
 from benchmarks.search_schedules import SCHEDULES, front
 from caches.encoder_propagation import EncoderPropagation
 from caches.evolution import EvolutionCache
@@ -158,13 +156,9 @@ def _magnitudes(pipe: Any, steps: int, folder: Path) -> ArtifactRef:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = command_line(__doc__, samples=SAMPLES)
     parser.add_argument("--model", default=MODEL, choices=(MODEL, SD))
     parser.add_argument("--steps", type=int, default=50, choices=(20, 50))
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu", choices=DEVICES)
-    parser.add_argument("--referee", default=NAME, help="a shipped judge")
     parser.add_argument(
         "--curves", nargs="*", default=[], help="beginnings of rows to measure; the others stay"
     )

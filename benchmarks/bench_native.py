@@ -11,7 +11,6 @@ one the best settings found for this model; its default of 8 computed blocks is 
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +21,11 @@ from accel.measure import environment, load_average
 from accel.method import Method, Recipe
 from accel.metrics.protocol import Protocol, require_same
 from accel.settings import Settings
-from apps.digits_referee import NAME
 from benchmarks.bench_tdm import STUDENTS
-from benchmarks.digits_study import BATCH, DDIM, DPM, SAMPLES, head, inputs, row, study
+from benchmarks.digits_study import BATCH, DDIM, DPM, command_line, head, inputs, row, study
 from benchmarks.distil import RECIPES
 from benchmarks.peers import CacheDit
-from benchmarks.results_file import DEVICES, read, write
+from benchmarks.results_file import read, write
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from samplers.swap import SwapScheduler
 
@@ -94,11 +92,7 @@ def here(device: str, load_before: float | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu", choices=DEVICES)
-    parser.add_argument("--referee", default=NAME, help="a shipped judge")
+    parser = command_line(__doc__)
     parser.add_argument("--only", default="", help="rows whose name holds this; the others stay")
     given = parser.parse_args()
     load = load_average()

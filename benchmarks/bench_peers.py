@@ -12,7 +12,6 @@ sparse video attention) have studies of their own.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +25,12 @@ from accel.measure import environment, load_average
 from accel.method import Method, Recipe
 from accel.metrics.protocol import Protocol
 from accel.settings import Settings
-from apps.digits_referee import NAME
 from benchmarks.bench_caches import learned
-from benchmarks.digits_study import BATCH, DDIM, DPM, SAMPLES, head, inputs, row, study
+from benchmarks.digits_study import BATCH, DDIM, DPM, command_line, head, inputs, row, study
 from benchmarks.distil import RECIPES
 from benchmarks.peers import CacheDit
 from benchmarks.quant_peers import Quanto, TorchAO
-from benchmarks.results_file import DEVICES, read, write
+from benchmarks.results_file import read, write
 from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from caches.residual_gate import ResidualGate
@@ -160,11 +158,7 @@ def here(device: str, load: float | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu", choices=DEVICES)
-    parser.add_argument("--referee", default=NAME, help="a shipped judge")
+    parser = command_line(__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="rows to measure (again)")
     parser.add_argument("--fresh", action="store_true", help="measure all rows again")
     given = parser.parse_args()

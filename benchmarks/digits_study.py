@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from accel.method import Recipe
 from accel.settings import Settings
 from accel.zoo.world import caption
 from apps.digits_referee import NAME, digits_referee
+from benchmarks.results_file import DEVICES
 
 MODEL, SD = "zoo:digits-dit", "zoo:digits-sd"
 STEPS, GUIDANCE, BATCH = 50, 3.0, 20
@@ -27,6 +29,18 @@ STRIDE = 37  # prime to 100: goes round all classes before any comes twice
 # grids that start at full noise, whatever the number of steps; DDIM's "leading" one does not
 DPM = ("DPMSolverMultistepScheduler", Settings(timestep_spacing="trailing"))
 DDIM = ("DDIMScheduler", Settings(timestep_spacing="trailing"))
+
+
+def command_line(
+    doc: str | None, *, samples: int = SAMPLES, rounds: int = 7
+) -> argparse.ArgumentParser:
+    """The options that studies share, for a script with this docstring."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--samples", type=int, default=samples)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
+    parser.add_argument("--referee", default=NAME, help="a shipped judge")
+    return parser
 
 
 def inputs(samples: int, steps: int = STEPS) -> list[dict[str, Any]]:

@@ -10,14 +10,12 @@ on and extrapolates nothing. It must look worse, or the quality beside the speed
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from accel.measure import environment, load_average
 from accel.method import Recipe
-from apps.digits_referee import NAME
-from benchmarks.digits_study import DPM, SAMPLES, head, row, study
-from benchmarks.results_file import DEVICES, path, write
+from benchmarks.digits_study import DPM, command_line, head, row, study
+from benchmarks.results_file import path, write
 from benchmarks.waterfall_picture import PICTURE, draw
 from caches.native import TaylorSeer
 from samplers.swap import SwapScheduler
@@ -63,11 +61,7 @@ def bars(samples: int, rounds: int, device: str, referee: str) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cpu", choices=DEVICES)
-    parser.add_argument("--referee", default=NAME, help="a shipped judge")
+    parser = command_line(__doc__, rounds=9)
     parser.add_argument("--draw", action="store_true", help="only draw the picture again")
     given = parser.parse_args()
     if not given.draw:
