@@ -14,7 +14,7 @@ from apps.render.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
-VIDEOS = ROOT / "accel" / "zoo" / "unfinished" / "digits-wan"
+VIDEOS = ROOT / "accel" / "zoo" / "digits-wan"
 AXE = os.environ.get("AXE_CORE", "")  # axe.min.js of npm's axe-core
 
 
