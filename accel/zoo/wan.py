@@ -374,8 +374,8 @@ MUON = partial(LoopSettings, lr=2e-3, warmup=50, muon=True, ema_decay=0.997)
 
 MODEL = Model(
     presets={
-        # On a server CPU, one core up to the pictures, then two. The shipped weights' middles came in
-        # three runs, of which the first 40 minutes had no stills and taught little.
+        # On a server CPU, one core up to the pictures, then two. Middles of the shipped weights came
+        # in three runs, of which the first 40 minutes had no stills and taught little.
         "cpu": Preset(
             "cpu",
             "no",
