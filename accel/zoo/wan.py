@@ -374,7 +374,7 @@ MUON = partial(LoopSettings, lr=2e-3, warmup=50, muon=True, ema_decay=0.997)
 
 MODEL = Model(
     presets={
-        # On a server CPU, one core up to the pictures, then two. Middles of the shipped weights came
+        # On a server CPU, one core up to the pictures, then two. Middles of the shipped ones came
         # in three runs, of which the first 40 minutes had no stills and taught little.
         "cpu": Preset(
             "cpu",
