@@ -84,8 +84,8 @@ def methods(density: float, budgets: Any, parts: bool = True) -> dict[str, Metho
     shared: dict[str, Any] = {"dense": DENSE, "blocks": BLOCKS, "guard": False, "canary": 4}
     asked = {**shared, "density": density}
     found: dict[str, Method] = {
-        "SubblockLSE": SubblockLSE(**asked),
-        "SubblockLSE, calibrated": SubblockLSE(**asked, artifact=budgets),
+        "SubblockLSE": SubblockLSE(**asked, allocate="row"),
+        "SubblockLSE, calibrated": SubblockLSE(**asked, allocate="layer", artifact=budgets),
         "Adaptive": Adaptive(**shared, low=density, high=density),
         "TopK": TopK(**asked),
         "SpargePrediction": SpargePrediction(
@@ -98,8 +98,11 @@ def methods(density: float, budgets: Any, parts: bool = True) -> dict[str, Metho
     }
     if parts:
         found |= {
-            "SubblockLSE, same for every row": SubblockLSE(**asked, allocate="row"),
-            "SubblockLSE, no means": SubblockLSE(**asked, pooled=False),
+            "SubblockLSE, by layer": SubblockLSE(**asked, allocate="layer"),
+            "SubblockLSE, calibrated, by head": SubblockLSE(
+                **asked, allocate="head", artifact=budgets
+            ),
+            "SubblockLSE, no means": SubblockLSE(**asked, allocate="row", pooled=False),
             "control: random blocks, means": RandomMask(**asked, means=True),
         }
     return found

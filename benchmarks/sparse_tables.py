@@ -29,6 +29,20 @@ def measured_by_psnr(name: str) -> dict[str, Any] | None:
     return None
 
 
+def best_policy(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Rows of methods, of sparse policies only the best, and a sentence about the others."""
+    policies = [row for row in rows if row["measured"]["study"] == "sparse_quality"]
+    policies.sort(key=lambda row: row["measured"]["psnr"]["estimate"], reverse=True)
+    if len(policies) < 2:
+        return rows, ""
+    others = [
+        f"{row['name'].rpartition(':')[2]} {row['measured']['psnr']['estimate']:.1f} dB"
+        for row in policies[1:]
+    ]
+    said = f" Other sparse policies at as many blocks: {', '.join(others)}."
+    return [row for row in rows if row not in policies[1:]], said
+
+
 def speed(result: dict[str, Any]) -> str:
     """Attention alone, then whole blocks."""
     env = result["environment"]

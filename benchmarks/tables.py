@@ -152,13 +152,14 @@ def _quality(row: dict[str, Any]) -> str:
 def _methods() -> str:
     lines = [f"| method | slots | source | setting | {QUALITY}", f"|---|---|---|---|{RULE}"]
     rows = [row for package in OWN for row in index_rows(package)]
+    rows, other_policies = sparse_tables.best_policy(rows)
     for row in rows:
         m = row["measured"]
         setting = f"{m['setting']} ({m['study']})"
         what = f"`{row['name']}` | {', '.join(row['slots'])} | {row['paper']} | {setting}"
         lines.append(f"| {what} | {_quality(m)}")
     where = "; ".join(conditions([row["measured"] for row in rows]))
-    return "\n".join([*lines, "", f"{_CAPTION} Studies: {where}."])
+    return "\n".join([*lines, "", f"{_CAPTION} Studies: {where}.{other_policies}"])
 
 
 _CAPTION = (

@@ -33,7 +33,7 @@ def draw_pictures(samples, real, title: str, path: Path, columns: int = 10) -> N
 
 def draw_videos(samples, real, captions: list[str], path: Path, shown: int = 5) -> None:
     """One row a video: `shown` frames of the sample, then of a real video asked for the same."""
-    figure = Figure(figsize=(13, 0.62 * len(samples) + 0.4), layout="constrained")
+    figure = Figure(figsize=(10, 0.62 * len(samples) + 0.4), layout="constrained")
     picked = np.linspace(0, samples.shape[1] - 1, shown).round().astype(int)
     pairs = zip(figure.subplots(1, 2), (samples, real), ("samples", "real (held-out)"), strict=True)
     for axes, videos, name in pairs:

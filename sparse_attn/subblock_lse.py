@@ -6,8 +6,8 @@ over the means of 4x4 sub-blocks of a pair of blocks, normalised by row. With `p
 dropped takes part as one mean key and value a block, weighted by its tokens, in the same softmax
 (Video-BLADE's global branch, but without counting what is kept twice): density 1 is dense
 attention. Then what matters is not the mass but what the mean misses of it, so the mass is
-multiplied by the spread of the block's logits and values (`estimators.loss_by_means`; ours). Both
-scores compare between rows and heads, so that `allocate` spends a layer's budget where it counts.
+multiplied by the spread of the block's logits and values (`estimators.loss_by_means`; ours). Scores
+of heads compare once they are calibrated: then a layer's budget is spent where it counts.
 Costs no memory beyond the maps and the means, and no synchronisation.
 """
 
@@ -34,15 +34,16 @@ class SubblockLSE(SparseAttention, Method):
     """Attend to the blocks of keys with the largest estimated softmax mass.
 
     density: share of blocks kept; 1 is dense attention. allocate: within what the share holds, a
-    "row" of blocks, a "head" or a "layer". pooled: what is dropped takes part as means. artifact:
-    of `accel calibrate sparse`; then `density` is the mean over layers and noise levels, spent
-    where the sample gains most, and scores of heads are weighed by what they were seen to miss.
+    "row" of blocks, a "head" or a "layer"; None: a layer with an artifact, else a row. pooled: what
+    is dropped takes part as means. artifact: of `accel calibrate sparse`; then `density` is the
+    mean over layers and noise levels, spent where the sample gains most, and scores of heads are
+    weighed by what they were seen to miss.
     """
 
     PAPER = "SGLang sub-block selection; pooled branch after Video-BLADE, arXiv 2508.10774"
 
     density: float = 0.3
-    allocate: Literal["row", "head", "layer"] = "layer"
+    allocate: Literal["row", "head", "layer"] | None = None
     pooled: bool = True
     artifact: ArtifactRef | None = None
 
@@ -81,9 +82,9 @@ class SubblockLSE(SparseAttention, Method):
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
         score = block_scores(q, k, live.values, place.blocks, self.pooled)
         if live.tables is None:
-            return keep_share(score, self.density, self.allocate)
+            return keep_share(score, self.density, self.allocate or "row")
         share, gains = live.tables.of(place.denoiser, place.layer, place.sigma)
-        return keep_share(weighed(score, torch.as_tensor(gains)), share, self.allocate)
+        return keep_share(weighed(score, torch.as_tensor(gains)), share, self.allocate or "layer")
 
     def pool(self, k: Tensor, v: Tensor, keep: Tensor, place: Place) -> Pooled | None:
         return complement(k, v, keep, place.blocks[1]) if self.pooled else None
