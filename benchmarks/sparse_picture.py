@@ -10,12 +10,14 @@ are drawn for one head, above its true attention.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from accel.method import Method
+from sparse_attn._live import LiveSparse, Place, SparseAttention
 from sparse_attn.block_map import keep_share
 from sparse_attn.geometry import block_scores
 from sparse_attn.head_classes import spatial_score, temporal_score
@@ -50,42 +52,58 @@ def measured_rows(model: str, density: float, layer: int, head: int) -> dict[str
     from apps.digits_referee import zoo_inputs
     from sparse_attn.adaptive import importance, select
     from sparse_attn.block_map import blocked
-    from sparse_attn.calibrate import _Probe
     from sparse_attn.estimators import block_scores as losses
     from sparse_attn.estimators import exact_mass, subblock_mass
 
     found: dict[str, Tensor] = {}
 
-    class Look:
-        """Stands for the curves of a calibration."""
-
-        def add(self, q: Tensor, k: Tensor, v: Tensor, place: Any) -> None:
-            if (place.layer, place.step, place.branch) != (layer, 3, "cond"):
-                return
-            first = QUERY_BLOCK * BLOCKS[0]
-            rows = torch.arange(first, first + BLOCKS[0])
-            mass = exact_mass(q, k, rows, BLOCKS[1])[0, head].mean(0)
-            draw = torch.Generator().manual_seed(0)
-            places = [
-                torch.rand(1, q.shape[1], n, generator=draw).argsort(-1)[..., : n // 4]
-                for n in BLOCKS
-            ]
-            score = importance(blocked(q, BLOCKS[0]), blocked(k, BLOCKS[1]), *places)
-            maps = {
-                "SubblockLSE": keep_share(losses(q, k, v, BLOCKS, True), density, "layer"),
-                "SubblockLSE, no means": keep_share(subblock_mass(q, k, BLOCKS), density),
-                "Adaptive": select(score, 0.95, density, density),
-            }
-            found["true attention"] = mass / mass.max()
-            found.update({n: m[0, head, QUERY_BLOCK].float() for n, m in maps.items()})
+    def look(q: Tensor, k: Tensor, v: Tensor, place: Place) -> None:
+        if (place.layer, place.step, place.branch) != (layer, 3, "cond"):
+            return
+        first = QUERY_BLOCK * BLOCKS[0]
+        rows = torch.arange(first, first + BLOCKS[0])
+        mass = exact_mass(q, k, rows, BLOCKS[1])[0, head].mean(0)
+        draw = torch.Generator().manual_seed(0)
+        places = [
+            torch.rand(1, q.shape[1], n, generator=draw).argsort(-1)[..., : n // 4] for n in BLOCKS
+        ]
+        score = importance(blocked(q, BLOCKS[0]), blocked(k, BLOCKS[1]), *places)
+        maps = {
+            "SubblockLSE": keep_share(losses(q, k, v, BLOCKS, True), density),
+            "SubblockLSE, no means": keep_share(subblock_mass(q, k, BLOCKS), density),
+            "Adaptive": select(score, 0.95, density, density),
+        }
+        found["true attention"] = mass / mass.max()
+        found.update({n: m[0, head, QUERY_BLOCK].float() for n, m in maps.items()})
 
     pipe = accel.load(model)
     pipe.set_progress_bar_config(disable=True)
     (call,) = zoo_inputs("WanPipeline", 1, 5)
-    with attached(_Probe(dense=(0.0, 0.0), blocks=BLOCKS), pipe) as live, torch.no_grad():
-        live.tables = Look()  # pyright: ignore[reportAttributeAccessIssue]
+    with attached(_Show((0.0, 0.0), BLOCKS), pipe) as live, torch.no_grad():
+        assert isinstance(live, LiveSparse)
+        live.tables = look
         pipe(**call, generator=torch.Generator().manual_seed(0), output_type="latent")
+    if not found:
+        raise ValueError(f"{model} has no attention numbered {layer} with branches")
     return found
+
+
+@dataclass(frozen=True)
+class _Show(SparseAttention, Method):
+    """Attends densely and shows every attention to a function."""
+
+    guard: bool = False
+
+    def nominal(self) -> float:
+        return 1.0
+
+    def attends_densely(self) -> bool:
+        return False
+
+    def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
+        live.tables(q, k, live.values, place)
+        nq, nk = (-(-x.shape[2] // n) for x, n in zip((q, k), place.blocks, strict=True))
+        return torch.ones(*q.shape[:2], nq, nk, dtype=torch.bool)
 
 
 def in_space(blocks: Tensor, grid: Grid) -> Tensor:

@@ -4,7 +4,9 @@
 The best use of a mean density is to go down the convex hulls of all curves at once, always where
 the loss falls fastest: whole layers or stages that need it attend densely, others to little. Within
 a layer the policy shares out by scores, which gains make comparable between heads. An allocation is
-asked for by density or by quality, from one artifact.
+asked for by density or by quality, from one artifact. Losses only rank what can be done: they were
+measured one by one and do not quite add up, so a quality is what runs with whole allocations had
+(`Checks`).
 """
 
 from __future__ import annotations
@@ -42,31 +44,61 @@ class Curves:
 
 
 @dataclass(frozen=True, eq=False)
+class Checks:
+    """Qualities of a few allocations, (n,) in dB of PSNR: as losses sum up, and as they were seen.
+
+    A line is drawn through them.
+    """
+
+    summed: np.ndarray
+    seen: np.ndarray
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """Slope and offset; where all are alike, an offset alone."""
+        x, y = self.summed - self.summed.mean(), self.seen - self.seen.mean()
+        slope = float((x @ y) / (x @ x)) if np.ptp(x) > 0.1 else 1.0
+        slope = max(slope, 0.1)
+        return slope, float(self.seen.mean() - slope * self.summed.mean())
+
+    def quality(self, loss: float) -> float:
+        slope, offset = self.line
+        return math.inf if loss <= 0 else slope * decibels(loss) + offset
+
+    def loss(self, quality: float) -> float:
+        slope, offset = self.line
+        return 10 ** (-(quality - offset) / slope / 10)
+
+
+def decibels(loss: float) -> float:
+    """PSNR of a mean squared error in [0, 1]."""
+    return -10 * math.log10(loss)
+
+
+@dataclass(frozen=True, eq=False)
 class Allocation:
-    """shares[slot]: (stages, layers) of blocks to keep. density: mean over calls and layers."""
+    """shares[slot]: (stages, layers) of blocks to keep. density: mean over calls and layers. loss:
+    sum of what its cells lose. quality: expected PSNR to the sample of dense attention, in dB."""
 
     curves: dict[str, Curves]
     shares: dict[str, np.ndarray]
     density: float
-    loss: float  # expected mean squared error of the sample, in [0, 1]
+    loss: float
+    quality: float
 
     def of(self, slot: str, layer: int, sigma: float) -> tuple[float, np.ndarray]:
         """Share of blocks that a layer keeps, and (heads,) gains of its scores."""
         stage = self.curves[slot].stage(sigma)
         return float(self.shares[slot][stage, layer]), self.curves[slot].gains[stage, layer]
 
-    @property
-    def quality(self) -> float:
-        """Expected PSNR to the sample of dense attention, in dB."""
-        return math.inf if self.loss <= 0 else -10 * math.log10(self.loss)
-
 
 @dataclass(frozen=True, eq=False)
 class Budgets:
-    """Curves of every denoiser of a pipeline, by slot. Losses add up."""
+    """Curves of every denoiser of a pipeline, by slot."""
 
     ladder: np.ndarray
     curves: dict[str, Curves]
+    checks: Checks
 
     @classmethod
     def load(cls, ref: ArtifactRef, pipe: Any, **wanted: Any) -> Budgets:
@@ -91,9 +123,16 @@ class Budgets:
         missing = [d.slot for d in found if f"{d.slot}/losses" not in tensors]
         if missing:
             raise ValueError(f"{ref.path} has no budgets for {missing[0]}; calibrate again")
+        return cls.of(tensors, [d.slot for d in found])
+
+    @classmethod
+    def of(cls, tensors: dict[str, np.ndarray], slots: list[str]) -> Budgets:
+        """From an artifact's tensors; without checks losses are taken to add up."""
+        exact = np.zeros(1)
         return cls(
             tensors["ladder"],
-            {d.slot: Curves(*(tensors[f"{d.slot}/{part}"] for part in PARTS)) for d in found},
+            {slot: Curves(*(tensors[f"{slot}/{part}"] for part in PARTS)) for slot in slots},
+            Checks(tensors.get("summed", exact), tensors.get("seen", exact)),
         )
 
     def at_density(self, density: float) -> Allocation:
@@ -108,7 +147,7 @@ class Budgets:
 
     def at_quality(self, quality: float) -> Allocation:
         """The least density whose expected PSNR is at least `quality` dB."""
-        loss = 10 ** (-quality / 10)
+        loss = self.checks.loss(quality)
         return self._spend(lambda cells: (cells.loss - loss) / cells.worth_of_next)
 
     def _spend(self, room: Callable[[_Cells], float]) -> Allocation:
@@ -121,7 +160,8 @@ class Budgets:
             shape = curves.losses.shape[:2]
             shares[slot] = cells.shares[at : at + math.prod(shape)].reshape(shape)
             at += math.prod(shape)
-        return Allocation(self.curves, shares, float(cells.density), float(cells.loss))
+        quality = self.checks.quality(cells.loss)
+        return Allocation(self.curves, shares, float(cells.density), float(cells.loss), quality)
 
 
 class _Cells:

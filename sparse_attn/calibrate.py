@@ -9,8 +9,9 @@ A few inputs are run, and three things are measured of each, every one where it 
 - what it does to the sample: the run is repeated, each time with another stage sparse.
 
 Their product is what budgets are made of: the mean squared error of the sample, by stage, layer and
-density. An input takes as long as about two runs and one more for each stage; what was measured
-of it is kept, so that a stopped calibration goes on.
+density. At last the inputs are run with whole allocations of a few densities, whose quality tells
+how these errors sum up. An input takes as long as about two runs, one more for each stage and each
+density that is checked; what was measured is kept, so that a stopped calibration goes on.
 """
 
 from __future__ import annotations
@@ -33,23 +34,29 @@ from accel.measure import pipeline_samples
 from accel.method import Attached, Method, attached
 from sparse_attn._live import LiveSparse, Place, SparseAttention, attention_paths, with_text
 from sparse_attn.block_map import keep_share
-from sparse_attn.budgets import METHOD
+from sparse_attn.budgets import METHOD, Allocation, Budgets, decibels
 from sparse_attn.estimators import block_scores, complement, weighed
 from sparse_attn.kernels.reference import Pooled
+
+LEAST = 1e-12  # squared error of samples that are alike
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How budgets are measured. ladder: densities, ascending, the last 1. tried: the one of them at
-    which layers and stages are tried. stages: how many parts the steps are put together in.
-    queries: blocks of queries that are attended again at an attention. blocks, pooled, dense: as
-    the policy will have them. Raises ValueError for settings that measure nothing.
+    """How budgets are measured.
+
+    ladder: densities, ascending, the last 1. tried: the one of them at which layers and stages are
+    tried. stages: how many parts the steps are put together in. queries: blocks of queries that are
+    attended again at an attention. checked: densities at which whole allocations are run. blocks,
+    pooled, dense: as the policy will have them. Raises ValueError for settings that measure
+    nothing.
     """
 
     ladder: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
     tried: float = 0.2
     stages: int = 4
     queries: int = 4
+    checked: tuple[float, ...] = (0.15, 0.3, 0.5)
     blocks: tuple[int, int] = (256, 64)
     pooled: bool = True
     dense: float = 0.0  # share of the first steps that is left out, as the policy leaves it dense
@@ -61,6 +68,8 @@ class CalibrationSettings:
             raise ValueError("CalibrationSettings.ladder: its last density must be 1")
         if self.tried not in self.ladder[:-1]:
             raise ValueError(f"CalibrationSettings.tried = {self.tried} is not on the ladder")
+        if not self.checked or not all(self.ladder[0] <= x < 1 for x in self.checked):
+            raise ValueError(f"CalibrationSettings.checked = {self.checked}: within the ladder")
         if self.stages < 1 or self.queries < 1:
             raise ValueError("CalibrationSettings: stages and queries are at least 1")
 
@@ -95,7 +104,50 @@ def measured_budgets(
             found.append(_kept(file) or _measure(pipe, live, arguments, i, file))
             if _grid(found[0]) != _grid(found[-1]):
                 raise ValueError("calibrate: all inputs must have the same number of steps")
-    return _artifact(pipe, inputs, settings, found)
+        tensors = _tensors(pipe, settings, found)
+        every = _digest({"inputs": [_plain(x) for x in inputs]}, 0)
+        file = None if parts is None else Path(parts) / f"{key[:8]}-{every}-checks.json"
+        checks = _kept(file) or _check(pipe, live, inputs, tensors, file)
+    tensors |= {name: torch.tensor(x, dtype=torch.float64) for name, x in checks.items()}
+    return Artifact(
+        method=METHOD,
+        fingerprint=Fingerprint.of(denoisers(pipe)[0].module),
+        tensors=tensors,
+        match="architecture",
+        inputs_sha256=inputs_digest([_plain(x) for x in inputs]),
+        settings=asdict(settings),
+    )
+
+
+def _check(
+    pipe: Any,
+    live: _LiveProbe,
+    inputs: list[dict[str, Any]],
+    tensors: dict[str, Tensor],
+    file: Path | None,
+) -> dict[str, list[float]]:
+    """What whole allocations do to the inputs: {"summed", "seen": dB of each checked density}."""
+    arrays = {name: x.numpy() for name, x in tensors.items()}
+    budgets = Budgets.of(arrays, [d.slot for d in denoisers(pipe)])
+    allocations = [budgets.at_density(density) for density in live.settings.checked]
+    seen: list[list[float]] = [[] for _ in allocations]
+    for i, arguments in enumerate(inputs):
+        plain = _sample(pipe, arguments, i)
+        for allocation, values in zip(allocations, seen, strict=True):
+            live.allocation = allocation
+            values.append(_decibels(_sample(pipe, arguments, i), plain))
+            live.allocation = None
+    found = {
+        "summed": [a.quality for a in allocations],
+        "seen": [sum(values) / len(values) for values in seen],
+    }
+    if file is not None:
+        write_atomically(file, json.dumps(found).encode())
+    return found
+
+
+def _decibels(sample: Tensor, plain: Tensor) -> float:
+    return decibels(max(LEAST, float((sample - plain).square().mean())))
 
 
 def _measure(
@@ -171,8 +223,9 @@ class _Probe(SparseAttention, Method):
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
         assert isinstance(live, _LiveProbe)
         if live.tries(place):
+            share, gains = live.asks(place)
             scores = block_scores(q, k, live.values, place.blocks, self.pooled)
-            return keep_share(weighed(scores, live.gains(place)), live.settings.tried, "layer")
+            return keep_share(weighed(scores, gains), share, "layer")
         live.saw(q, k, place)
         nq, nk = (-(-x.shape[2] // n) for x, n in zip((q, k), place.blocks, strict=True))
         return torch.ones(*q.shape[:2], nq, nk, dtype=torch.bool, device=q.device)
@@ -189,6 +242,7 @@ class _LiveProbe(LiveSparse):
         self.settings = CalibrationSettings()
         self.weights = {d.slot: _output_weights(d) for d in denoisers(pipe)}
         self.sparse_steps: set[tuple[str, int]] = set()
+        self.allocation: Allocation | None = None  # what is checked
         self._layer: int | None = None  # the one that is tried
         self._measuring = False
         self._steps: dict[str, dict[int, float]] = {}  # slot -> step -> sigma
@@ -213,11 +267,18 @@ class _LiveProbe(LiveSparse):
     def tries(self, place: Place) -> bool:
         if self._layer is not None:
             return place.layer == self._layer
+        if self.allocation is not None:
+            return True
         return (place.denoiser, place.step) in self.sparse_steps
 
-    def gains(self, place: Place) -> Tensor:
+    def asks(self, place: Place) -> tuple[float, Tensor]:
+        """Share of blocks and gains of heads, where something is tried."""
+        if self.allocation is not None:
+            share, gains = self.allocation.of(place.denoiser, place.layer, place.sigma)
+            return share, torch.as_tensor(gains)
         found = self._seen[place.denoiser, place.step, place.layer]
-        return torch.stack([gains for _, gains in found]).log().mean(0).exp()
+        gains = torch.stack([gains for _, gains in found]).log().mean(0).exp()
+        return self.settings.tried, gains
 
     def _around_denoiser(
         self, denoiser: Denoiser, call_next: Callable, *args: Any, **kwargs: Any
@@ -365,12 +426,9 @@ def _through(x: Tensor, parts: Tensor) -> Tensor:
     return torch.einsum("bhnd,hdo->bhno", x, parts)
 
 
-def _artifact(
-    pipe: Any,
-    inputs: list[dict[str, Any]],
-    settings: CalibrationSettings,
-    found: list[dict[str, Any]],
-) -> Artifact:
+def _tensors(
+    pipe: Any, settings: CalibrationSettings, found: list[dict[str, Any]]
+) -> dict[str, Tensor]:
     tensors = {"ladder": torch.tensor(settings.ladder, dtype=torch.float64)}
     for denoiser in denoisers(pipe):
         slot = denoiser.slot
@@ -387,14 +445,7 @@ def _artifact(
         tensors[f"{slot}/gains"] = of("gains").log().mean(0).exp()
         tensors[f"{slot}/sigmas"] = of("sigmas")[0]
         tensors[f"{slot}/steps"] = of("steps")[0]
-    return Artifact(
-        method=METHOD,
-        fingerprint=Fingerprint.of(denoisers(pipe)[0].module),
-        tensors=tensors,
-        match="architecture",
-        inputs_sha256=inputs_digest([_plain(x) for x in inputs]),
-        settings=asdict(settings),
-    )
+    return tensors
 
 
 def losses(stages: Tensor, reach: Tensor, errors: Tensor, tried: int) -> Tensor:
@@ -404,7 +455,7 @@ def losses(stages: Tensor, reach: Tensor, errors: Tensor, tried: int) -> Tensor:
     their sparsity reached the denoiser's output, (inputs, stages, layers); at other densities it is
     as the layer's own errors, (inputs, stages, layers, ladder), are to those at that density.
     """
-    whole = stages.clamp(min=1e-12).log().mean(0).exp()
+    whole = stages.clamp(min=LEAST).log().mean(0).exp()
     part = (reach / reach.sum(-1, keepdim=True).clamp(min=1e-30)).mean(0)
     curve = errors.mean(0)
     curve = curve / curve[..., tried, None].clamp(min=1e-30)

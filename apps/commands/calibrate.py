@@ -54,7 +54,7 @@ def sparse(
 ) -> None:
     """Budgets of sparse attention for each head, layer and noise level, within a loss of quality.
 
-    An input takes as long as about six plain runs; a stopped calibration goes on where it was.
+    An input takes as long as about ten plain runs; a stopped calibration goes on where it was.
     The quality is then checked on an input that was held out.
     """
     with told():

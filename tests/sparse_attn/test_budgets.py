@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_attn.budgets import Budgets, Curves, hull
+from sparse_attn.budgets import Budgets, Checks, Curves, hull
 
 LADDER = np.array([0.1, 0.25, 0.5, 1.0])
 
@@ -19,7 +20,8 @@ def budgets(*curves, steps=(1,)):
     losses = np.array(curves, dtype=float).reshape(len(steps), -1, len(LADDER))
     gains = np.ones((*losses.shape[:2], 2))
     sigmas = np.linspace(0.9, 0.1, len(steps))
-    return Budgets(LADDER, {"transformer": Curves(losses, gains, sigmas, np.array(steps))})
+    found = Curves(losses, gains, sigmas, np.array(steps))
+    return Budgets(LADDER, {"transformer": found}, Checks(np.zeros(1), np.zeros(1)))
 
 
 def test_the_hull_leaves_out_what_lies_above():
@@ -69,6 +71,16 @@ def test_stages_are_found_by_noise_level():
     b = budgets([1.0, 0.5, 0.2, 0.0], [0.0] * 4, steps=(1, 1))
     found = b.at_density(0.5)
     assert found.of("transformer", 0, 0.8)[0] > found.of("transformer", 0, 0.2)[0]
+
+
+def test_qualities_follow_what_was_seen():
+    checks = Checks(np.array([20.0, 30.0]), np.array([18.0, 23.0]))  # losses add up to more
+    assert checks.quality(1e-2) == pytest.approx(18)
+    assert checks.quality(1e-4) == pytest.approx(28)
+    assert checks.loss(28) == pytest.approx(1e-4)
+    b = dataclasses.replace(budgets([1e-2, 1e-3, 1e-4, 0.0]), checks=checks)
+    assert b.at_quality(23).loss == pytest.approx(1e-3)
+    assert b.at_density(0.25).quality == pytest.approx(23)
 
 
 def test_what_was_not_measured_is_refused():

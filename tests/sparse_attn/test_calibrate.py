@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from accel.denoiser import denoisers
-from accel.measure import pipeline_samples
+from accel.measure import mean_psnr, pipeline_samples
 from accel.method import attached
 from accel.testing import assert_same_state, host_state, tiny
 from sparse_attn._live import Place
@@ -21,7 +21,7 @@ from sparse_attn.kernels import reference
 from sparse_attn.subblock_lse import SubblockLSE
 from sparse_attn.token_order import gilbert
 
-SETTINGS = CalibrationSettings((0.25, 0.5, 1.0), 0.25, stages=2, blocks=(16, 16))
+SETTINGS = CalibrationSettings((0.25, 0.5, 1.0), 0.25, 2, checked=(0.5,), blocks=(16, 16))
 
 
 def inputs(host):
@@ -48,7 +48,7 @@ def test_errors_are_of_the_attention_through_the_projection(pooled):
     q, k, v = (torch.randn(1, 2, 64, 8, generator=g) for _ in "qkv")
     weight = torch.randn(16, 16, generator=g)
     place = Place((4, 4, 4), gilbert((4, 4, 4)), 0, (16, 16), "transformer", 0, 1, 0, 1, 0.5, "")
-    settings = CalibrationSettings((0.5, 1.0), 0.5, 1, queries=4, blocks=(16, 16), pooled=pooled)
+    settings = CalibrationSettings((0.5, 1.0), 0.5, 1, 4, (0.5,), (16, 16), pooled)
     errors, gains = layer_errors(q, k, v, place, settings, weight)
     right = torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
@@ -90,6 +90,17 @@ def test_losses_are_measured_on_the_sample(host, tmp_path):
         both = pipeline_samples(host.pipe, inputs(host), 0)
     whole = (both - plain).square().mean().item()
     assert 0.3 < whole / sum(parts["losses"]) < 3  # parts add up, about
+
+
+def test_a_quality_is_what_a_run_with_the_allocation_had(host, tmp_path):
+    artifact = SubblockLSE.calibrate(host.pipe, [inputs(host)], SETTINGS)
+    ref = artifact.save(tmp_path / "budgets.safetensors")
+    (density,) = SETTINGS.checked
+    expected = Budgets.load(ref, host.pipe).at_density(density).quality
+    plain = pipeline_samples(host.pipe, inputs(host), 0)
+    with attached(method(ref, density=density), host.pipe):
+        sample = pipeline_samples(host.pipe, inputs(host), 0)
+    assert mean_psnr(sample, plain) == pytest.approx(expected, abs=1e-3)
 
 
 def method(ref, **settings):
@@ -136,10 +147,14 @@ def test_a_stopped_calibration_goes_on(host, tmp_path):
     clock = clock_of(host.pipe)
     unsubscribe = clock.subscribe(lambda event: runs.append(event.kind))
     again = SubblockLSE.calibrate(host.pipe, calls, SETTINGS, parts)
-    unsubscribe()
-    assert runs.count("run") == 1 + SETTINGS.stages  # only the second input ran
+    # only the second input is measured, then both are checked
+    assert runs.count("run") == 1 + SETTINGS.stages + 2 * (1 + len(SETTINGS.checked))
+    runs.clear()
+    SubblockLSE.calibrate(host.pipe, calls, SETTINGS, parts)
+    assert not runs
     for name, tensor in whole.tensors.items():
         assert torch.allclose(tensor, again.tensors[name], rtol=1e-6), name
+    unsubscribe()
 
 
 def test_other_artifacts_are_refused(host, tmp_path):
@@ -164,6 +179,8 @@ def test_other_artifacts_are_refused(host, tmp_path):
         {"ladder": (0.0, 1.0)},
         {"tried": 0.25},
         {"tried": 1.0},
+        {"checked": ()},
+        {"checked": (0.01,)},
         {"stages": 0},
         {"queries": 0},
     ],

@@ -59,7 +59,7 @@ def test_writes_a_recipe_of_a_quality_and_goes_on(folder):
     assert isinstance(method, SubblockLSE)
     assert method.density == pytest.approx(float(expected[1]), abs=1e-3)
     kept = sorted(p.name for p in (folder / "sparse.parts").iterdir())
-    assert len(kept) == 2  # the third input was held out
+    assert len(kept) == 3  # two inputs (the third is held out) and the checks
     again = calibrate(folder, "--density", "0.5")
     assert again.exit_code == 0, again.output
     assert sorted(p.name for p in (folder / "sparse.parts").iterdir()) == kept
