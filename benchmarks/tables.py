@@ -129,9 +129,14 @@ QUALITY = "speed-up | work | PSNR | SSIM | judged right | Frechet |"
 RULE = "---|" * QUALITY.count("|")
 
 
+PEERS_OPERATORS = ("benchmarks.quant_peers:TorchAO", "benchmarks.quant_peers:Quanto")
+
+
 def _quality(row: dict[str, Any]) -> str:
-    """The cells under ``QUALITY``."""
+    """The cells under ``QUALITY``. Work in operators of others is not counted, so not shown."""
     flops = row.get("flops")
+    if any(m["method"] in PEERS_OPERATORS for m in row.get("methods", [])):
+        flops = None
     cells = [
         _interval(row["speedup"], "{:.2f}", "x"),
         "-" if flops is None else f"{flops[1] / flops[0]:.2f}",
