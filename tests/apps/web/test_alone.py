@@ -13,8 +13,6 @@ import pytest
 from apps.render.ledger import Ledger
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[3]
-VIDEOS = ROOT / "accel" / "zoo" / "digits-wan"
 AXE = os.environ.get("AXE_CORE", "")  # axe.min.js of npm's axe-core
 
 
@@ -97,14 +95,13 @@ def _login(jar, host, user, password):
             return error.code
 
 
-@pytest.mark.skipif(not VIDEOS.is_dir(), reason="no video model")
 def test_videos_play_in_step(serving, tab):
     pytest.importorskip("av")
-    app = serving("--model", VIDEOS)
+    app = serving()
     one = tab(app.address)
     page = one.page
     page.locator("#model input").click()
-    page.get_by_role("option", name="digits-wan").click()
+    page.get_by_role("option", name="zoo:digits-wan").click()
     page.get_by_label("Prompt").wait_for()
     page.get_by_label("Prompt").fill("a red three moving left on a dark background")
     page.get_by_label("Steps").fill("4")
