@@ -146,13 +146,21 @@ def row(videos: _Videos, method: Method, plain: Tensor, count: int) -> dict[str,
     values = psnr(plain[:count], samples).clamp(max=PSNR_CAP).tolist()
     detail = run["detail"]
     return {
-        "methods": [method.to_json()],
+        "methods": [record(method)],
         "density": detail["density"],
         "psnr": bootstrap(values).as_json(),
         "per_video": [round(x, 3) for x in values],
         "output_error": detail["output_error"]["mean"],
         "fallbacks": run["fallbacks"],
     }
+
+
+def record(method: Method) -> dict[str, Any]:
+    """As JSON; of an artifact's path only its name, which goes for any machine."""
+    found = json.loads(json.dumps(method.to_json()))
+    if (artifact := found["settings"].get("artifact")) is not None:
+        artifact["path"] = Path(artifact["path"]).name
+    return found
 
 
 def main() -> None:
