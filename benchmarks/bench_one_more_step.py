@@ -11,7 +11,6 @@ and prompts that do not (are the backgrounds as bright as real ones?). A picture
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from accel.metrics.protocol import Protocol
 from accel.zoo import sd
 from accel.zoo.judge import AttributeJudge, judge, to_tensor
 from accel.zoo.world import Attributes, DigitWorld
-from benchmarks.digits_study import weights_sha256
+from benchmarks.digits_study import weights_sha256, without_folder
 from benchmarks.distil import RECIPES
 from benchmarks.results_file import RESULTS, write
 from samplers.one_more_step import OneMoreStep
@@ -75,14 +74,6 @@ def settings(pipe: Any, folder: Any) -> dict[str, Method | None]:
     }
 
 
-def without_folders(method: Method) -> dict[str, Any]:
-    """The method as JSON, its artifact by its file's name."""
-    record = method.to_json()
-    artifact = record["settings"]["artifact"]
-    artifact["path"] = Path(artifact["path"]).name
-    return record
-
-
 class Sets:
     """Real pictures, and samples for their captions with and without the background."""
 
@@ -106,7 +97,7 @@ class Sets:
         row = {
             "setting": name,
             "steps": steps,
-            "methods": [] if method is None else [without_folders(method)],
+            "methods": [] if method is None else [without_folder(method)],
             "named_right": right,
             "brightness": spread_of(levels),
             "image_mean_distance": float(

@@ -41,7 +41,7 @@ from accel.settings import Settings
 from accel.zoo.world import BACKGROUNDS, DIRECTIONS, caption
 from benchmarks import search_report
 from benchmarks.bench_search_kill import kill_test
-from benchmarks.digits_study import SD, weights_sha256
+from benchmarks.digits_study import SD, weights_sha256, without_folder
 from benchmarks.distil import RECIPES
 from benchmarks.results_file import RESULTS, read, write
 from benchmarks.search_picture import draw, picture_of
@@ -400,13 +400,7 @@ def both(c: Candidate) -> list[float]:
 
 
 def methods(recipe: Recipe) -> list[dict[str, Any]]:
-    """Of a recipe, artifacts by their files' names."""
-    found = [m.to_json() for m in recipe.methods]
-    for method in found:
-        artifact = method["settings"].get("artifact")
-        if artifact:
-            artifact["path"] = artifact["path"].rsplit("/", 1)[-1]
-    return found
+    return [without_folder(method) for method in recipe.methods]
 
 
 def main() -> int:

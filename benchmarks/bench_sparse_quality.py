@@ -33,7 +33,7 @@ from accel.method import Method, Recipe, attached
 from accel.metrics.fidelity import psnr
 from accel.metrics.statistics import bootstrap
 from apps.digits_referee import digits_referee, zoo_inputs
-from benchmarks.digits_study import weights_sha256
+from benchmarks.digits_study import weights_sha256, without_folder
 from benchmarks.results_file import DEVICES, write
 from sparse_attn._live import LiveSparse, Place, SparseAttention
 from sparse_attn.adaptive import Adaptive
@@ -146,21 +146,13 @@ def row(videos: _Videos, method: Method, plain: Tensor, count: int) -> dict[str,
     values = psnr(plain[:count], samples).clamp(max=PSNR_CAP).tolist()
     detail = run["detail"]
     return {
-        "methods": [record(method)],
+        "methods": [without_folder(method)],
         "density": detail["density"],
         "psnr": bootstrap(values).as_json(),
         "per_video": [round(x, 3) for x in values],
         "output_error": detail["output_error"]["mean"],
         "fallbacks": run["fallbacks"],
     }
-
-
-def record(method: Method) -> dict[str, Any]:
-    """As JSON; of an artifact's path only its name, which goes for any machine."""
-    found = json.loads(json.dumps(method.to_json()))
-    if (artifact := found["settings"].get("artifact")) is not None:
-        artifact["path"] = Path(artifact["path"]).name
-    return found
 
 
 def main() -> None:

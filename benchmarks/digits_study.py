@@ -13,7 +13,7 @@ import torch
 import accel
 from accel.loading import zoo_path
 from accel.measure import Comparison, Study
-from accel.method import Recipe
+from accel.method import Method, Recipe
 from accel.settings import Settings
 from accel.zoo.world import caption
 from apps.digits_referee import NAME, digits_referee
@@ -99,6 +99,16 @@ def weights_sha256(folder: Path) -> str:
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest()
+
+
+def without_folder(method: Method) -> dict[str, Any]:
+    """The method as JSON, its artifact by its file's name: results go for any machine."""
+    record = method.to_json()
+    artifact = record["settings"].get("artifact")
+    if artifact is None:
+        return record
+    artifact = {**artifact, "path": Path(artifact["path"]).name}
+    return {**record, "settings": {**record["settings"], "artifact": artifact}}
 
 
 def row(recipe: Recipe, result: Comparison, *artifacts: str) -> dict[str, Any]:

@@ -277,8 +277,7 @@ class _LiveProbe(LiveSparse):
             share, gains = self.allocation.of(place.denoiser, place.layer, place.sigma)
             return share, torch.as_tensor(gains)
         found = self._seen[place.denoiser, place.step, place.layer]
-        gains = torch.stack([gains for _, gains in found]).log().mean(0).exp()
-        return self.settings.tried, gains
+        return self.settings.tried, _geometric_mean(torch.stack([gains for _, gains in found]))
 
     def _around_denoiser(
         self, denoiser: Denoiser, call_next: Callable, *args: Any, **kwargs: Any
@@ -288,7 +287,8 @@ class _LiveProbe(LiveSparse):
         out = call(denoiser, call_next, *args, **kwargs)
         now = self.now
         assert now is not None
-        if self._measuring and now.step in self._steps[denoiser.slot] and self._is_probed(now.step):
+        seen = self._measuring and now.step in self._steps[denoiser.slot]
+        if seen and self._is_probed(denoiser.slot, now.step):
             right = _tensor(out).float()
             for layer in range(len(attention_paths(denoiser))):
                 self._layer = layer
@@ -300,8 +300,11 @@ class _LiveProbe(LiveSparse):
                 self._reach[denoiser.slot, now.step].append(off)
         return out
 
-    def _is_probed(self, step: int) -> bool:
-        """One in as many as make the stages: which step of a stage does not matter much."""
+    def _is_probed(self, slot: str, step: int) -> bool:
+        """One in as many as make the stages: which step of a stage does not matter much. Of every
+        denoiser the first, too, which may be the only one that it is called at."""
+        if (slot, step) in self._reach or all(other != slot for other, _ in self._reach):
+            return True
         run = self.clock.run
         assert run is not None
         first = math.ceil(self.settings.dense * run.steps)
@@ -328,7 +331,7 @@ class _LiveProbe(LiveSparse):
                 for layer in layers:
                     seen = [x for step in stage for x in self._seen[slot, step, layer]]
                     errors.append(torch.stack([x for x, _ in seen]).mean(0).tolist())
-                    gains.append(torch.stack([x for _, x in seen]).log().mean(0).exp().tolist())
+                    gains.append(_geometric_mean(torch.stack([x for _, x in seen])).tolist())
                 figures["errors"].append(errors)
                 figures["gains"].append(gains)
                 figures["reach"].append(self._reach_of(slot, stage, len(layers)))
@@ -342,6 +345,11 @@ class _LiveProbe(LiveSparse):
         nearest = min(probed, key=lambda step: abs(step - stage[len(stage) // 2]))
         calls = torch.stack(self._reach[slot, nearest]).view(-1, layers)
         return calls.mean(0).tolist()
+
+
+def _geometric_mean(x: Tensor) -> Tensor:
+    """Over the first axis."""
+    return x.log().mean(0).exp()
 
 
 def _tensor(out: Any) -> Tensor:
@@ -442,7 +450,7 @@ def _tensors(
         tensors[f"{slot}/losses"] = losses(
             of("losses"), of("reach"), of("errors"), settings.ladder.index(settings.tried)
         )
-        tensors[f"{slot}/gains"] = of("gains").log().mean(0).exp()
+        tensors[f"{slot}/gains"] = _geometric_mean(of("gains"))
         tensors[f"{slot}/sigmas"] = of("sigmas")[0]
         tensors[f"{slot}/steps"] = of("steps")[0]
     return tensors
@@ -455,7 +463,7 @@ def losses(stages: Tensor, reach: Tensor, errors: Tensor, tried: int) -> Tensor:
     their sparsity reached the denoiser's output, (inputs, stages, layers); at other densities it is
     as the layer's own errors, (inputs, stages, layers, ladder), are to those at that density.
     """
-    whole = stages.clamp(min=LEAST).log().mean(0).exp()
+    whole = _geometric_mean(stages.clamp(min=LEAST))
     part = (reach / reach.sum(-1, keepdim=True).clamp(min=1e-30)).mean(0)
     curve = errors.mean(0)
     curve = curve / curve[..., tried, None].clamp(min=1e-30)

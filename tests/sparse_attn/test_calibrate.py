@@ -32,7 +32,10 @@ def inputs(host):
 @pytest.fixture
 def host(monkeypatch):
     """A tiny Wan whose prompts are given once and for all."""
-    host = tiny("wan")
+    return answered(tiny("wan"), monkeypatch)
+
+
+def answered(host, monkeypatch):
     host.run()
     call = type(host.pipe).__call__
     embeds = {k: v for k, v in host.inputs.items() if isinstance(v, torch.Tensor)}
@@ -90,6 +93,17 @@ def test_losses_are_measured_on_the_sample(host, tmp_path):
         both = pipeline_samples(host.pipe, inputs(host), 0)
     whole = (both - plain).square().mean().item()
     assert 0.3 < whole / sum(parts["losses"]) < 3  # parts add up, about
+
+
+def test_a_denoiser_that_is_called_at_one_step_has_budgets(monkeypatch):
+    """Of Wan 2.2's two, at a boundary that leaves one of them the first step alone."""
+    host = answered(tiny("wan22"), monkeypatch)
+    host.inputs["num_inference_steps"] = 6
+    host.pipe.register_to_config(boundary_ratio=0.99)
+    artifact = SubblockLSE.calibrate(host.pipe, [inputs(host)], SETTINGS)
+    steps = {d.slot: int(artifact.tensors[f"{d.slot}/steps"].sum()) for d in denoisers(host.pipe)}
+    assert sorted(steps.values()) == [1, 5]
+    assert all(artifact.tensors[f"{slot}/losses"][..., 0].sum() > 0 for slot in steps)
 
 
 def test_a_quality_is_what_a_run_with_the_allocation_had(host, tmp_path):
