@@ -33,7 +33,7 @@ from accel.method import Method, Recipe
 from accel.settings import Settings
 from apps.digits_referee import NAME, digits_referee, zoo_inputs
 from benchmarks.bench_native import here, kept_rows
-from benchmarks.digits_study import row, weights_sha256
+from benchmarks.digits_study import head, row, weights_sha256
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, read, write
 from caches.evolution import EvolutionCache, EvolutionSearch
@@ -148,17 +148,7 @@ def study(given: argparse.Namespace) -> Study:
 
 def content(bench: Study, block: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """As ``schema.Caches`` has it."""
-    protocol = bench.protocol()
-    return {
-        "environment": block,
-        "protocol": protocol.as_json(),
-        "model": protocol.model["name"],
-        "steps": protocol.steps,
-        "guidance": protocol.guidance,
-        "batch": 1,
-        "samples": len(bench.inputs),
-        "rows": measured,
-    }
+    return {**head(bench, len(bench.inputs), block, batch=1), "rows": measured}
 
 
 def main() -> None:

@@ -130,7 +130,9 @@ def row(recipe: Recipe, result: Comparison, *artifacts: str) -> dict[str, Any]:
     }
 
 
-def head(study: Study, samples: int, environment: dict[str, Any]) -> dict[str, Any]:
+def head(
+    study: Study, samples: int, environment: dict[str, Any], batch: int = BATCH
+) -> dict[str, Any]:
     """What stands above the rows of ``schema.Study``."""
     protocol = study.protocol()
     return {
@@ -139,6 +141,6 @@ def head(study: Study, samples: int, environment: dict[str, Any]) -> dict[str, A
         "model": protocol.model["name"],
         "steps": protocol.steps,
         "guidance": protocol.guidance,
-        "batch": BATCH,
+        "batch": batch,
         "samples": samples,
     }
