@@ -59,7 +59,8 @@ def fields(method: Settable) -> list[Field]:
         elif hint in (int, float):
             found.append(Field(one.name, "number", value, optional=optional))
         elif typing.get_origin(hint) is Literal:
-            found.append(Field(one.name, "choice", value, typing.get_args(hint)))
+            choices = typing.get_args(hint)
+            found.append(Field(one.name, "choice", value, choices, optional))
         elif hint is str:
             found.append(Field(one.name, "words", value or "", optional=optional))
         else:

@@ -62,7 +62,9 @@ def _component(field: Field) -> Any:
     if field.kind == "switch":
         return gr.Checkbox(value, **usual)
     if field.kind == "choice":
-        return gr.Dropdown(list(field.choices), value=value, **usual)
+        empty = [("empty", "")] if field.optional else []
+        choices = empty + [(choice, choice) for choice in field.choices]
+        return gr.Dropdown(choices, value="" if value is None else value, **usual)
     if field.kind == "number":
         step = 0.01 if isinstance(value, float) else 1
         return gr.Number(value, step=step, min_width=120, **usual)

@@ -14,6 +14,7 @@ from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, TaylorSeer
 from samplers.swap import SwapScheduler
 from samplers.time_shift import TimeShift
+from sparse_attn.subblock_lse import SubblockLSE
 
 ARTIFACT = ArtifactRef("/a.safetensors", "0" * 64)
 
@@ -44,6 +45,9 @@ def test_settings_are_changed():
     assert keys == EncoderPropagation((0, 4, 8), parallel=True)
     assert edited(SwapScheduler("DDIMScheduler", steps=9), {"steps": None}).steps is None
     assert edited(TimeShift(v0=0.5), {"v0": None}) == TimeShift()
+    by_head = edited(SubblockLSE(), {"allocate": "head"})
+    assert by_head == SubblockLSE(allocate="head")
+    assert edited(by_head, {"allocate": ""}) == SubblockLSE()
     kept = edited(EvolutionCache(ARTIFACT), {"on_grid": "error"})
     assert kept == EvolutionCache(ARTIFACT, "error")
 
