@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from accel.artifact import Artifact, ArtifactRef
 from accel.clock import sampling_grid
 from accel.denoiser import denoisers
@@ -28,7 +30,8 @@ from benchmarks.bench_native import here, kept_rows
 from benchmarks.digits_study import BATCH, MODEL, SD, command_line, head, inputs, row, study
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import read, write
-from benchmarks.search_schedules import SCHEDULES, front
+from benchmarks.search_schedules import HEADS, SCHEDULES, front
+from caches.early_exit import EarlyExit
 from caches.encoder_propagation import EncoderPropagation
 from caches.evolution import EvolutionCache
 from caches.interval import IntervalCache
@@ -39,6 +42,7 @@ from caches.schedule import Schedule, causal, to_artifact
 
 SAMPLES = 500
 QUALITIES = (40, 35, 30, 25)  # dB that the searched front is asked for
+EXIT_QUALITIES = (35, 30)
 MARGIN = 1.0  # dB more on the calibration inputs
 STEPS = {"caches": 50, "caches_20": 20, "caches_sd": 50}
 
@@ -48,6 +52,7 @@ def transformer_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str,
     yield from searched(pipe, steps, folder)
     yield from learned(pipe, steps, folder)
     yield from gates(pipe, steps, folder)
+    yield from exits(pipe, steps, folder)
     for interval in (3, 5, 6, 7, 8):
         yield f"interval, output: {interval}", IntervalCache(interval, 2, 0, "output", 1)
     for interval in (2, 3):
@@ -129,6 +134,32 @@ def gates(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
         found = ResidualGate.calibrate(pipe, calls, quality=quality)
         saved = found.save(folder / f"gate-{quality}.safetensors")
         yield f"residual gate: {quality} dB asked", ResidualGate(saved)
+
+
+def exits(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
+    """Early exits calibrated on other noise, and their depths in random order.
+
+    None where no heads were trained for so many steps.
+    """
+    file = SCHEDULES / f"exits-{steps}" / HEADS
+    if not file.is_file():
+        return
+    calls = [{**x, "output_type": "np"} for x in inputs(BATCH, steps)]
+    rng = random.Random(0)
+    instead: dict[str, Any] = {"skip": "skip", "residual": "residual", "heads": Artifact.load(file)}
+    for name, rest in instead.items():
+        for quality in EXIT_QUALITIES:
+            made = EarlyExit.calibrate(pipe, calls, rest=rest, quality=quality)
+            saved = made.save(folder / f"exit-{name}-{quality}.safetensors")
+            yield f"early exit, {name}: {quality} dB asked", EarlyExit(saved)
+        first, *rows = made.tensors["actions"][0]
+        rng.shuffle(rows)
+        made.tensors["actions"] = torch.stack([first, *rows])[None]
+        saved = made.save(folder / f"exit-{name}-random.safetensors")
+        yield (
+            f"control: random steps, as many as early exit, {name}: {quality} dB",
+            EarlyExit(saved),
+        )
 
 
 def learned(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:

@@ -1,11 +1,11 @@
 """Searches and learns the cache schedules of ``zoo:digits-dit`` that ``bench_caches`` measures.
 
-    python -m benchmarks.search_schedules [evolution router] [--steps 50] [--work out/schedules]
+    python -m benchmarks.search_schedules [evolution router exits] [--steps 50] [--work FOLDER]
 
 Calibration is on noise that no benchmark uses: seeds from 0, theirs begin at 1,000. What is found
 goes to ``benchmarks/schedules``, and one schedule of the search to a recipe; a search or training
 that was cut off goes on. On one core of a server CPU the search takes some ten minutes, and so does
-a training of the router.
+a training of the router; the heads of early exits take half of that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from accel.measure import environment
 from benchmarks.digits_study import GUIDANCE, MODEL, STRIDE, weights_sha256
 from benchmarks.distil import RECIPES
 from caches._front import FRONT, Front
+from caches.early_exit import ExitTraining
 from caches.evolution import EvolutionCache, EvolutionSearch
 from caches.heat_map import draw
 from caches.router import RouterTrainer
@@ -37,6 +39,7 @@ SEARCH = EvolutionSearch(population=24, generations=24, screen=2)
 # the price of a module decides how many compute; the paper's 7e-8 is for its own pictures
 BETAS = {20: (3e-6, 1e-5), 50: (3e-7, 1e-6)}
 ROUTER_BATCH, UPDATES = 8, 250
+EXITS, HEADS = ExitTraining(), "heads.safetensors"
 
 
 def calls(steps: int, batch: int = BATCH, count: int = CALLS) -> list[dict[str, Any]]:
@@ -94,14 +97,26 @@ def router(pipe: Any, steps: int, work: Path) -> dict[str, Any]:
     return {"updates": UPDATES, "batch": ROUTER_BATCH, "schedules": rows}
 
 
+def exits(pipe: Any, steps: int, work: Path) -> dict[str, Any]:
+    """Trains the heads of early exits and puts them beside their record, which is returned."""
+    begin = time.monotonic()
+    heads = EXITS.fit(pipe, calls(steps, ROUTER_BATCH, 12), str(work / f"exits-{steps}"))
+    heads.save(SCHEDULES / f"exits-{steps}" / HEADS)
+    seconds = round(time.monotonic() - begin)
+    return {"training": asdict(EXITS), "batch": ROUTER_BATCH, "seconds": seconds}
+
+
 def front(steps: int) -> Front:
     """The searched front for a number of steps. Raises FileNotFoundError before the search."""
     return Front.read(SCHEDULES / f"evolution-{steps}")
 
 
+WHAT = {"evolution": evolution, "router": router, "exits": exits}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", nargs="*", default=["evolution", "router"])
+    parser.add_argument("what", nargs="*", default=list(WHAT), choices=WHAT)
     parser.add_argument("--steps", type=int, default=50, choices=sorted(BETAS))
     parser.add_argument("--work", type=Path, default=Path("out/schedules"))
     given = parser.parse_args()
@@ -109,7 +124,7 @@ def main() -> None:
     pipe = accel.load(MODEL)
     pipe.set_progress_bar_config(disable=True)
     for what in given.what:
-        found = {"evolution": evolution, "router": router}[what](pipe, given.steps, given.work)
+        found = WHAT[what](pipe, given.steps, given.work)
         found |= {
             "model": MODEL,
             "weights_sha256": weights_sha256(zoo_path(MODEL)),
@@ -118,7 +133,7 @@ def main() -> None:
         }
         folder = SCHEDULES / f"{what}-{given.steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / (FRONT if what == "evolution" else "router.json")).write_text(
+        (folder / (FRONT if what == "evolution" else f"{what}.json")).write_text(
             json.dumps(found, indent=1) + "\n"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,18 +58,34 @@ def response_at(share: float, shares: Sequence[float], responses: Sequence[float
     return pairs[-1][1]
 
 
-def stacked_blocks(denoiser: Denoiser) -> tuple[Block, ...]:
+def stacked_blocks(denoiser: Denoiser, method: str = "ResidualGate") -> tuple[Block, ...]:
     """The blocks whose outputs follow one another, first to last.
 
     Raises:
-        ValueError: a UNet, or fewer than two blocks.
+        ValueError: a UNet, or fewer than two blocks; says that `method` cannot go on it.
     """
     if is_unet(denoiser) or len(denoiser.blocks) < 2:
         raise ValueError(
-            f"ResidualGate cannot go on {denoiser.cls}: it wants a stack of two transformer blocks "
+            f"{method} cannot go on {denoiser.cls}: it wants a stack of two transformer blocks "
             "or more; use IntervalCache"
         )
     return denoiser.blocks
+
+
+def halved(passes: Callable[[float], bool], tries: int) -> tuple[float | None, float | None]:
+    """The largest threshold found to pass, and the smallest found not to; None where there is none.
+
+    Halves the range 1e-6 to 1 in its logarithm; what passes is taken to pass with less, too.
+    """
+    low, high = 1e-6, 1.0
+    passed, failed = None, None
+    for _ in range(tries):
+        threshold = math.sqrt(low * high)
+        if passes(threshold):
+            low = passed = threshold
+        else:
+            high = failed = threshold
+    return passed, failed
 
 
 # -- live state ------------------------------------------------------------------------------

@@ -73,3 +73,16 @@ def passed(layout: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any
         name, place = names[part]
         found.append(args[place] if place < len(args) else kwargs[name])
     return found[0] if len(found) == 1 else tuple(found)
+
+
+def hidden_of(layout: tuple[str, ...], output: Any) -> Any:
+    """The hidden tokens that a block returns in this order."""
+    return output if len(layout) == 1 else output[layout.index("hidden")]
+
+
+def with_hidden(layout: tuple[str, ...], output: Any, hidden: Any) -> Any:
+    """What a block returns, with other hidden tokens."""
+    if len(layout) == 1:
+        return hidden
+    at = layout.index("hidden")
+    return type(output)((*output[:at], hidden, *output[at + 1 :]))

@@ -214,7 +214,7 @@ class RouterTraining:
         """Trajectories until the wanted number of updates of every row."""
         trainer = self.trainer
         saved = time.monotonic()
-        with _frozen(self.pipe), attached(_Walk(self.columns), self.pipe) as live:
+        with frozen(self.pipe), attached(_Walk(self.columns), self.pipe) as live:
             assert isinstance(live, LiveWalk)
             live.threshold, live.guidance = trainer.threshold, self._guidance()
             while self.trajectory < trainer.updates:
@@ -333,7 +333,7 @@ class RouterTraining:
 
 
 @contextmanager
-def _frozen(pipe: Any) -> Iterator[None]:
+def frozen(pipe: Any) -> Iterator[None]:
     """The denoiser's weights need no gradient meanwhile; autograd passes through."""
     (denoiser,) = denoisers(pipe)
     learning = [p for p in denoiser.module.parameters() if p.requires_grad]

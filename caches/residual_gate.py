@@ -23,7 +23,7 @@ from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
 from accel.denoiser import denoisers
 from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Attached, Claim, Method, attached
-from caches._gating import WARMUP, LiveGate, stacked_blocks
+from caches._gating import WARMUP, LiveGate, halved, stacked_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,16 +161,12 @@ def _responses(
 def _largest_error(
     pipe: Any, inputs: list[dict[str, Any]], plain: list[Any], live: LiveGate, quality: float
 ) -> float:
-    """By halving the range of thresholds in their logarithm."""
-    low, high, best = 1e-6, 1.0, None
-    for _ in range(TRIES):
-        live.error = math.sqrt(low * high)
+    def keeps(error: float) -> bool:
+        live.error = error
         made = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
-        reached = sum(map(mean_psnr, made, plain)) / len(plain)
-        if reached >= quality:
-            low = best = live.error
-        else:
-            high = live.error
+        return sum(map(mean_psnr, made, plain)) / len(plain) >= quality
+
+    best, _ = halved(keeps, TRIES)
     if best is None:
         raise ValueError(f"ResidualGate.calibrate: no threshold keeps {quality} dB")
     return best

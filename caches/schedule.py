@@ -213,7 +213,8 @@ def resampled(schedule: Schedule, of: Sequence[float], to: Sequence[float]) -> S
 
     A step computes a column where a row that it covers does: the rows up to its noise level that
     the step before did not cover. Between two rows it repeats the lower letter of the earlier one,
-    so that as much is computed as before.
+    so that as much is computed as before; what is skipped has nothing to repeat, and is computed
+    where one of the two rows does.
 
     Raises:
         ValueError: `of` has not one level a row.
@@ -227,10 +228,11 @@ def resampled(schedule: Schedule, of: Sequence[float], to: Sequence[float]) -> S
         for place in places:
             end = max(begin, min(len(rows), math.floor(place + 0.5) + 1))
             covered = rows[begin:end]
+            around = rows[math.floor(place) : math.ceil(place) + 1]
             yield "".join(
                 COMPUTE
                 if any(row[j] == COMPUTE for row in covered)
-                else (covered[-1][j] if covered else idle[j])
+                else (covered[-1][j] if covered else _between(around, j, idle[j]))
                 for j in range(len(schedule.columns))
             )
             begin = end
@@ -275,6 +277,12 @@ def _place_on(grid: Sequence[float], sigma: float) -> float:
             here = math.log(max(sigma, tiny))
             return i + min(max((top - here) / (top - bottom), 0.0), 1.0) if top > bottom else i
     return len(grid) - 1.0
+
+
+def _between(around: Sequence[str], column: int, idle: str) -> str:
+    """What a column that idles with this letter does between the rows around a noise level."""
+    skipped = idle == SKIP and any(row[column] == COMPUTE for row in around)
+    return COMPUTE if skipped else idle
 
 
 def _idle_letter(rows: Sequence[str], column: int) -> str:

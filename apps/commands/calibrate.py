@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apps.commands.calibrate_bits import bits
+from apps.commands.calibrate_depth import depth
 from apps.commands.calibrate_tfmq import tfmq
 from apps.commands.drafts import draft
 from apps.commands.say import told
@@ -24,6 +25,7 @@ def register(app: typer.Typer) -> None:
     commands.command()(tfmq)
     commands.command()(bits)
     commands.command()(draft)
+    commands.command()(depth)
 
 
 @commands.callback()

@@ -12,7 +12,7 @@ from accel.clock import sampling_grid
 from accel.denoiser import denoisers
 from accel.method import Recipe, attached
 from accel.testing import assert_same_state, checks, conform, host_state, tiny
-from caches._router_training import LiveWalk, Mix, RouterTraining, _frozen, _Walk
+from caches._router_training import LiveWalk, Mix, RouterTraining, _Walk, frozen
 from caches.router import RouterCache, RouterTrainer, routed
 from caches.schedule import Schedule, module_columns, of_artifact, to_artifact
 
@@ -109,7 +109,7 @@ def test_modules_follow_the_formulas(hard, tmp_path):
             grid = sampling_grid(pipe.scheduler)[1]
             made = to_artifact(schedule, denoisers(pipe)[0], method="x", grid=grid)
             method = RouterCache(made.save(tmp_path / "hard.safetensors"))
-        with _frozen(pipe), attached(method, pipe) as live:
+        with frozen(pipe), attached(method, pipe) as live:
             if not hard:
                 assert isinstance(live, LiveWalk)
                 live.scores, live.threshold = scores, threshold
