@@ -146,8 +146,9 @@ def exits(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
         return
     calls = [{**x, "output_type": "np"} for x in inputs(BATCH, steps)]
     rng = random.Random(0)
-    instead: dict[str, Any] = {"skip": "skip", "residual": "residual", "heads": Artifact.load(file)}
-    for name, rest in instead.items():
+    rests: list[Any] = ["skip", "residual", "forecast", Artifact.load(file)]
+    for rest in rests:
+        name = "heads" if isinstance(rest, Artifact) else rest
         for quality in EXIT_QUALITIES:
             made = EarlyExit.calibrate(pipe, calls, rest=rest, quality=quality)
             saved = made.save(folder / f"exit-{name}-{quality}.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +12,7 @@ from accel.artifact import Artifact
 from accel.denoiser import denoisers
 from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Attached, Method, attached
-from caches._drift import measure_drift
+from caches._drift import best_steps, measure_drift
 from caches._executor import LiveSchedule, Scheduled
 from caches._exits import ExitHeads, LiveExit, Rest, as_schedule, exit_columns
 from caches._gating import halved
@@ -24,15 +23,17 @@ if TYPE_CHECKING:
 
 EXITS = 7  # at most
 PROBES = 8  # noise levels at which a calibration leaves at each of them
-TRIES = 9  # thresholds it then tries
+TRIES = 9  # prices it then tries
+NEVER = 1e6  # an age that no price is worth
 
 
 # -- the maths --------------------------------------------------------------------------------
 
 
-def spaced_exits(blocks: int, most: int = EXITS) -> tuple[int, ...]:
-    """How many blocks run before each exit: at least one, not all, evenly spaced."""
-    return tuple(sorted({round(x) for x in np.linspace(1, blocks - 1, min(most, blocks - 1))}))
+def spaced_exits(blocks: int, most: int = EXITS, first: int = 1) -> tuple[int, ...]:
+    """How many blocks run before each exit: `first` or more, not all, evenly spaced."""
+    count = min(most, blocks - first)
+    return tuple(sorted({round(x) for x in np.linspace(first, blocks - 1, count)}))
 
 
 def harm(answers: np.ndarray, at: Sequence[float], shares: Sequence[float]) -> np.ndarray:
@@ -47,27 +48,48 @@ def harm(answers: np.ndarray, at: Sequence[float], shares: Sequence[float]) -> n
 
 
 def chosen_depths(
-    harms: np.ndarray, exits: Sequence[int], blocks: int, error: float
+    harms: np.ndarray, exits: Sequence[int], blocks: int, price: float
 ) -> tuple[int, ...]:
-    """Blocks that run at each step: up to the first exit that does less harm than `error`."""
-    good = harms < error
-    first = np.where(good.any(1), good.argmax(1), len(exits))
-    return tuple((*exits, blocks)[k] for k in first)
+    """Blocks that run at each step: what costs least at a price of a block, in units of harm.
 
-
-def chosen_depths_of_residuals(
-    harms: np.ndarray, shares: Sequence[float], exits: Sequence[int], blocks: int, error: float
-) -> tuple[int, ...]:
-    """The same where harm grows with the distance, by unit of it, from the last full step.
-
-    The first step is full.
+    Harms of several steps add up: they are of one sign. The deeper exit where two cost the same.
     """
-    depths = [blocks]
-    for row, (_, share) in zip(harms[1:], itertools.pairwise(shares), strict=True):
-        if depths[-1] == blocks:
-            full = shares[len(depths) - 1]
-        depths += chosen_depths(row[None] * (full - share), exits, blocks, error)
-    return tuple(depths)
+    depths = np.array([blocks, *exits[::-1]])
+    costs = np.hstack([0 * harms[:, :1], harms[:, ::-1]]) + price * depths
+    return tuple(depths[costs.argmin(1)].tolist())
+
+
+def aged(shares: Sequence[float], order: int) -> np.ndarray:
+    """How much older what is kept gets, [a, b, s]: at step s, with a < b the last full steps.
+
+    The error of what is repeated (order 0) grows with the distance, that of what is continued in a
+    line (1) with the product of both distances. Nothing continues one point.
+    """
+    away = np.subtract.outer(shares, shares)  # [full step, step]
+    if order == 0:
+        return np.broadcast_to(away, (len(shares),) * 3)
+    both = away[:, None] * away[None]
+    both[np.arange(len(shares)), np.arange(len(shares))] = NEVER
+    return both
+
+
+def chosen_depths_of_kept(
+    harms: np.ndarray, ages: np.ndarray, exits: Sequence[int], blocks: int, price: float
+) -> tuple[int, ...]:
+    """The same where what stands in is kept from full steps, and harm is by unit of `ages`.
+
+    The first step is full, and of the others those that make it cheapest.
+    """
+    depths = np.array(exits[::-1])
+    costs = harms[:, ::-1] * ages[..., None] + price * depths  # [a, b, step, exit]
+    full = best_steps(costs.min(3), np.ones(len(harms)), price * blocks)
+    found, last = [], [0, 0]
+    for step in range(len(harms)):
+        if step in full:
+            last = [last[1] if step else 0, step]
+        leaves = depths[costs[last[0], last[1], step].argmin()]
+        found.append(blocks if step in full else int(leaves))
+    return tuple(found)
 
 
 # -- on a pipeline ----------------------------------------------------------------------------
@@ -138,7 +160,8 @@ class _Trial:
         self.blocks = live.blocks(self.denoiser.slot)
         if any(live.blocks(other.slot) != self.blocks for other in others):
             raise ValueError("EarlyExit.calibrate wants denoisers of equally many blocks")
-        self.exits = spaced_exits(self.blocks)
+        # with nothing in the place of all blocks nothing is left
+        self.exits = spaced_exits(self.blocks, first=0 if live.points else 1)
         self.tensors = {}
         if trained is not None:
             trained.check_model(self.denoiser.module)
@@ -155,15 +178,21 @@ class _Trial:
 
     def _harms(self) -> np.ndarray:
         """Root mean square error of the finished samples for every step and exit (``harm``)."""
-        steps, ages = len(self.shares), self.live.rest == "residual"
+        steps, first = len(self.shares), self.live.points
         lengths = -np.diff([*self.shares, 0.0])
-        gaps = -np.diff([np.inf, *self.shares]) if ages else np.ones(steps)
-        some = np.linspace(int(ages), steps - 1, PROBES).round().astype(int)
-        probes = [s for s in dict.fromkeys(some.tolist()) if 0 < lengths[s] * gaps[s] < np.inf]
+        some = np.linspace(min(first, steps - 1), steps - 1, PROBES).round().astype(int)
+        units = {s: lengths[s] * self._age(s) for s in some.tolist() if s >= first}
+        probes = [s for s, unit in units.items() if unit > 0]
         if not probes:
             raise ValueError(f"EarlyExit.calibrate: {steps} steps leave none to exit early at")
-        answers = [[self._error(s, d) / lengths[s] / gaps[s] for d in self.exits] for s in probes]
+        answers = [[self._error(s, d) / units[s] for d in self.exits] for s in probes]
         return harm(np.array(answers), [self.shares[s] for s in probes], self.shares)
+
+    def _age(self, step: int) -> float:
+        """Of what stands in at a step behind full ones."""
+        if not self.live.points:
+            return 1.0
+        return float(aged(self.shares, self.live.points - 1)[step - 2, step - 1, step])
 
     def _error(self, step: int, depth: int) -> float:
         """Of the finished samples, where one step alone leaves at an exit."""
@@ -173,21 +202,21 @@ class _Trial:
         moved = [(a - b).square().mean() for a, b in zip(self.made(), self.plain, strict=True)]
         return float(sum(moved) / len(moved)) ** 0.5
 
-    def schedule(self, error: float) -> Schedule:
-        """The schedule of a threshold."""
-        if self.live.rest == "residual":
-            depths = chosen_depths_of_residuals(
-                self.harms, self.shares, self.exits, self.blocks, error
-            )
+    def schedule(self, price: float) -> Schedule:
+        """The schedule of a price of a block."""
+        rest = (self.exits, self.blocks, price)
+        if self.live.points:
+            ages = aged(self.shares, self.live.points - 1)
+            depths = chosen_depths_of_kept(self.harms, ages, *rest)
         else:
-            depths = chosen_depths(self.harms, self.exits, self.blocks, error)
+            depths = chosen_depths(self.harms, *rest)
         return as_schedule(self.live.columns, depths)
 
     def as_good(self, quality: float) -> Schedule:
         """The boldest that keeps a fidelity."""
 
-        def keeps(error: float) -> bool:
-            self.live.trial = self.schedule(error)
+        def keeps(price: float) -> bool:
+            self.live.trial = self.schedule(price)
             nearness = [mean_psnr(a, b) for a, b in zip(self.made(), self.plain, strict=True)]
             return sum(nearness) / len(nearness) >= quality
 
@@ -200,13 +229,13 @@ class _Trial:
         costs = (drift.seconds, drift.rest)
         full = predicted_cost(self.schedule(0.0), *costs)
 
-        def is_slow(error: float) -> bool:
-            return full / predicted_cost(self.schedule(error), *costs) < speed
+        def is_slow(price: float) -> bool:
+            return full / predicted_cost(self.schedule(price), *costs) < speed
 
         return self._found(halved(is_slow, TRIES)[1], f"{speed}x")
 
-    def _found(self, error: float | None, asked: str) -> Schedule:
-        schedule = self.schedule(error or 0.0)
+    def _found(self, price: float | None, asked: str) -> Schedule:
+        schedule = self.schedule(price or 0.0)
         if schedule.is_neutral():
             raise ValueError(f"EarlyExit.calibrate: no exits give {asked}")
         return schedule

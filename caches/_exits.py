@@ -1,15 +1,17 @@
 """How a run leaves its last blocks out: early exits as a schedule, and what stands in for the rest.
 
 A schedule says S for all blocks behind an exit. What they would have added to the hidden tokens is
-left out ("skip"), is what they added when they last ran ("residual"), or comes from a trained head
-("heads"). All samples and guidance branches of a step leave at the same block. The layers act
-inside graphs of `torch.compile`, too: what they do is decided outside, around the denoiser.
+left out ("skip"), is what they added when they last ran ("residual"), continues the line through
+the last two times ("forecast"), or comes from a trained head ("heads"). All samples and guidance
+branches of a step leave at the same block. The layers act inside graphs of `torch.compile`, too:
+what they do is decided outside, around the denoiser.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,10 +23,11 @@ from accel.denoiser import Block, Denoiser, denoisers
 from accel.method import Method
 from caches._executor import LiveSchedule
 from caches._gating import stacked_blocks
-from caches._outputs import hidden_of, size_of, with_hidden
-from caches.schedule import COMPUTE, SKIP, Schedule
+from caches._outputs import combined, hidden_of, passed, size_of, with_hidden
+from caches.schedule import COMPUTE, SKIP, Schedule, extrapolation
 
-Rest = Literal["skip", "residual", "heads"]
+Rest = Literal["skip", "residual", "forecast", "heads"]
+POINTS = {"residual": 1, "forecast": 2}  # full steps that what stands in is made of
 Head = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 WAVES = 8  # cosines of the noise share that a head is told
 NAME = "EarlyExit"
@@ -56,19 +59,14 @@ def depths_of(schedule: Schedule, slot: str) -> tuple[int, ...]:
     rows = ["".join(row[j] for j in mine) for row in schedule.rows]
     depths = tuple(row.count(COMPUTE) for row in rows)
     wanted = [COMPUTE * depth + SKIP * (len(mine) - depth) for depth in depths]
-    if rows != wanted or 0 in depths or schedule.branches:
+    if rows != wanted or schedule.branches:
         raise ValueError(f"{NAME}: this schedule leaves out others than the last blocks")
     return depths
 
 
 def used_later(depths: Sequence[int], blocks: int) -> list[frozenset[int]]:
-    """For every step, the exits of the steps after it, up to the next that runs all `blocks`."""
-    found: list[frozenset[int]] = []
-    later: frozenset[int] = frozenset()
-    for depth in reversed(depths):
-        found.append(later)
-        later = frozenset() if depth == blocks else later | {depth}
-    return found[::-1]
+    """For every step, the exits of the steps after it."""
+    return [frozenset(depths[step + 1 :]) - {blocks} for step in range(len(depths))]
 
 
 # -- heads --------------------------------------------------------------------------------------
@@ -121,6 +119,25 @@ def applied(x: Tensor, head: Head) -> Tensor:
 # -- live state ---------------------------------------------------------------------------------
 
 
+@dataclass
+class _Kept:
+    """Of one denoiser, branch and stage: what the blocks behind exits added, newest first.
+
+    points: (noise share, exit -> tokens); shape: of the calls.
+    """
+
+    shape: Any
+    points: list[tuple[float, dict[int, Tensor]]] = field(default_factory=list)
+
+    def at(self, share: float, depth: int, count: int) -> Tensor | None:
+        """Repeated or continued from `count` points; None where they are fewer."""
+        known = [(place, added[depth]) for place, added in self.points if depth in added]
+        if len(known) < count:
+            return None
+        places, added = zip(*known, strict=True)
+        return combined(list(added), extrapolation(places, share))
+
+
 class LiveExit(LiveSchedule):
     """A schedule of exits, with what stands in for the blocks that are left out.
 
@@ -142,19 +159,24 @@ class LiveExit(LiveSchedule):
         self.later: dict[str, list[frozenset[int]]] = {}
         self.entered: dict[int, Tensor] = {}  # tokens at exits of the present call
         self.behind: dict[int, Tensor] = {}  # what the blocks behind those have added
-        self.residuals: dict[tuple[str, str, int], tuple[Any, dict[int, Tensor]]] = {}
+        self.kept_of: dict[tuple[str, str, int], _Kept] = {}
+
+    @property
+    def points(self) -> int:
+        """Full steps that what stands in is made of."""
+        return POINTS.get(self.rest, 0)
 
     def adopt_exits(self, pipe: Any) -> None:
         """Put layers around blocks and denoisers, outside those of the schedule."""
         for denoiser in denoisers(pipe):
             module = denoiser.module.get_submodule
-            *inner, last = stacked_blocks(denoiser, NAME)
+            blocks = stacked_blocks(denoiser, NAME)
             self.around_denoiser(denoiser.slot, self._decide(denoiser))
-            for depth, block in enumerate(inner if self.rest == "residual" else [], 1):
+            for depth, block in enumerate(blocks if self.points else []):
                 note = self._note(depth, block)
                 self.around_call(module(block.path), note, note)
-            finish = self._finish(last)
-            self.around_call(module(last.path), finish, finish)
+            finish = self._finish(blocks[-1])
+            self.around_call(module(blocks[-1].path), finish, finish)
 
     def blocks(self, slot: str) -> int:
         """Blocks of a denoiser."""
@@ -169,7 +191,7 @@ class LiveExit(LiveSchedule):
 
     def _forget(self) -> None:
         super()._forget()
-        self.residuals.clear()
+        self.kept_of.clear()
 
     # -- around a denoiser -------------------------------------------------------------------
 
@@ -178,15 +200,15 @@ class LiveExit(LiveSchedule):
             now, sample = self.clock.now, denoiser.sample(args, kwargs)
             assert now is not None
             depth = self.depths[now.denoiser][now.step]
-            if self.rest == "residual":
-                self._decide_residual(now, depth, sample.shape)
+            if self.points:
+                self._decide_kept(now, depth, sample.shape)
             elif self.heads is not None and depth < self.blocks(now.denoiser):
                 heads = self.heads.to(sample.device, sample.dtype)
                 self.head = heads.at(depth, self.shares[now.step])
             try:
                 output = call_next(*args, **kwargs)
                 if self.leaving:
-                    self._keep_residuals(now, sample.shape)
+                    self._keep_point(now)
                 return output
             finally:
                 self.whole, self.leaving, self.added, self.head = False, frozenset(), None, None
@@ -194,32 +216,34 @@ class LiveExit(LiveSchedule):
 
         return layer
 
-    def _decide_residual(self, now: Now, depth: int, shape: Any) -> None:
-        """Take the kept residual of the exit, or run everything and keep those read later."""
+    def _decide_kept(self, now: Now, depth: int, shape: Any) -> None:
+        """Find what stands in, or run everything and keep what is read later."""
         key = (now.denoiser, now.branch, now.stage)
-        known, kept = self.residuals.get(key, (None, {}))
+        if key not in self.kept_of or self.kept_of[key].shape != shape:
+            self.kept_of[key] = _Kept(shape)
         if depth < self.blocks(now.denoiser):
-            self.added = kept.get(depth) if known == shape else None
+            self.added = self.kept_of[key].at(self.shares[now.step], depth, self.points)
             self.whole = self.added is None
         if self.whole:
             self.detail["forced"] = self.detail.get("forced", 0) + 1
         if self.added is None:
-            self.residuals.pop(key, None)
             self.leaving = self.later[now.denoiser][now.step]
 
-    def _keep_residuals(self, now: Now, shape: Any) -> None:
-        self.residuals[now.denoiser, now.branch, now.stage] = (shape, self.behind)
-        self.bytes = sum(size_of(kept) for _, kept in self.residuals.values())
+    def _keep_point(self, now: Now) -> None:
+        kept = self.kept_of[now.denoiser, now.branch, now.stage]
+        kept.points = [(self.shares[now.step], self.behind), *kept.points][: self.points]
+        every = [added for kept in self.kept_of.values() for _, added in kept.points]
+        self.bytes = sum(size_of(added) for added in every)
         self.peak = max(self.peak, self.bytes)
 
     # -- around blocks, in graphs and outside --------------------------------------------------
 
     def _note(self, depth: int, block: Block) -> Callable:
         def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-            output = call_next(*args, **kwargs)
             if depth in self.leaving:
-                self.entered[depth] = hidden_of(block.output_layout, output)
-            return output
+                before = passed(block.output_layout, args, kwargs)
+                self.entered[depth] = hidden_of(block.output_layout, before)
+            return call_next(*args, **kwargs)
 
         return layer
 

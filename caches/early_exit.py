@@ -2,12 +2,13 @@
 
 DeeDiff (arXiv 2309.17074) asks after every block, of every sample, whether to stop; what it learns
 to answer is almost a function of the noise level. So here the depth is a schedule: `calibrate`
-measures what leaving at each exit and noise level does to the finished sample, and every step takes
-the shallowest exit that does less than a threshold, found for a wanted fidelity or speed. In place
-of the blocks left out comes nothing ("skip"), what they added when they last ran ("residual"), or a
-head trained by ``ExitTraining`` (its level 1): without data, with the network itself as the
-teacher, where the paper has the true noise. A step's samples and guidance branches leave together.
-Memory: "residual" keeps an activation a branch and exit in use. Waits for nothing.
+measures what leaving at each exit and noise level does to the finished sample, and picks the depths
+that do least harm for the blocks they run, where the paper has one threshold for all: it would take
+the smallest savings first. The bound is a wanted fidelity or speed. In place of the blocks comes
+nothing ("skip"), what they added when they last ran ("residual"), the line through the last two
+times ("forecast"), or a head trained by ``ExitTraining``, without data: the network is the teacher,
+not the true noise. A step's samples and guidance branches leave together.
+Memory: an activation (residual) or two (forecast) a branch and exit in use. Waits for nothing.
 """
 
 from __future__ import annotations
@@ -61,15 +62,15 @@ class EarlyExit(FromArtifact, Method):
         pipe: Any,
         inputs: list[dict[str, Any]],
         *,
-        rest: Literal["skip", "residual"] | Artifact = "residual",
+        rest: Literal["skip", "residual", "forecast"] | Artifact = "forecast",
         quality: float | None = None,
         speed: float | None = None,
     ) -> Artifact:
         """The boldest schedule that keeps `quality` dB of PSNR, or the most careful with `speed`.
 
         `inputs`: pipeline-call arguments; call n has noise of seed n. `rest`: "skip", "residual",
-        or what ``ExitTraining`` made. Takes a run of all inputs for each of up to eight noise
-        levels and seven exits, then for nine thresholds. The speed-up is predicted from seconds a
+        "forecast", or what ``ExitTraining`` made. Takes a run of all inputs for each of up to eight
+        noise levels and seven exits, then for nine prices. The speed-up is predicted from seconds a
         block; the fidelity is measured on `inputs`, which is worth little below eight samples.
 
         Raises:
@@ -82,7 +83,8 @@ class EarlyExit(FromArtifact, Method):
         kind: Rest = rest if not isinstance(rest, Artifact) else rest.settings.get("rest", "none")
         if kind not in get_args(Rest) or (kind == "heads") != (trained is not None):
             raise ValueError(
-                f"EarlyExit.calibrate: rest is {kind!r}; give skip, residual, or trained heads"
+                f"EarlyExit.calibrate: rest is {kind!r}; "
+                "give skip, residual, forecast or trained heads"
             )
         found = calibrated(pipe, inputs, kind, trained, (quality, speed))
         settings = {"rest": kind, "quality": quality, "speed": speed}

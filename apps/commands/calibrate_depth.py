@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Rest(StrEnum):
     skip = "skip"
     residual = "residual"
+    forecast = "forecast"
     heads = "heads"
 
 
@@ -36,8 +37,8 @@ def depth(
     ] = None,
     rest: Annotated[
         Rest,
-        typer.Option(help="Instead of the other blocks: nothing, what they added last, heads."),
-    ] = Rest.residual,
+        typer.Option(help="What stands in for the blocks left out."),
+    ] = Rest.forecast,
     updates: Annotated[int, typer.Option(min=1, help="Runs in which heads are trained.")] = 300,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,

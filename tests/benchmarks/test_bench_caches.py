@@ -56,7 +56,7 @@ def test_exits_are_controlled_by_their_own_depths(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_caches, "SCHEDULES", tmp_path)
     monkeypatch.setattr(EarlyExit, "calibrate", calibrate)
     rows = dict(bench_caches.exits(pipe, steps, tmp_path))
-    for rest in ("skip", "residual", "heads"):
+    for rest in ("skip", "residual", "forecast", "heads"):
         ours = _schedule(rows[f"early exit, {rest}: 30 dB asked"])
         random = _schedule(rows[f"control: random steps, as many as early exit, {rest}: 30 dB"])
         assert sorted(ours.rows) == sorted(random.rows)

@@ -20,8 +20,9 @@ from caches._drift import Drift
 from caches._executor import OnGrid
 from caches._exit_calibration import (
     _Probe,
+    aged,
     chosen_depths,
-    chosen_depths_of_residuals,
+    chosen_depths_of_kept,
     harm,
     spaced_exits,
 )
@@ -35,7 +36,7 @@ from caches.token_merge import TokenMerge
 # a schedule without exits says that it changes nothing
 pytestmark = pytest.mark.filterwarnings("ignore::accel.method.NoEffectWarning")
 TRANSFORMERS = ["dit", "pixart", "sd3", "flux", "wan", "wan22", "cogvideox", "hunyuanvideo", "ltx"]
-RESTS = ["skip", "residual", "heads"]
+RESTS = ["skip", "residual", "forecast", "heads"]
 STEPS = 6
 INPUTS = [
     {"class_labels": [i, i + 3], "num_inference_steps": STEPS, "guidance_scale": 3.0}
@@ -104,6 +105,8 @@ def test_exits_are_spread_over_the_blocks():
     assert spaced_exits(6) == (1, 2, 3, 4, 5)
     assert spaced_exits(28) == (1, 5, 10, 14, 18, 23, 27)
     assert spaced_exits(2) == (1,)
+    assert spaced_exits(6, first=0) == (0, 1, 2, 3, 4, 5)
+    assert spaced_exits(28, 3) == (1, 14, 27)
 
 
 def test_harm_is_linear_in_the_level_and_the_length():
@@ -112,33 +115,53 @@ def test_harm_is_linear_in_the_level_and_the_length():
     assert found == pytest.approx(np.array([[4 * 0.3, 2 * 0.3], [3 * 0.2, 1 * 0.2], [0.8, 0.0]]))
 
 
-def test_the_first_exit_that_does_little_harm_is_taken():
+def test_least_harm_and_price():
     harms = np.array([[0.5, 0.2, 0.1], [0.1, 0.3, 0.3], [0.9, 0.9, 0.9]])
-    assert chosen_depths(harms, (1, 3, 5), 6, 0.25) == (3, 1, 6)
+    # exits 1, 3, 5 of 6 blocks at 0.1 a block: the first step costs 0.6, 0.5, 0.6, in full 0.6
+    assert chosen_depths(harms, (1, 3, 5), 6, 0.1) == (3, 1, 6)
     assert chosen_depths(harms, (1, 3, 5), 6, 0.0) == (6, 6, 6)
-    assert chosen_depths(harms * 0, (1, 3, 5), 6, -1.0) == (6, 6, 6)
+    assert chosen_depths(0 * harms, (1, 3, 5), 6, 0.0) == (6, 6, 6)
 
 
-def test_depths_fall_as_the_threshold_rises():
+def test_depths_fall_as_the_price_rises():
     harms = np.random.default_rng(0).random((20, 5))
-    found = [chosen_depths(harms, range(1, 6), 6, error) for error in np.linspace(-0.1, 1.1, 25)]
+    found = [chosen_depths(harms, range(1, 6), 6, price) for price in np.linspace(0, 1.1, 25)]
     for careful, bold in itertools.pairwise(found):
         assert all(a >= b for a, b in zip(careful, bold, strict=True))
     assert found[0] == (6,) * 20
     assert found[-1] == (1,) * 20
 
 
-def test_what_residuals_do_grows_with_their_age():
-    shares = [1.0, 0.9, 0.8, 0.7, 0.6]
-    harms = np.array([[9.0, 9.0]] + [[2.0, 1.0]] * 4)
-    # 0.2, 0.1 after one step; 0.4, 0.2 after two; 0.6, 0.3 after three
-    found = chosen_depths_of_residuals(harms, shares, (1, 2), 3, 0.25)
-    assert found == (3, 1, 2, 3, 1)
-    assert chosen_depths_of_residuals(harms, shares, (1, 2), 3, 0.0) == (3,) * 5
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("price", [0.0, 0.02, 0.05, 0.1, 0.5])
+def test_what_is_kept_gets_older(price, order):
+    """Against all schedules of five steps, two exits and three blocks."""
+    shares = [1.0, 0.9, 0.8, 0.5, 0.4]
+    harms, exits = np.random.default_rng(1).random((5, 2)), (1, 2)
+
+    def cost(depths):
+        total, full = 0.0, []
+        for step, depth in enumerate(depths):
+            total += price * depth
+            if depth == 3:
+                full.append(step)
+            elif len(full) <= order:
+                return np.inf
+            else:
+                age = np.prod([shares[k] - shares[step] for k in full[-1 - order :]])
+                total += harms[step, exits.index(depth)] * age
+        return total
+
+    every = itertools.product((1, 2, 3), repeat=5)
+    found = chosen_depths_of_kept(harms, aged(shares, order), exits, 3, price)
+    assert cost(found) == pytest.approx(min(map(cost, every)))
+    assert price > 0 or found == (3,) * 5
+    assert price < 0.5 or sum(found) < 12
 
 
-def test_exits_read_up_to_the_next_full_step():
-    assert used_later((6, 2, 3, 6, 2, 2), 6) == [{2, 3}, {3}, set(), {2}, {2}, set()]
+def test_exits_of_later_steps():
+    found = used_later((6, 2, 3, 6, 4, 4), 6)
+    assert found == [{2, 3, 4}, {3, 4}, {4}, {4}, {4}, set()]
 
 
 def test_depths_and_schedules():
@@ -146,7 +169,8 @@ def test_depths_and_schedules():
     schedule = as_schedule(columns, (3, 1))
     assert schedule.rows == ("CCCCCC", "CSSCSS")
     assert depths_of(schedule, "b") == (3, 1)
-    for rows in (("SCC",), ("SSS",), ("CRR",)):
+    assert depths_of(Schedule(columns[:3], ("SSS", "CCC")), "a") == (0, 3)
+    for rows in (("SCC",), ("CSC",), ("CRR",)):
         with pytest.raises(ValueError, match="others than the last blocks"):
             depths_of(Schedule(columns[:3], rows), "a")
 
@@ -177,11 +201,11 @@ def test_heads_by_hand():
 
 @pytest.mark.parametrize("check", checks())
 @pytest.mark.parametrize(
-    ("name", "rest"), [("dit", "residual"), ("flux", "heads"), ("wan", "residual")]
+    ("name", "rest"), [("dit", "residual"), ("flux", "heads"), ("wan", "forecast")]
 )
 def test_conformance(check, name, rest):
     full = blocks(name)
-    conform(check, exiting(name, rest, (full, 1, full, 1)), name)
+    conform(check, exiting(name, rest, (full, full, 1, 1)), name)
 
 
 @pytest.mark.slow
@@ -190,7 +214,7 @@ def test_conformance(check, name, rest):
 @pytest.mark.parametrize("rest", RESTS)
 def test_conformance_matrix(check, name, rest):
     full = blocks(name)
-    conform(check, exiting(name, rest, (full, 1, full, 1)), name)
+    conform(check, exiting(name, rest, (full, full, 1, 1)), name)
 
 
 @pytest.mark.parametrize("rest", RESTS)
@@ -201,15 +225,19 @@ def test_exits_on_every_transformer(name, rest):
     with attached(exiting(name, rest, (full,) * 4, "error"), host.pipe) as live:
         assert_equal(plain, host.run(num_inference_steps=4), "without exits")
         assert live.report()["effect"] == "none"
-    with attached(exiting(name, rest, (full, 1, full, 1), "error"), host.pipe) as live:
+    with attached(exiting(name, rest, (full, full, 1, 1), "error"), host.pipe) as live:
         left = host.run(num_inference_steps=4)
         report = live.report()["runs"][0]
-    assert report["skipped"] / (report["skipped"] + report["computed"]) == (full - 1) / full / 2
+    # the second model of a pair has nothing kept yet where it takes over
+    kept = {"residual": 1 / 2, "forecast": 0}.get(rest, 1) if name == "wan22" else 1
+    share = report["skipped"] / (report["skipped"] + report["computed"])
+    assert share == pytest.approx(kept * (full - 1) / full / 2)
+    assert ("forced" in report["detail"]) == (kept < 1)
     assert report["fallbacks"] == {}
     assert report["syncs"] <= 1  # DDIM tells no beginning: the clock reads it once
-    assert (report["bytes_device"] > 0) == (rest == "residual")
+    assert (report["bytes_device"] > 0) == (rest in ("residual", "forecast"))
     assert torch.isfinite(left).all()
-    assert not torch.equal(plain, left)
+    assert torch.equal(plain, left) == (kept == 0)
 
 
 def _outputs(host, method, depths):
@@ -247,7 +275,7 @@ def _tokens(host, depths):
 def test_what_stands_in(rest):
     """Against hooks: the tokens that reach the last layers."""
     host, count = tiny("dit"), blocks("dit")
-    depths = (count, 1, count, 1)
+    depths = (count, count, 1, 1)
     tokens = _tokens(host, depths)
     seen = []
     hook = host.pipe.transformer.norm_out.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
@@ -259,15 +287,20 @@ def test_what_stands_in(rest):
     shares = [s / (1 + s) for s in sampling_grid(pipe.scheduler)[1]]
     for step, depth in enumerate(depths):
         want = tokens[step][depth - 1]
+        older, newest = (tokens[k][-1] - tokens[k][depth - 1] for k in (0, 1))
         if depth < count and rest == "residual":
-            want = want + tokens[step - 1][-1] - tokens[step - 1][depth - 1]
+            want = want + newest
+        if depth < count and rest == "forecast":
+            along = (shares[step] - shares[1]) / (shares[1] - shares[0])
+            want = want + newest + along * (newest - older)
         if depth < count and rest == "heads":
             want = ExitHeads.of(heads.tensors, [1])(want, 1, shares[step])
         assert torch.allclose(seen[step], want, atol=1e-5), step
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_a_residual_completes_what_was_just_computed(name):
+def test_a_residual_completes_what_was_just_computed(name, depth):
     """The same call twice: left early, it returns what it returned in full."""
     host, calls = tiny(name), []
     denoiser = denoisers(host.pipe)[0]
@@ -277,7 +310,7 @@ def test_a_residual_completes_what_was_just_computed(name):
     host.run(num_inference_steps=2)
     hook.remove()
     args, kwargs = calls[0]
-    method, found = exiting(name, "residual", (blocks(name), 1)), []
+    method, found = exiting(name, "residual", (blocks(name), depth)), []
     with attached(method, host.pipe) as live, torch.no_grad():
         live.clock.begin(host.pipe.scheduler)
         for step in (0, 1):
@@ -285,7 +318,7 @@ def test_a_residual_completes_what_was_just_computed(name):
                 found.append(leaves(denoiser.module(*args, **kwargs))[0])
         live.clock.end()
         report = live.report()["runs"][0]
-    assert report["skipped"] == blocks(name) - 1
+    assert report["skipped"] == blocks(name) - depth
     scale = found[0].abs().max()
     assert (found[0] - found[1]).abs().max() <= 1e-5 * scale  # a + (b - a) for b, in float32
 
@@ -328,9 +361,9 @@ def test_a_residual_that_is_missing_is_computed():
         assert report["skipped"] == (3 - forced) * (count - 1)
 
 
-@pytest.mark.parametrize("rest", ["residual", "heads"])
+@pytest.mark.parametrize("rest", ["forecast", "heads"])
 def test_compiled_as_one_graph(rest):
-    depths = (blocks("dit"), 1, blocks("dit"), 1)
+    depths = (blocks("dit"), blocks("dit"), 1, 1)
     want = _outputs(tiny("dit"), exiting("dit", rest, depths), depths)
     host = tiny("dit")
     torch.compiler.reset()
@@ -384,8 +417,8 @@ def test_refusals(tmp_path):
     for wrong, words in (
         ({}, "for a speed or for a quality"),
         ({"quality": 30.0, "speed": 2.0}, "for a speed or for a quality"),
-        ({"quality": 30.0, "rest": "heads"}, "skip, residual, or trained heads"),
-        ({"quality": 30.0, "rest": other}, "skip, residual, or trained heads"),
+        ({"quality": 30.0, "rest": "heads"}, "skip, residual, forecast or trained heads"),
+        ({"quality": 30.0, "rest": other}, "skip, residual, forecast or trained heads"),
         ({"quality": 1e6}, "no exits give"),
         ({"speed": 1e6}, "no exits give"),
     ):
@@ -398,7 +431,7 @@ def test_refusals(tmp_path):
 # -- calibration and training -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rest", ["skip", "residual"])
+@pytest.mark.parametrize("rest", ["skip", "forecast"])
 def test_a_calibration_keeps_the_quality_it_was_asked_for(rest, tmp_path):
     pipe = tiny("dit").pipe
     state = host_state(pipe)
