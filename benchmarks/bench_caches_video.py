@@ -21,19 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import accel
 from accel.artifact import ArtifactRef
 from accel.clock import sampling_grid
 from accel.denoiser import denoisers
-from accel.loading import zoo_path
 from accel.measure import Study, load_average
 from accel.method import Method, Recipe
 from accel.settings import Settings
-from apps.digits_referee import NAME, digits_referee, zoo_inputs
+from apps.digits_referee import zoo_inputs
 from benchmarks.bench_native import here, kept_rows
-from benchmarks.digits_study import head, row, weights_sha256
+from benchmarks.digits_study import head, loaded, row, study_of
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, read, write
 from caches.evolution import EvolutionCache, EvolutionSearch
@@ -131,19 +127,8 @@ def _ratios(pipe: Any, calls: list[dict[str, Any]], folder: Path) -> ArtifactRef
 
 def study(given: argparse.Namespace) -> Study:
     """The pipeline, one thread, a video a call; the first is timed."""
-    torch.set_num_threads(1)
-    pipe = accel.load(given.model, device=given.device)
-    pipe.set_progress_bar_config(disable=True)
     calls = videos(given.videos, given.steps)
-    folder = zoo_path(given.model) if given.model == MODEL else Path(given.model)
-    return Study(
-        pipe,
-        calls,
-        seeds=[SEED + i for i in range(len(calls))],
-        timed=1,
-        referee=digits_referee(calls, NAME),
-        model={"name": given.model, "weights_sha256": weights_sha256(folder)},
-    )
+    return study_of(loaded(given.model, given.device), calls, seed=SEED, model=given.model)
 
 
 def content(bench: Study, block: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:

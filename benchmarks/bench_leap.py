@@ -8,20 +8,16 @@ steps, and the two triggers. The controls take as many steps, evenly: what a lea
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-import accel
-from accel.loading import zoo_path
-from accel.measure import Study, environment, load_average
+from accel.measure import environment, load_average
 from accel.method import Method, Recipe
 from accel.zoo.world import caption
-from apps.digits_referee import NAME, STRIDE, VIDEO_FRAMES, digits_referee
-from benchmarks.digits_study import row, weights_sha256
-from benchmarks.results_file import DEVICES, write
+from apps.digits_referee import STRIDE, VIDEO_FRAMES
+from benchmarks.digits_study import command_line, head, loaded, row, study_of
+from benchmarks.results_file import write
 from samplers.host import carried
 from samplers.leap import Leap
 from samplers.swap import SwapScheduler
@@ -60,41 +56,19 @@ def rows() -> dict[str, Recipe]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu", choices=DEVICES)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+    given = command_line(__doc__, samples=16, rounds=3).parse_args()
     load = load_average()
-    pipe = accel.load(MODEL, device=given.device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded(MODEL, given.device)
     pipe.scheduler = EULER.from_config(carried(pipe.scheduler, EULER))
     calls = inputs(given.samples)
-    study = Study(
-        pipe,
-        calls,
-        seeds=[SEED + i for i in range(len(calls))],
-        timed=1,
-        referee=digits_referee(calls, NAME),
-        model={"name": MODEL, "weights_sha256": weights_sha256(zoo_path(MODEL))},
-    )
+    bench = study_of(pipe, calls, seed=SEED, model=MODEL, referee=given.referee)
     measured = {}
     for name, recipe in rows().items():
-        result = study.compare(recipe, rounds=given.rounds)
+        result = bench.compare(recipe, rounds=given.rounds)
         measured[name] = row(recipe, result)
         print(name, *(measured[name][k] for k in ("speedup", "psnr", "judged")), flush=True)
-    content = {
-        "environment": environment(given.device, load),
-        "protocol": study.protocol().as_json(),
-        "model": MODEL,
-        "steps": STEPS,
-        "guidance": GUIDANCE,
-        "batch": BATCH,
-        "samples": given.samples,
-        "rows": measured,
-    }
-    write("leap", given.device, content)
+    block = environment(given.device, load)
+    write("leap", given.device, {**head(bench, given.samples, block, BATCH), "rows": measured})
 
 
 if __name__ == "__main__":

@@ -12,23 +12,18 @@ guidance by the prompt, which costs as much.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import accel
 from accel.artifact import Artifact
-from accel.loading import zoo_path
-from accel.measure import Study, environment, load_average
+from accel.measure import environment, load_average
 from accel.method import Attached, Claim, Method, Recipe
-from apps.digits_referee import NAME, digits_referee
-from benchmarks.digits_study import SD, head, prompts, row, weights_sha256
+from benchmarks.digits_study import SD, command_line, head, loaded, prompts, row, study_of
 from benchmarks.distil import RECIPES, captions
-from benchmarks.results_file import DEVICES, write
+from benchmarks.results_file import write
 from samplers.distillation import HIGH
 from samplers.reward_tuning import RewardTuning
 from samplers.rlg import RLG
@@ -69,8 +64,7 @@ class _Counted(Attached):
 
 def tune(out: Path) -> None:
     """Train, and write the artifact with its recipe."""
-    pipe = accel.load(SD, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded(SD)
     calls = [{"prompt": c["prompt"]} for c in captions(BATCHES, BATCH)]
     artifact = TRAINER.fit(pipe, calls, str(out))
     recipe = Recipe((RLG(artifact.save(out / "digits-sd-rlg.safetensors")),))
@@ -103,37 +97,24 @@ def calls(samples: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = command_line(__doc__, rounds=3)
     parser.add_argument("--tune", action="store_true", help="only train")
     parser.add_argument("--out", type=Path, default=Path("out/rlg"))
-    parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu", choices=DEVICES)
     given = parser.parse_args()
-    torch.set_num_threads(1)
     if given.tune:
         tune(given.out)
         return
     load = load_average()
-    pipe = accel.load(SD, device=given.device)
-    pipe.set_progress_bar_config(disable=True)
-    asked = calls(given.samples)
-    study = Study(
-        pipe,
-        asked,
-        seeds=[SEED + i for i in range(len(asked))],
-        timed=1,
-        referee=digits_referee(asked, NAME),
-        model={"name": SD, "weights_sha256": weights_sha256(zoo_path(SD))},
-    )
+    pipe = loaded(SD, given.device)
+    bench = study_of(pipe, calls(given.samples), seed=SEED, model=SD, referee=given.referee)
     given.out.mkdir(parents=True, exist_ok=True)
     measured = {}
     for name, recipe in rows(given.out).items():
-        result = study.compare(recipe, rounds=given.rounds)
+        result = bench.compare(recipe, rounds=given.rounds)
         measured[name] = row(recipe, result, str(RECIPES), str(given.out))
         print(name, *(measured[name][k] for k in ("speedup", "psnr", "judged")), flush=True)
     block = environment(given.device, load)
-    write("rlg", given.device, {**head(study, given.samples, block), "rows": measured})
+    write("rlg", given.device, {**head(bench, given.samples, block), "rows": measured})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The study that ``bench_native`` and ``waterfall`` share: inputs, seeds, referee and rows."""
+"""What studies of the digits share: command line, inputs, seeds, referee and rows."""
 
 from __future__ import annotations
 
@@ -78,17 +78,30 @@ def study(
     steps: int = STEPS,
 ) -> Study:
     """The shipped pipeline, one thread, with its inputs and referee."""
+    calls = (inputs if model == MODEL else prompts)(samples, steps)
+    return study_of(loaded(model, device), calls, seed=SEED, model=model, referee=referee)
+
+
+def loaded(model: str, device: str = "cpu") -> Any:
+    """A pipeline as studies run it: one thread, no progress bar."""
     torch.set_num_threads(1)
     pipe = accel.load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
-    calls = (inputs if model == MODEL else prompts)(samples, steps)
+    return pipe
+
+
+def study_of(
+    pipe: Any, calls: list[dict[str, Any]], *, seed: int, model: str, referee: str = NAME
+) -> Study:
+    """These calls of a pipeline with seeds from ``seed`` on, the first ``TIMED`` of them timed."""
+    folder = zoo_path(model) if model.startswith("zoo:") else Path(model)
     return Study(
         pipe,
         calls,
-        seeds=[SEED + i for i in range(len(calls))],
+        seeds=[seed + i for i in range(len(calls))],
         timed=TIMED,
         referee=digits_referee(calls, referee),
-        model={"name": model, "weights_sha256": weights_sha256(zoo_path(model))},
+        model={"name": model, "weights_sha256": weights_sha256(folder)},
     )
 
 

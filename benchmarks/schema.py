@@ -699,6 +699,33 @@ class Evaluation(_Strict):
     whole: WholeEvaluation
 
 
+class Violation(_Strict):
+    """A rule of axe that does not hold, and where."""
+
+    impact: Literal["minor", "moderate", "serious", "critical"]
+    help: str
+    elements: Annotated[list[str], Field(min_length=1)]
+
+
+class PageRow(_Strict):
+    """One view of the app. undecided: rules that only a person can decide."""
+
+    tab: str
+    scheme: Literal["light", "dark"]
+    size: str
+    holds: Positive
+    undecided: list[str]
+    violations: dict[str, Violation]
+
+
+class Page(_Strict):
+    """``page.json``: the app's page under axe."""
+
+    environment: Environment
+    protocol: ProtocolRecord | None
+    rows: Annotated[list[PageRow], Field(min_length=1)]
+
+
 class ReportRow(BaseModel):
     """One recipe of a report of `accel evaluate`, without its values of each sample."""
 
@@ -770,6 +797,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "sparse": SparseSpeed,
     "attention_backend": AttentionKernels,
     "evaluate": Evaluation,
+    "page": Page,
     "native": Native,
     "peers": Peers,
     "caches": Caches,

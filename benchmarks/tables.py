@@ -26,6 +26,7 @@ from accel import zoo
 from accel.method import Method, Recipe
 from accel.methods import INDEX_FILE, packages
 from benchmarks import (
+    bench_page,
     cache_tables,
     quant_tables,
     recipe_cards,
@@ -391,6 +392,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rlg": lambda: _every_device("rlg", _tunings_on),
     "leap": lambda: _every_device("leap", _leaps_on),
     "evaluate": lambda: _every_device("evaluate", recipe_cards.evaluation),
+    "page": lambda: _every_device("page", bench_page.table),
     "recipe_cards": recipe_cards.cards,
 }
 PAGES = ("README.md", "benchmarks/README.md", "recipes/README.md")

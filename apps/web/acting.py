@@ -12,6 +12,7 @@ from apps.web.checks import sentence
 from apps.web.site import Refused
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+SECRET = "accel: kept over restarts"  # what a browser remembers is no secret to its own machine
 # Of an event that shows what fields have now: what comes while it runs is not lost.
 LAST = {**QUIET, "trigger_mode": "always_last"}
 

@@ -191,6 +191,8 @@ def status_view(status: Status) -> str:
         parts.append(markup.facts([(key.capitalize(), str(n)) for key, n in counted]))
     for task in status.failed:
         parts.append(markup.notice(f"{task.payload['stem']}: {task.error}", "warning"))
+    if state == "Paused":
+        parts.append(markup.notice("What was done is kept; Resume does the rest.", "info"))
     parts += [markup.notice(line, "info") for line in status.said]
     word = state.split()[0].lower()
     return f'<section class="ac-batch" data-state="{word}">{"".join(parts)}</section>'

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
-from apps.web.acting import LAST, QUIET
+from apps.web.acting import LAST, QUIET, SECRET
 from apps.web.checks import offers, sentence
 from apps.web.job_fields import JobFields
 from apps.web.method_settings import edited
 from apps.web.recipe_view import choices, default_choice, told
 from apps.web.settings_form import Edits, SettingsForm
 from apps.web.site import PLAIN, RECIPES, Refused
-from apps.web.trial_view import NOTHING_YET, view
+from apps.web.trial_view import GONE, NOTHING_YET, view
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +41,7 @@ class CreateTab:
                 self._form()
             with gr.Column(scale=9, min_width=300):
                 self.result = gr.HTML(NOTHING_YET, elem_id="trial")
-        self.trial = gr.BrowserState("", storage_key="accel-trial")
+        self.trial = gr.BrowserState("", storage_key="accel-trial", secret=SECRET)
 
     def _form(self) -> None:
         self.job = JobFields(self._app)
@@ -186,7 +186,8 @@ class CreateTab:
         """Show a trial until it is over."""
         trial = self._app.trials.find(trial_id)
         if trial is None:
-            yield NOTHING_YET, gr.update(interactive=True), gr.update(interactive=False)
+            shown = GONE if trial_id else NOTHING_YET
+            yield shown, gr.update(interactive=True), gr.update(interactive=False)
             return
         last: Any = None
         while True:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from apps.web.acting import QUIET
 from apps.web.batch_tab import BatchTab
 from apps.web.batches import Batches
 from apps.web.checks import Checks
@@ -69,13 +70,20 @@ def build(app: App) -> gr.Blocks:
             '<header class="ac-head"><h1>accel</h1>'
             "<p>Diffusion, faster, with what it costs.</p></header>"
         )
-        with gr.Tabs():
+        with gr.Tabs() as bar:
             for name, tab in tabs.items():
-                with gr.Tab(name, id=name.lower()) as one:
+                with gr.Tab(name, id=name) as one:
                     tab.build()
                 tab.tab = one
-        for tab in tabs.values():
+        for name, tab in tabs.items():
             tab.wire(blocks)
+            keep = f"() => {{ sessionStorage.setItem('accel-tab', {name!r}); }}"
+            tab.tab.select(None, js=keep, **QUIET)
+        # a page that is loaded again shows the tab that it showed
+        blocks.load(
+            lambda name: gr.Tabs(selected=name) if name in tabs else gr.skip(),
+            gr.Textbox(visible=False), bar, js="() => window.tabBefore", **QUIET,
+        )  # fmt: skip
     return blocks
 
 

@@ -1,5 +1,41 @@
-// Dividers, and videos that play in step. Listens on the document: Gradio replaces what is in it.
+// Dividers, videos that play in step, and a page that outlives its app. Listens on the document:
+// Gradio replaces what is in it.
 (() => {
+  // An app that was started again does not know what this page's fields offer, so the page loads
+  // itself again. Gradio does that only where something was under way.
+  const PAUSE = 3000; // milliseconds between two looks
+  let known = "";
+
+  const look = async () => {
+    let id = "";
+    try {
+      const answer = await fetch("gradio_api/app_id", { signal: AbortSignal.timeout(10 * PAUSE) });
+      if (answer.ok) id = await answer.text();
+    } catch {} // nobody there
+    if (id && known && id !== known) return location.reload();
+    known ||= id;
+    showAway(known && !id);
+    setTimeout(look, PAUSE);
+  };
+
+  const showAway = (away) => {
+    const shown = document.querySelector(".ac-away");
+    if (!away) return shown?.remove();
+    if (shown) return;
+    const notice = document.createElement("div");
+    notice.className = "ac-away ac-notice ac-warning";
+    notice.setAttribute("role", "status");
+    notice.textContent =
+      "The app does not answer: it was ended, or cannot be reached. Start it again with accel app; " +
+      "this page comes back by itself. What was finished is kept.";
+    document.body.append(notice);
+  };
+
+  look();
+
+  // Read before Gradio shows, and says that it shows, the first tab.
+  window.tabBefore = sessionStorage.getItem("accel-tab");
+
   const videos = (box) => [...box.querySelectorAll("video")];
   const playersOf = (element) => element.closest?.("[data-players]");
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.web import markup
-from apps.web.acting import LAST, QUIET
+from apps.web.acting import LAST, QUIET, SECRET
 from apps.web.checks import sentence
 from apps.web.job_fields import JobFields
 from apps.web.method_settings import edited
@@ -77,7 +77,7 @@ class SearchTab:
                     self.index = gr.Dropdown([], label="Pick a candidate", elem_id="pick")
                     self.pick = gr.Button("Render this one", min_width=180, scale=0)
                 self.found = gr.HTML(elem_id="candidates")
-        self.hunt = gr.BrowserState("", storage_key="accel-search")
+        self.hunt = gr.BrowserState("", storage_key="accel-search", secret=SECRET)
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
@@ -204,11 +204,20 @@ class SearchTab:
             return markup.notice(sentence(str(error)))
         return ""
 
+    def _gone(self) -> str:
+        return markup.empty(
+            "Your last search is not shown any more",
+            "The app was started again since, or many others came after it. Its candidates are "
+            f"gone; the winner of a finished one is kept in {self._app.searches.folder}. Press "
+            "Search to search again.",
+        )
+
     async def _watch(self, hunt_id: str) -> AsyncIterator[Any]:
         """Show a search until it and everything picked from it is over."""
         hunt = self._app.searches.find(hunt_id)
         if hunt is None:
-            yield [NOTHING_YET, "", gr.update(interactive=True), gr.update(interactive=False),
+            shown = self._gone() if hunt_id else NOTHING_YET
+            yield [shown, "", gr.update(interactive=True), gr.update(interactive=False),
                    gr.update(visible=False), gr.update(choices=[])]  # fmt: skip
             return
         last: Any = None

@@ -110,6 +110,11 @@ class Searches:
         self._known: OrderedDict[str, Hunt] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def folder(self) -> Path:
+        """Where winners and what is picked are kept."""
+        return self._site.out / FOLDER
+
     def find(self, hunt_id: object) -> Hunt | None:
         """The search of this id, if the server still has it."""
         return self._known.get(str(hunt_id))
@@ -137,8 +142,7 @@ class Searches:
             "budget": f"{renders} renders",
             "batch": BATCH,
         }
-        folder = self._site.out / FOLDER
-        hunt = Hunt(secrets.token_urlsafe(12), model, recipe, job, folder)
+        hunt = Hunt(secrets.token_urlsafe(12), model, recipe, job, self.folder)
         task = self._plan(hunt, {**job, "search": search})
         hunt.drafts = drafts(SearchRequest.model_validate(search))
         with self._lock:

@@ -17,6 +17,11 @@ NOTHING_YET = markup.empty(
     "Choose what to draw and how to accelerate it, then press Generate. You will see both results "
     "side by side, what each cost, and which parts of the network ran at every step.",
 )
+GONE = markup.empty(
+    "Your last result is not shown any more",
+    "The app was started again since, or many others came after it. Its pictures are kept if they "
+    "were finished, and can be seen in the Compare tab. Press Generate to see everything again.",
+)
 
 
 def view(trial: Trial | None, ahead: int = 0) -> str:

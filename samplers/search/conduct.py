@@ -47,6 +47,14 @@ class SearchSettings:
                 raise ValueError(f"SearchSettings.{name} = {value}: at least {least}")
 
 
+def check_counts(search: Any, *names: str) -> None:
+    """Raises ``ValueError`` if a setting of one of these names is below 1; it may be ``None``."""
+    for name in names:
+        value = getattr(search, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{type(search).__name__}.{name} = {value}: at least 1")
+
+
 class Explorer:
     """Mixin before ``Search``: ``run`` by way of ``explore``."""
 

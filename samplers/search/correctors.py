@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from accel.method import Search
-from samplers.search.conduct import Explorer
+from samplers.search.conduct import Explorer, check_counts
 from samplers.search.noise import key
 from samplers.search.path import Path, Run
 from samplers.search.session import Session
@@ -45,8 +45,9 @@ class Correctors(Explorer, Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.particles < 2 or self.every < 1 or self.power <= 0 or self.clamp < 0:
-            raise ValueError(f"{self}: two particles or more, every 1 or more, power above 0")
+        check_counts(self, "every", "rounds")
+        if self.particles < 2 or self.power <= 0 or self.clamp < 0:
+            raise ValueError(f"{self}: two particles or more, power above 0, clamp from 0")
         if not 0 < self.eta <= 1 or not 0 <= self.threshold <= 1:
             raise ValueError(f"{self}: eta in 0..1 above 0, threshold in 0..1")
 

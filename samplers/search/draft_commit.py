@@ -17,7 +17,7 @@ import numpy as np
 from accel.method import Recipe, Search
 from accel.metrics.statistics import Interval
 from samplers.search.budget import Budget
-from samplers.search.conduct import Explorer, SearchSettings
+from samplers.search.conduct import Explorer, SearchSettings, check_counts
 from samplers.search.session import Session, Spent
 
 RESAMPLES = 2000
@@ -36,8 +36,9 @@ class DraftCommit(Explorer, Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.commits < 1 or (self.candidates is not None and self.candidates < self.commits):
-            raise ValueError(f"{self}: commits at least 1, candidates at least as many")
+        check_counts(self, "commits")
+        if self.candidates is not None and self.candidates < self.commits:
+            raise ValueError(f"{self}: at most as many commits as candidates")
 
     def explore(self, session: Session) -> None:
         drafts, left = [], self.candidates

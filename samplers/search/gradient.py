@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from accel.method import Search
-from samplers.search.conduct import Explorer
+from samplers.search.conduct import Explorer, check_counts
 from samplers.search.path import Path
 from samplers.search.result import Candidate
 from samplers.search.session import Session, Spent
@@ -40,10 +40,9 @@ class Gradient(Explorer, Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.climbers <= self.starts or self.commits < 1:
-            raise ValueError(f"{self}: 1 <= climbers <= starts, commits at least 1")
-        if self.iterations is not None and self.iterations < 1:
-            raise ValueError(f"{self}: iterations at least 1, or None")
+        check_counts(self, "climbers", "iterations", "commits")
+        if self.climbers > self.starts:
+            raise ValueError(f"{self}: at most as many climbers as starts")
         if not 0 <= self.cosine < 1 or not -1 <= self.floor < 1:
             raise ValueError(f"{self}: cosine in 0..1, floor in -1..1")
 

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from accel.method import Search
-from samplers.search.conduct import Explorer
+from samplers.search.conduct import Explorer, check_counts
 from samplers.search.noise import key
 from samplers.search.path import Path, Run
 from samplers.search.session import Session
@@ -43,6 +43,7 @@ class Particles(Explorer, Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_counts(self, "rounds")
         falling = list(self.at) == sorted(set(self.at), reverse=True)
         if self.particles < 2 or not falling or not all(0 < a < 1 for a in self.at):
             raise ValueError(f"{self}: two particles or more, `at` falling within 0..1")

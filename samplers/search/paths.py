@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accel.method import Search
-from samplers.search.conduct import Explorer
+from samplers.search.conduct import Explorer, check_counts
 from samplers.search.path import Path, Renoise, Run
 from samplers.search.session import Session
 
@@ -37,8 +37,9 @@ class Paths(Explorer, Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.survivors < 1 or self.copies < 1 or not 0 < self.start < 1:
-            raise ValueError(f"{self}: survivors and copies from 1, start in 0..1")
+        check_counts(self, "survivors", "copies", "rounds")
+        if not 0 < self.start < 1:
+            raise ValueError(f"{self}: start in 0..1")
         if not 0 < self.up < self.down <= 1:
             raise ValueError(f"{self}: up and down within 0..1, down the larger")
 

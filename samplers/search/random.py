@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accel.method import Search
-from samplers.search.conduct import Explorer
+from samplers.search.conduct import Explorer, check_counts
 from samplers.search.session import Session
 
 
@@ -22,8 +22,7 @@ class Random(Explorer, Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.candidates is not None and self.candidates < 1:
-            raise ValueError(f"Random.candidates = {self.candidates}: at least 1")
+        check_counts(self, "candidates")
 
     def explore(self, session: Session) -> None:
         left = self.candidates

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from accel.method import Search
-from samplers.search.conduct import Explorer
+from samplers.search.conduct import Explorer, check_counts
 from samplers.search.path import Path, Run
 from samplers.search.session import Session
 
@@ -38,8 +38,9 @@ class Rollover(Explorer, Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.starts, self.quota, self.together) < 1 or not 0 < self.eta <= 1:
-            raise ValueError(f"{self}: starts, quota and together from 1, eta in 0..1 above 0")
+        check_counts(self, "starts", "quota", "together", "rounds")
+        if not 0 < self.eta <= 1:
+            raise ValueError(f"{self}: eta in 0..1 above 0")
 
     def check(self, session: Session) -> None:
         session.absolute()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accel.method import Search
-from samplers.search.conduct import Explorer
+from samplers.search.conduct import Explorer, check_counts
 from samplers.search.noise import cosine_between
 from samplers.search.path import Path, Turn
 from samplers.search.session import Session
@@ -38,9 +38,7 @@ class ZeroOrder(Explorer, Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("neighbours", "starts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ZeroOrder.{name} = {getattr(self, name)}: at least 1")
+        check_counts(self, "neighbours", "starts", "rounds")
         if not 0 <= self.cosine < 1 or not -1 <= self.floor < 1 or self.widen < 1:
             raise ValueError(f"{self}: cosine in 0..1, floor in -1..1, widen 1 or more")
 

@@ -14,12 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.bench_page import CHROMIUM, FLAGS, open_tab
+
 ROOT = Path(__file__).resolve().parents[3]
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = [
-    "--no-sandbox", "--headless", "--disable-gpu", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 PATIENCE = 60_000  # milliseconds; a busy machine is no failure
 
 
@@ -132,13 +129,8 @@ class Tab:
         )
 
     def go(self, name):
-        """Open one of the app's tabs, also where it hides in the menu of a narrow page."""
-        shown = self.page.get_by_role("tab", name=name, exact=True)
-        if shown.count() and shown.first.is_visible():
-            shown.first.click()
-        else:
-            self.page.locator(".overflow-menu > button").first.click()
-            self.page.locator(".overflow-dropdown button", has_text=name).click()
+        """Open one of the app's tabs."""
+        open_tab(self.page, name)
 
     def state(self, selector, *states, patience=PATIENCE):
         """Wait until the trial or batch is in one of these states; return which."""

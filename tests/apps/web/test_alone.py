@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from apps.render.ledger import Ledger
+from benchmarks.bench_page import SETTLES, TABS, audit
 
 pytestmark = pytest.mark.slow
 AXE = os.environ.get("AXE_CORE", "")  # axe.min.js of npm's axe-core
@@ -53,6 +54,29 @@ def test_killing_the_server_loses_nothing(serving, tab, digits, wait_until):
         after = {t.id: t.result for t in ledger.tasks("done")}
     assert len(after) == 8
     assert made.items() <= after.items(), "what was done is done once"
+
+
+def test_a_page_that_is_open_outlives_its_app(serving, tab):
+    first = serving()
+    one = tab(first.address)
+    page = one.page
+    page.get_by_label("Steps").fill("5")
+    page.locator("#generate").click()
+    one.state("#trial", "done")
+    one.go("Search")
+    page.evaluate("window.before = true")
+    first.kill()
+    page.get_by_text("The app does not answer").wait_for()
+    serving("--port", urllib.parse.urlsplit(first.address).port)
+    page.wait_for_function("!window.before", timeout=60_000)
+    page.get_by_role("tab", name="Search", selected=True).wait_for()
+    page.get_by_text("No search yet").wait_for()
+    one.go("Create")
+    page.get_by_text("Your last result is not shown any more").wait_for()
+    one.ready()
+    page.get_by_label("Steps").first.fill("5")
+    page.locator("#generate").click()
+    assert one.state("#trial", "done", "failed") == "done", "the new app knows the page's fields"
 
 
 def _child(pid):
@@ -144,15 +168,13 @@ def test_axe_finds_nothing(app, tab, digits, scheme):
     one.state("#batch-status", "finished")
     page.evaluate(Path(AXE).read_text())
     found = {}
-    for name in ("Create", "Compare", "Search", "Batch", "Evaluate", "Recipes"):
+    for name in TABS:
         one.go(name)
-        page.wait_for_timeout(2000)
-        violations = page.evaluate("axe.run().then(r => r.violations)")
-        for v in violations:
-            nodes = [n["html"][:160] for n in v["nodes"]]
-            found[f"{name}: {v['id']}"] = [v["impact"], v["help"], nodes[:3], len(nodes)]
-    unknown = {k: v for k, v in found.items() if k.split(": ")[1] not in KNOWN}
-    assert unknown == {}, json.dumps(unknown, indent=1)
+        page.wait_for_timeout(SETTLES)
+        for rule, violation in audit(page)["violations"].items():
+            if rule not in KNOWN:
+                found[f"{name}: {rule}"] = violation
+    assert found == {}, json.dumps(found, indent=1)
 
 
 # What axe finds in Gradio itself, which a page on it cannot change.

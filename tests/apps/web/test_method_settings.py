@@ -1,13 +1,16 @@
 """Settings in a form: every method's own come back as they were, wrong ones become a sentence."""
 
+import asyncio
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from accel.artifact import ArtifactRef
 from accel.methods import index, resolve
-from apps.web.checks import sentence
+from apps.web.checks import offers, sentence
 from apps.web.method_settings import about, edited, fields
+from apps.web.searches import algorithms
 from caches.encoder_propagation import EncoderPropagation
 from caches.evolution import EvolutionCache
 from caches.interval import IntervalCache
@@ -35,6 +38,31 @@ def test_what_the_form_shows_is_what_the_method_is(name):
     assert hidden <= {"artifact"}
     assert edited(method, {f.name: f.value for f in shown}) == method
     assert len(about(method)[0]) > 20
+
+
+def test_what_is_ticked_and_left_as_it_is_is_what_was_offered():
+    """Every box of the page as a browser sends it back, through its fields as Gradio reads them."""
+    gradio = pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'accel[app]'")
+    from apps.web.settings_form import SettingsForm
+
+    boxes = {one.key: one.method for one in offers(sorted(Path("recipes").glob("*.yaml")))}
+    boxes |= {one.name: one.search for one in algorithms()}
+    form = SettingsForm()
+
+    async def build():  # where no loop runs, Gradio makes some and leaves them open
+        with gradio.Blocks():
+            for key, value in boxes.items():
+                form.box(key, key, value)
+
+    asyncio.run(build())
+    shown = [one.postprocess(one.value) for one in form.values]
+    for one, it in zip(form.values, shown, strict=True):
+        if isinstance(one, gradio.Dropdown):
+            assert it in [choice for _, choice in one.choices], f"{one.label} shows nothing"
+    edits = form.edits([one.preprocess(it) for one, it in zip(form.values, shown, strict=True)])
+    assert len(edits) > 20
+    for key, value in boxes.items():
+        assert edited(value, edits.get(key, {})) == value
 
 
 def test_settings_are_changed():

@@ -281,7 +281,7 @@ def test_every_algorithm_has_its_settings_and_says_where_it_cannot_search(app, t
     settings = page.locator("#search-settings")
     page.get_by_role("spinbutton", name="Steps").last.fill("6")
     settings.get_by_label("starts").locator("visible=true").fill("0")
-    about.get_by_text("Rollover wants other settings: starts, quota").wait_for()
+    about.get_by_text("Rollover: starts cannot be 0; it must be at least 1").wait_for()
     page.locator("#start-search").click()
     page.locator(".ac-error").nth(1).wait_for()
     assert page.locator("#search [data-state]").count() == 0, "nothing was started"
@@ -406,7 +406,7 @@ def test_two_browsers_at_once(app, tab):
 def test_create_goes_before_a_batch(app, tab, digits, wait_until):
     one = tab(app.address)
     one.start_batch(digits(30, steps=100), "long")
-    one.page.get_by_text(re.compile(r"[1-9]\d* of 30 done")).wait_for()
+    one.page.get_by_text(re.compile(r"[1-9]\d* of 30 done")).wait_for(timeout=240_000)
     one.go("Create")
     one.page.get_by_label("Steps").fill("5")
     one.page.locator("#generate").click()

@@ -72,3 +72,14 @@ def test_a_pipeline_that_draws_its_own_noise_is_searched_by_seed():
 def test_a_search_asks_first(untouched, call):
     with pytest.raises(ValueError, match="sharpness has no gradient"):
         Gradient().run(untouched, [call], Sharpness(), Budget(renders=2))
+
+
+@pytest.mark.parametrize(
+    ("search", "name"),
+    [(ZeroOrder, "rounds"), (Particles, "rounds"), (Paths, "rounds"), (Rollover, "rounds"),
+     (Correctors, "rounds"), (Gradient, "iterations"), (DraftCommit, "commits"),
+     (Random, "candidates")],
+)  # fmt: skip
+def test_a_search_of_no_rounds_is_refused(search, name):
+    with pytest.raises(ValueError, match=rf"^{search.__name__}\.{name} = 0: at least 1$"):
+        search(**{name: 0})
