@@ -16,6 +16,7 @@ from accel.metrics.distribution import as_features
 from accel.metrics.memorised import nearest
 
 K_PRECISION, K_DENSITY = 3, 5  # of the papers
+FEWEST = max(K_PRECISION, K_DENSITY) + 1  # samples that it takes
 BLOCK = 1024  # rows of the distance matrix held at a time
 
 

@@ -16,7 +16,7 @@ import torch
 
 from accel.metrics.distribution import SAMPLES_PER_FEATURE, frechet, kid
 from accel.metrics.fidelity import feature_distance, psnr
-from accel.metrics.manifold import manifold
+from accel.metrics.manifold import FEWEST, manifold
 from accel.metrics.statistics import SetInterval, bootstrap, bootstrap_sets, paired_test, share
 from accel.metrics.streaming import ClassSums, Moments, frechet_jackknife
 from accel.referee import paired_difference
@@ -264,7 +264,7 @@ def _around(estimate: float, values: np.ndarray) -> dict[str, float]:
 def _covered(a: np.ndarray, b: np.ndarray, first: np.ndarray, other: np.ndarray) -> dict:
     """Precision, recall, density and coverage; intervals are over the rows they are said of."""
     before, after = manifold(a, first), manifold(b, first)
-    floors = manifold(other, first) if len(other) > 5 else None
+    floors = manifold(other, first) if len(other) >= FEWEST else None
     found = {}
     for name, label in (
         ("precision", "precision: samples among real ones"),

@@ -122,6 +122,7 @@ def make_plan(request: Request) -> Plan:
         FileNotFoundError: no recipe or job file at a path.
     """
     from accel.metrics.extractors import require
+    from accel.metrics.manifold import FEWEST
     from apps.evaluation.frames import require_pictures
 
     revision = model_revision(request.model)
@@ -132,6 +133,9 @@ def make_plan(request: Request) -> Plan:
         require(features)
     if request.real is not None and "fid" in request.kinds:
         require_pictures(Path(request.real))
+    samples = sum(call["samples"] for call in calls)
+    if features is not None and samples < FEWEST:
+        raise ValueError(f"evaluate fid: samples = {samples}; at least {FEWEST}")
     if "clip" in request.kinds:
         if request.clip is None:
             raise ValueError("evaluate clip: give a folder with a CLIP model (--clip FOLDER)")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,14 @@ def test_a_call_that_fails_is_left_out_of_every_side(tmp_path, tiny_model, job_f
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_rendered(request_of, change, why):
     with pytest.raises(ValueError, match=why):
         plan(request_of(**change))
+
+
+def test_too_few_samples_for_a_distance_are_refused_before_anything_is_rendered():
+    taylor = str(Path("recipes/taylor.yaml").resolve())
+    few = Request("zoo:digits-dit", (taylor,), kinds=("fid",), samples=5)
+    with pytest.raises(ValueError, match="evaluate fid: samples = 5; at least 6"):
+        plan(few)
+    assert plan(replace(few, samples=6)).samples == 6
 
 
 def test_a_report_that_cannot_be_written_is_told_in_one_line(tmp_path, request_of):
