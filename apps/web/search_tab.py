@@ -216,8 +216,8 @@ class SearchTab:
         """Show a search until it and everything picked from it is over."""
         hunt = self._app.searches.find(hunt_id)
         if hunt is None:
-            shown = self._gone() if hunt_id else NOTHING_YET
-            yield [shown, "", gr.update(interactive=True), gr.update(interactive=False),
+            page = self._gone() if hunt_id else NOTHING_YET
+            yield [page, "", gr.update(interactive=True), gr.update(interactive=False),
                    gr.update(visible=False), gr.update(choices=[])]  # fmt: skip
             return
         last: Any = None
