@@ -111,6 +111,7 @@ class SearchTab:
         except (Refused, OSError, ValueError) as error:
             nothing = [gr.update(visible=False)] * len(self.job.following)
             return [*nothing, gr.skip(), gr.skip(), markup.notice(sentence(str(error)))]
+        fit = [("nothing", PLAIN), *fit[1:]]
         known = [name for _, name in fit]
         verifier = "judge" if model.startswith("zoo:") else "sharpness"
         value = recipe if recipe in known else PLAIN
