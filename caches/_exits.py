@@ -168,7 +168,7 @@ class LiveExit(LiveSchedule):
 
     def adopt_exits(self, pipe: Any) -> None:
         """Put layers around blocks and denoisers, outside those of the schedule."""
-        for denoiser in denoisers(pipe):
+        for denoiser in (d for d in denoisers(pipe) if self.blocks(d.slot)):
             module = denoiser.module.get_submodule
             blocks = stacked_blocks(denoiser, NAME)
             self.around_denoiser(denoiser.slot, self._decide(denoiser))
@@ -178,6 +178,10 @@ class LiveExit(LiveSchedule):
             finish = self._finish(blocks[-1])
             self.around_call(module(blocks[-1].path), finish, finish)
 
+    def slots(self) -> tuple[str, ...]:
+        """The denoisers of the schedule."""
+        return tuple(dict.fromkeys(column.partition(".")[0] for column in self.columns))
+
     def blocks(self, slot: str) -> int:
         """Blocks of a denoiser."""
         return sum(column.partition(".")[0] == slot for column in self.columns)
@@ -185,8 +189,7 @@ class LiveExit(LiveSchedule):
     def on_run(self, run: Run) -> None:
         super().on_run(run)
         assert self.schedule is not None
-        slots = dict.fromkeys(column.partition(".")[0] for column in self.columns)
-        self.depths = {slot: depths_of(self.schedule, slot) for slot in slots}
+        self.depths = {slot: depths_of(self.schedule, slot) for slot in self.slots()}
         self.later = {s: used_later(d, self.blocks(s)) for s, d in self.depths.items()}
 
     def _forget(self) -> None:

@@ -50,11 +50,12 @@ class EarlyExit(FromArtifact, Method):
         assert found is not None
         if "rest" not in artifact.settings:
             raise ValueError(f"{self.artifact.path}: a schedule of {artifact.method}, not of exits")
-        for denoiser in denoisers(pipe):
-            depths_of(found, denoiser.slot)
+        used = {d for slot in live.slots() for d in depths_of(found, slot) if d < live.blocks(slot)}
         live.rest = artifact.settings["rest"]
         if live.rest == "heads":
             live.heads = ExitHeads.of(artifact.tensors, artifact.settings["exits"])
+            if not used <= set(live.heads.exits):
+                raise ValueError(f"{self.artifact.path}: exits {sorted(used)} without a head")
         live.adopt_exits(pipe)
 
     @staticmethod

@@ -342,6 +342,14 @@ def test_branches_leave_together():
         assert [depths[branch, step] for step in (0, 1)] == [1, blocks("wan")]
 
 
+def test_the_second_model_of_a_pair_may_stay_as_it_is():
+    host = tiny("wan22")
+    with attached(exiting("wan", "skip", (1, 1, 1, 1)), host.pipe) as live:
+        host.run(num_inference_steps=4)
+        report = live.report()["runs"][0]
+    assert 0 < report["computed"] < report["calls"]  # one block a call of the first one
+
+
 def test_a_residual_that_is_missing_is_computed():
     """In mid-schedule, and where the batch changes."""
     host, count = tiny("dit"), blocks("dit")
@@ -413,6 +421,8 @@ def test_refusals(tmp_path):
     )
     with pytest.raises(ValueError, match=r"a schedule of caches.router:RouterCache, not of exits"):
         EarlyExit(other.save(tmp_path / "other.safetensors")).attach(pipe)
+    with pytest.raises(ValueError, match=r"exits \[2\] without a head"):
+        exiting("dit", "heads", (3, 2)).attach(pipe)
     given = INPUTS[:1]
     for wrong, words in (
         ({}, "for a speed or for a quality"),
