@@ -42,7 +42,7 @@ from caches.schedule import Schedule, causal, to_artifact
 
 SAMPLES = 500
 QUALITIES = (40, 35, 30, 25)  # dB that the searched front is asked for
-EXIT_QUALITIES = (35, 30)
+EXIT_QUALITIES = (40, 35, 25, 30)  # of forecasts; of what else may stand in only the last
 MARGIN = 1.0  # dB more on the calibration inputs
 STEPS = {"caches": 50, "caches_20": 20, "caches_sd": 50}
 
@@ -149,13 +149,13 @@ def exits(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
     rests: list[Any] = ["skip", "residual", "forecast", Artifact.load(file)]
     for rest in rests:
         name = "heads" if isinstance(rest, Artifact) else rest
-        for quality in EXIT_QUALITIES:
+        for quality in EXIT_QUALITIES if rest == "forecast" else EXIT_QUALITIES[-1:]:
             made = EarlyExit.calibrate(pipe, calls, rest=rest, quality=quality)
             saved = made.save(folder / f"exit-{name}-{quality}.safetensors")
             yield f"early exit, {name}: {quality} dB asked", EarlyExit(saved)
-        first, *rows = made.tensors["actions"][0]
+        first, second, *rows = made.tensors["actions"][0]  # lines begin with two full steps
         rng.shuffle(rows)
-        made.tensors["actions"] = torch.stack([first, *rows])[None]
+        made.tensors["actions"] = torch.stack([first, second, *rows])[None]
         saved = made.save(folder / f"exit-{name}-random.safetensors")
         yield (
             f"control: random steps, as many as early exit, {name}: {quality} dB",

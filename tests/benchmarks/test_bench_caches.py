@@ -45,11 +45,11 @@ def test_exits_are_controlled_by_their_own_depths(pipe, tmp_path, monkeypatch):
     columns = exit_columns(pipe)
 
     def calibrate(pipe, calls, *, rest, quality):
-        depths = (6, 1, 2, 3, 4, 5, 6, 6) if quality == 30 else (6,) * steps
-        settings = {"rest": "heads" if isinstance(rest, Artifact) else rest, "exits": [1]}
+        depths = (6, 6, 1, 2, 3, 4, 5, 6) if quality == 30 else (6,) * steps
+        settings = {"rest": "heads" if isinstance(rest, Artifact) else rest, "exits": [1, 2, 3, 4, 5]}
         made = to_artifact(as_schedule(columns, depths), denoiser, method=EarlyExit.name(),
                            grid=range(steps, 0, -1), settings=settings)  # fmt: skip
-        made.tensors |= ExitHeads([1], 64).tensors()
+        made.tensors |= ExitHeads([1, 2, 3, 4, 5], 64).tensors()
         return made
 
     calibrate(pipe, [], rest="heads", quality=30).save(file)
