@@ -146,7 +146,7 @@ def exits(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
         return
     calls = [{**x, "output_type": "np"} for x in inputs(BATCH, steps)]
     rng = random.Random(0)
-    rests: list[Any] = ["skip", "residual", "forecast", Artifact.load(file)]
+    rests: list[Any] = ["forecast", "residual", "skip", Artifact.load(file)]
     for rest in rests:
         name = "heads" if isinstance(rest, Artifact) else rest
         for quality in EXIT_QUALITIES if rest == "forecast" else EXIT_QUALITIES[-1:]:

@@ -46,7 +46,8 @@ def test_exits_are_controlled_by_their_own_depths(pipe, tmp_path, monkeypatch):
 
     def calibrate(pipe, calls, *, rest, quality):
         depths = (6, 6, 1, 2, 3, 4, 5, 6) if quality == 30 else (6,) * steps
-        settings = {"rest": "heads" if isinstance(rest, Artifact) else rest, "exits": [1, 2, 3, 4, 5]}
+        kind = "heads" if isinstance(rest, Artifact) else rest
+        settings = {"rest": kind, "exits": [1, 2, 3, 4, 5]}
         made = to_artifact(as_schedule(columns, depths), denoiser, method=EarlyExit.name(),
                            grid=range(steps, 0, -1), settings=settings)  # fmt: skip
         made.tensors |= ExitHeads([1, 2, 3, 4, 5], 64).tensors()
