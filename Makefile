@@ -47,7 +47,9 @@ bench: $(READY) figures
 		$(addprefix --recipe ,$(wildcard recipes/digits-sd-*.yaml))
 	$(VENV)/bin/accel evaluate all --model zoo:digits-ddpm --samples 200 --out out/evaluate-ddpm \
 		--recipe recipes/dpm.yaml
-	$(PY) -m benchmarks.recipe_cards out/evaluate-dit out/evaluate-sd out/evaluate-ddpm
+	$(VENV)/bin/accel evaluate all --model zoo:digits-wan --samples 40 --out out/evaluate-wan \
+		$(addprefix --recipe ,$(filter-out recipes/digits-%,$(wildcard recipes/*.yaml)))
+	$(PY) -m benchmarks.recipe_cards $(addprefix out/evaluate-,dit sd ddpm wan)
 	$(PY) -m benchmarks.bench_backend
 	$(PY) -m benchmarks.bench_sparse
 	$(PY) -m benchmarks.bench_sparse_quality
@@ -60,7 +62,7 @@ figures: $(READY)
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
 	$(PY) -m benchmarks.bench_native
 	$(PY) -m benchmarks.bench_peers
-	$(PY) -m benchmarks.waterfall
+	$(PY) -m benchmarks.waterfall --again
 	$(PY) -m benchmarks.bench_overhead
 	set -e; for recipe in recipes/*.yaml; do \
 		case $$recipe in */digits-sd-*) model=digits-sd;; *) model=digits-dit;; esac; \
@@ -80,7 +82,7 @@ gpu: $(READY)
 	$(PY) -m benchmarks.bench_caches_video --device cuda
 	$(PY) -m benchmarks.bench_cache_speed --device cuda --blocks 24
 	$(PY) -m benchmarks.bench_tdm --device cuda
-	$(PY) -m benchmarks.waterfall --device cuda
+	$(PY) -m benchmarks.waterfall --device cuda --again
 	$(PY) -m benchmarks.bench_overhead --device cuda
 	$(PY) -m benchmarks.bench_backend --device cuda
 	$(PY) -m benchmarks.bench_sparse --device cuda
