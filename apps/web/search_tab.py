@@ -74,7 +74,9 @@ class SearchTab:
             with gr.Column(scale=9, min_width=300):
                 self.shown = gr.HTML(NOTHING_YET, elem_id="search")
                 with gr.Row(visible=False, equal_height=True) as self.picking:
-                    self.index = gr.Dropdown([], label="Pick a candidate", elem_id="pick")
+                    self.index = gr.Dropdown(
+                        [], label="Pick a candidate (the best, if none is picked)", elem_id="pick"
+                    )
                     self.pick = gr.Button("Render this one", min_width=180, scale=0)
                 self.found = gr.HTML(elem_id="candidates")
         self.hunt = gr.BrowserState("", storage_key="accel-search", secret=SECRET)

@@ -153,12 +153,15 @@ class Searches:
         return hunt
 
     def pick(self, hunt: Hunt, index: object) -> None:
-        """Render one candidate in full.
+        """Render one candidate in full; for no index, the best.
 
         Raises:
             Refused: there is none of this index.
         """
-        found = next((c for c in hunt.candidates if c["index"] == index), None)
+        if index is None:
+            found = hunt.best()
+        else:
+            found = next((c for c in hunt.candidates if c["index"] == index), None)
         if found is None:
             raise Refused("Choose one of the candidates.")
         inputs = {"inputs": hunt.job["inputs"], "noise": found["path"]}

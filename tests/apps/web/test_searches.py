@@ -118,3 +118,13 @@ def test_what_cannot_be_asked_for_is_refused(searches):
         hunt(searches, "magic")
     with pytest.raises(Refused, match="Choose one of the candidates"):
         searches.pick(hunt(searches, "random", renders=2), 99)
+
+
+def test_the_best_is_rendered_if_none_is_picked(searches):
+    found = hunt(searches, "random", renders=3)
+    searches.pick(found, None)
+    assert found.error is None
+    assert list(found.picked) == [found.best()["index"]]
+    found.candidates = []
+    with pytest.raises(Refused, match="Choose one of the candidates"):
+        searches.pick(found, None)
