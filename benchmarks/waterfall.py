@@ -3,7 +3,8 @@
     python -m benchmarks.waterfall [--samples 200] [--rounds 9] [--device cuda] [--draw]
 
 Every bar is timed in turn with the unmodified pipeline, and in turn with the bar before it. The
-quantised layers are those that 8 bits make faster on this machine, calibrated under the bar before.
+quantised layers are those that 8 bits make faster on this machine, each timed alone; calibrated
+under the bar before.
 The last bar is a control: the same methods, but the cache repeats its last output from the first
 step on and extrapolates nothing. It must look worse, or the quality beside the speeds proves
 nothing. Bars that the file has already are not measured again, so a stopped run goes on;
@@ -45,7 +46,7 @@ def bars(pipe: Any, samples: int, folder: Path) -> Iterator[tuple[str, Recipe]]:
     yield f"+ {FEW} steps, not 20", Recipe((few, LITE))
     eight = quantised(pipe, samples, Recipe((few, LITE)), folder)
     if eight:
-        yield "+ 8 bits, where faster", Recipe((few, LITE, *eight))
+        yield "+ 8 bits, where faster alone", Recipe((few, LITE, *eight))
     yield CONTROL, Recipe((few, REPEATS, *eight))
 
 
