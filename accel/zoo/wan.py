@@ -375,7 +375,7 @@ MUON = partial(LoopSettings, lr=2e-3, warmup=50, muon=True, ema_decay=0.997)
 MODEL = Model(
     presets={
         # On a server CPU, one core up to the pictures, then two. Middles of the shipped ones came
-        # in three runs, of which the first 40 minutes had no stills and taught little.
+        # in five runs, the first 40 minutes without stills, the last 110 after their videos.
         "cpu": Preset(
             "cpu",
             "no",
@@ -384,7 +384,7 @@ MODEL = Model(
                 "clips": Stage(8, LoopSettings(minutes=25, lr=2e-3)),
                 "codes": Stage(8, LoopSettings(minutes=13, lr=2e-3, warmup=50)),
                 "pictures": Stage(32, MUON(minutes=40), compile=True),
-                "middles": Stage(6, MUON(minutes=120), compile=True),
+                "middles": Stage(6, MUON(minutes=230), compile=True),
                 "videos": Stage(4, MUON(minutes=25), compile=True),
             },
             pool=32_768,
