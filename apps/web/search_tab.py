@@ -284,7 +284,7 @@ def gallery(hunt: Hunt) -> str:
         mark = ' class="ac-best"' if best is not None and one["index"] == best["index"] else ""
         name = markup.text(_name(one))
         image = (
-            f'<img src="data:image/png;base64,{markup.text(one["png"])}" alt="{name}" '
+            f'<img src="data:image/png;base64,{markup.text(one["png"])}" alt="candidate" '
             'class="ac-sharp">'
             if one.get("png")
             else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from apps.sheet import shown
@@ -29,7 +30,7 @@ def view(trial: Trial | None, ahead: int = 0) -> str:
     if trial is None:
         return NOTHING_YET
     pair = trial.pair if trial.finished and len(trial.sides) == 2 else None
-    parts = [_status(trial, ahead), _pictures(trial, pair)]
+    parts = [_status(trial, ahead), _notes(trial) if trial.over else "", _pictures(trial, pair)]
     if pair is not None:
         fresh = all(side.state == "done" for side in trial.sides)
         parts.append(figures(pair, work_share(trial), speed=fresh))
@@ -165,12 +166,19 @@ def _reports(trial: Trial) -> str:
         kept = {key: content.get(key) for key in ("report", "timings", "notes", "fallback")}
         kept["file"] = str(side.rendered.path)
         found.append(markup.details(f"Report of the {title.lower()} render", markup.data(kept)))
-        for note in content.get("notes") or []:
-            found.insert(0, markup.notice(f"{title}: {note}", "warning"))
+    return "".join(found)
+
+
+def _notes(trial: Trial) -> str:
+    """What is to be known of a render before it is looked at."""
+    found = []
+    for side, title in zip(trial.sides, TITLES, strict=False):
+        content = {} if side.rendered is None else side.rendered.content
+        notes = [re.sub(r"^\w+Warning: ", "", note) for note in content.get("notes") or []]
         if content.get("fallback"):
             reason = content["fallback"]["reason"]
-            words = f"{title}: the recipe gave {reason}, so this was rendered without it."
-            found.insert(0, markup.notice(words, "warning"))
+            notes.append(f"the recipe gave {reason}, so this was rendered without it.")
+        found += [markup.notice(f"{title}: {note}", "warning") for note in notes]
     return "".join(found)
 
 

@@ -69,6 +69,16 @@ def test_words_of_a_job_are_no_markup(site, tiny_model, inline):
     assert "&lt;script&gt;" in page
 
 
+def test_what_is_to_be_known_of_a_render_stands_above_it(site, tiny_model, inline):
+    trial = Trials(site, inline()).start(tiny_model, site.recipe("cached"), JOB)
+    content = trial.sides[1].rendered.content
+    content["notes"] = ["NoEffectWarning: a.b:C changed nothing in this run"]
+    content["fallback"] = {"reason": "black frames"}
+    page = view(trial)
+    assert page.index("Accelerated: a.b:C changed nothing") < page.index("<img")
+    assert "Accelerated: the recipe gave black frames, so this was rendered without it." in page
+
+
 def test_a_batch_name_is_no_path(site, tiny_model, inline):
     batches = Batches(site, inline())
     line = b'{"inputs": {"class_labels": [1]}}'
