@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from accel.artifact import Artifact, ArtifactRef
 from accel.clock import sampling_grid
 from accel.denoiser import denoisers
@@ -42,7 +40,6 @@ from caches.schedule import Schedule, causal, to_artifact
 
 SAMPLES = 500
 QUALITIES = (40, 35, 30, 25)  # dB that the searched front is asked for
-EXIT_QUALITIES = (40, 35, 25, 30)  # of forecasts; of what else may stand in only the last
 MARGIN = 1.0  # dB more on the calibration inputs
 STEPS = {"caches": 50, "caches_20": 20, "caches_sd": 50}
 
@@ -137,30 +134,36 @@ def gates(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
 
 
 def exits(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
-    """Early exits calibrated on other noise, and their depths in random order.
+    """Early exits from careful to bold, and those at 30 dB in random order.
 
-    None where no heads were trained for so many steps.
+    None where none were calibrated for so many steps.
     """
-    file = SCHEDULES / f"exits-{steps}" / HEADS
+    file = SCHEDULES / f"exits-{steps}" / "exits.json"
     if not file.is_file():
         return
-    calls = [{**x, "output_type": "np"} for x in inputs(BATCH, steps)]
+    found, heads = json.loads(file.read_text()), Artifact.load(file.with_name(HEADS))
+    (denoiser,) = denoisers(pipe)
     rng = random.Random(0)
-    rests: list[Any] = ["forecast", "residual", "skip", Artifact.load(file)]
-    for rest in rests:
-        name = "heads" if isinstance(rest, Artifact) else rest
-        for quality in EXIT_QUALITIES if rest == "forecast" else EXIT_QUALITIES[-1:]:
-            made = EarlyExit.calibrate(pipe, calls, rest=rest, quality=quality)
-            saved = made.save(folder / f"exit-{name}-{quality}.safetensors")
-            yield f"early exit, {name}: {quality} dB asked", EarlyExit(saved)
-        first, second, *rows = made.tensors["actions"][0]  # lines begin with two full steps
-        rng.shuffle(rows)
-        made.tensors["actions"] = torch.stack([first, second, *rows])[None]
-        saved = made.save(folder / f"exit-{name}-random.safetensors")
-        yield (
-            f"control: random steps, as many as early exit, {name}: {quality} dB",
-            EarlyExit(saved),
+
+    def method(rest: str, rows: list[str], name: str) -> EarlyExit:
+        made = to_artifact(
+            Schedule(tuple(found["columns"]), tuple(rows)),
+            denoiser,
+            method=EarlyExit.name(),
+            grid=heads.grid,
+            settings={"rest": rest, "exits": heads.settings["exits"]},
         )
+        made.tensors |= {k: v for k, v in heads.tensors.items() if rest == "heads" and "heads" in k}
+        return EarlyExit(made.save(folder / f"exit-{rest}-{name}.safetensors"))
+
+    for schedule in found["schedules"]:
+        rest, quality, rows = (schedule[k] for k in ("rest", "quality", "rows"))
+        yield f"early exit, {rest}: {quality} dB asked", method(rest, rows, str(quality))
+        if quality == 30:
+            later = rows[2:]  # lines begin with two full steps
+            rng.shuffle(later)
+            name = f"control: random steps, as many as early exit, {rest}: {quality} dB"
+            yield name, method(rest, [*rows[:2], *later], "random")
 
 
 def learned(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 import accel
+from accel.artifact import Artifact
 from accel.loading import zoo_path
 from accel.measure import environment
 from benchmarks.digits_study import GUIDANCE, MODEL, STRIDE, weights_sha256
 from benchmarks.distil import RECIPES
 from caches._front import FRONT, Front
-from caches.early_exit import ExitTraining
+from caches.early_exit import EarlyExit, ExitTraining
 from caches.evolution import EvolutionCache, EvolutionSearch
 from caches.heat_map import draw
 from caches.router import RouterTrainer
@@ -40,6 +41,9 @@ SEARCH = EvolutionSearch(population=24, generations=24, screen=2)
 BETAS = {20: (3e-6, 1e-5), 50: (3e-7, 1e-6)}
 ROUTER_BATCH, UPDATES = 8, 250
 EXITS, HEADS = ExitTraining(), "heads.safetensors"
+# the best of them first
+EXIT_ROWS = (*(("forecast", q) for q in (40, 35, 30, 25)), ("residual", 30), ("skip", 30),
+             ("heads", 30))  # fmt: skip
 
 
 def calls(steps: int, batch: int = BATCH, count: int = CALLS) -> list[dict[str, Any]]:
@@ -98,12 +102,22 @@ def router(pipe: Any, steps: int, work: Path) -> dict[str, Any]:
 
 
 def exits(pipe: Any, steps: int, work: Path) -> dict[str, Any]:
-    """Trains the heads of early exits and puts them beside their record, which is returned."""
-    begin = time.monotonic()
-    heads = EXITS.fit(pipe, calls(steps, ROUTER_BATCH, 12), str(work / f"exits-{steps}"))
+    """Trains the heads of early exits, put beside the record that is returned, and all depths."""
+    folder, begin = work / f"exits-{steps}", time.monotonic()
+    heads = EXITS.fit(pipe, calls(steps, ROUTER_BATCH, 12), str(folder))
     heads.save(SCHEDULES / f"exits-{steps}" / HEADS)
-    seconds = round(time.monotonic() - begin)
-    return {"training": asdict(EXITS), "batch": ROUTER_BATCH, "seconds": seconds}
+    seconds, rows = round(time.monotonic() - begin), []
+    for rest, quality in EXIT_ROWS:
+        file = folder / f"{rest}-{quality}.safetensors"
+        if not file.is_file():
+            instead: Any = heads if rest == "heads" else rest
+            given = calls(steps, count=1)
+            EarlyExit.calibrate(pipe, given, rest=instead, quality=quality).save(file)
+        schedule = of_artifact(Artifact.load(file))
+        rows.append({"rest": rest, "quality": quality, "rows": list(schedule.rows)})
+        print(rest, quality, f"{schedule.share():.0%} of the blocks", flush=True)
+    found = {"columns": list(schedule.columns), "schedules": rows}
+    return {"training": asdict(EXITS), "batch": ROUTER_BATCH, "seconds": seconds, **found}
 
 
 def front(steps: int) -> Front:
