@@ -10,6 +10,7 @@ extra) with its caches alone and with its forecasts. The searched and learned sc
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import tempfile
@@ -44,7 +45,10 @@ MARGIN = 1.0  # dB more on the calibration inputs
 STEPS = {"caches": 50, "caches_20": 20, "caches_sd": 50}
 
 
-def transformer_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
+Later = functools.partial  # a method that takes long to make, made when its row is measured
+
+
+def transformer_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method | Later]]:
     """Curves on a transformer."""
     yield from searched(pipe, steps, folder)
     yield from learned(pipe, steps, folder)
@@ -124,13 +128,16 @@ def searched(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]
         yield name, method(shuffled, f"random-{quality}")
 
 
-def gates(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
+def gates(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Later]]:
     """Gates calibrated on other noise for rising boldness."""
     calls = [{**x, "output_type": "np"} for x in inputs(2 * BATCH, steps)]
-    for quality in QUALITIES:
+
+    def gate(quality: float) -> ResidualGate:
         found = ResidualGate.calibrate(pipe, calls, quality=quality)
-        saved = found.save(folder / f"gate-{quality}.safetensors")
-        yield f"residual gate: {quality} dB asked", ResidualGate(saved)
+        return ResidualGate(found.save(folder / f"gate-{quality}.safetensors"))
+
+    for quality in QUALITIES:
+        yield f"residual gate: {quality} dB asked", functools.partial(gate, quality)
 
 
 def exits(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
@@ -210,8 +217,9 @@ def main() -> None:
             if given.curves and not label.startswith(tuple(given.curves)):
                 measured |= {label: kept[label]} if label in kept else {}
                 continue
-            result = bench.compare(Recipe((method,)), rounds=given.rounds)
-            measured[label] = row(Recipe((method,)), result, folder)
+            recipe = Recipe((method() if isinstance(method, Later) else method,))
+            result = bench.compare(recipe, rounds=given.rounds)
+            measured[label] = row(recipe, result, folder)
             print(label, *(measured[label][k] for k in ("speedup", "psnr", "judged")), flush=True)
     block = here(given.device, load)
     write(name, given.device, {**head(bench, given.samples, block), "rows": measured})
