@@ -35,7 +35,7 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_quant --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_quant_kernels
 	$(PY) -m benchmarks.bench_caches
-	$(PY) -m benchmarks.bench_caches --steps 20
+	$(PY) -m benchmarks.bench_caches --steps 20 --samples 200
 	$(PY) -m benchmarks.bench_caches --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_caches_video
 	$(PY) -m benchmarks.bench_cache_speed
