@@ -29,6 +29,7 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_tdm --model zoo:digits-sd --samples 300
 	$(PY) -m benchmarks.bench_one_more_step
 	$(PY) -m benchmarks.bench_time_shift
+	$(PY) -m benchmarks.bench_leap
 	$(PY) -m benchmarks.bench_temporal_cache
 	$(PY) -m benchmarks.bench_quant
 	$(PY) -m benchmarks.bench_quant --model zoo:digits-ddpm
@@ -54,6 +55,7 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_sparse
 	$(PY) -m benchmarks.bench_sparse_quality
 	$(PY) -m benchmarks.bench_search --prompts 100
+	$(PY) -m benchmarks.bench_search --model zoo:digits-wan --prompts 16
 	$(PY) -m benchmarks.bench_rlg
 	$(PY) -m benchmarks.tables
 
