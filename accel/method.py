@@ -219,10 +219,10 @@ class Attached:
         """
         self.fallbacks[reason] += 1
         if self.strict:
-            raise RuntimeError(f"{self.method.name()}: {reason}")
+            raise RuntimeError(f"{type(self.method).__name__}: {reason}")
         if reason not in self._warned:
             self._warned.add(reason)
-            text = f"{self.method.name()}: {reason}; computed in full"
+            text = f"{type(self.method).__name__}: {reason}; computed in full"
             warnings.warn(text, FallbackWarning, stacklevel=3)
 
     def on_run(self, run: Run) -> None:
@@ -277,7 +277,7 @@ class Attached:
             self._no_effect()
 
     def _no_effect(self) -> None:
-        text = f"{self.method.name()} changed nothing in this run"
+        text = f"{type(self.method).__name__} changed nothing in this run"
         if self.fallbacks:
             text += f" ({', '.join(self.fallbacks)})"
         if self.strict:

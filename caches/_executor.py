@@ -183,7 +183,7 @@ class LiveSchedule(Attached):
             module = denoiser.module.get_submodule(path)
             if chunked_feed_forward(module):
                 raise ValueError(
-                    f"{self.method.name()}: {column} runs its feed-forward in chunks; "
+                    f"{type(self.method).__name__}: {column} runs its feed-forward in chunks; "
                     "switch chunking off to cache"
                 )
             block, skip = blocks.get(column), _no_skip

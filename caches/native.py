@@ -255,11 +255,11 @@ class _LiveHooks(Attached):
             hooks = compat.adopt_hooks(lambda module: apply(module, config), denoiser.module)
         except ValueError as error:
             raise ValueError(
-                f"{self.method.name()} cannot go on {denoiser.cls}: {error}; "
+                f"{type(self.method).__name__} cannot go on {denoiser.cls}: {error}; "
                 "if the model has a diffusers cache enabled, call disable_cache() first"
             ) from error
         if not hooks:
-            raise ValueError(f"{self.method.name()} finds nothing to hook in {denoiser.cls}")
+            raise ValueError(f"{type(self.method).__name__} finds nothing to hook in {denoiser.cls}")
         self.hooks += hooks
         managers = compat.state_managers(hooks)
         for module, hook in hooks:
