@@ -156,7 +156,8 @@ class FewStepScheduler(FewStep, DDIMScheduler):
         if timesteps is not None:
             self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
         abar = self.alphas_cumprod[self.timesteps.cpu()].double()
-        self.sigmas = torch.cat([((1 - abar) / abar).sqrt().float(), torch.zeros(1)])
+        signal = abar.clamp(min=1e-12)  # finite where the first level has none
+        self.sigmas = torch.cat([((1 - abar) / signal).sqrt().float(), torch.zeros(1)])
         self._abar = [*abar.tolist(), float(self.final_alpha_cumprod)]
         self._step_index: int | None = None
         self._begin_index: int | None = None

@@ -27,7 +27,7 @@ Scope = Literal["full", "official"]
 class Leap(Method):
     """Walk the rest of a flow's path in one step.
 
-    ``after``: share of the steps (0 to 1) that are walked before; none: leap when v is steady.
+    ``after``: share of the run's steps (0 to 1) that are walked before; none: leap when v is steady.
 
     Steady is: from ``earliest`` (a share, too) on, ``patience`` steps without an improvement of the
     cosine by ``tolerance``. ``scope`` of the cosine: "full" takes all of v, of the least steady
@@ -115,10 +115,8 @@ class _LiveLeap(Attached):
         assert isinstance(method, Leap)
         self._outputs: dict[int, Any] = {}  # of the calls of one step
         self._before: Tensor | None = None
-        self._leapt, self._total, self._step = False, run.steps, 0
-        self._fixed = None if method.after is None else math.ceil(method.after * run.steps) - 1
-        first = math.ceil(method.earliest * run.steps)
-        self._steadiness = Steadiness(first, method.tolerance, method.patience)
+        self._leapt = False
+        self._steadiness: Steadiness | None = None
 
     def on_run_end(self, run: Run) -> None:
         self._outputs, self._before = {}, None
@@ -128,8 +126,10 @@ class _LiveLeap(Attached):
         now = self.now
         assert now is not None
         if self._leapt and now.call in self._outputs:
+            output = self._outputs[now.call]
             self.count("skipped")
-            return self._outputs[now.call]
+            self.clock.answered(len(output[0]))
+            return output
         self.count("computed")
         output = call_next(*args, **kwargs)
         self._outputs[now.call] = output
@@ -137,20 +137,21 @@ class _LiveLeap(Attached):
 
     def step(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
         """Around ``scheduler.step(v, t, sample)``: walks the rest of the path in one step."""
-        if not self._in_run:
+        run = self.clock.run
+        if run is None or not self._in_run:
             return call_next(*args, **kwargs)
         v = args[0] if args else kwargs["model_output"]
         sample = args[2] if len(args) > 2 else kwargs["sample"]
         landed = sample if self._leapt else None
-        if landed is None and self._leaps(v):
-            index = self.scheduler.step_index
-            sigma = float(self.scheduler.sigmas[self._step if index is None else index])
-            landed = (sample.float() - sigma * v.float()).to(sample.dtype)
-            self._leapt = True
-            self.detail["leapt_at"] = self._step
+        step, stage = divmod(run.position, run.order)
+        if landed is None and stage == 0:  # behind it, v is not that of the step's sample
+            if self._leaps(v, step, run):
+                sigma = float(self.scheduler.sigmas[run.position])
+                landed = (sample.float() - sigma * v.float()).to(sample.dtype)
+                self._leapt = True
+                self.detail["leapt_at"] = step
+            self._before = v
         result = call_next(*args, **kwargs)  # keeps count of the steps
-        self._step += 1
-        self._before = v
         if landed is None:
             return result
         if isinstance(result, tuple):
@@ -158,15 +159,24 @@ class _LiveLeap(Attached):
         result.prev_sample = landed
         return result
 
-    def _leaps(self, v: Tensor) -> bool:
+    def _leaps(self, v: Tensor, step: int, run: Run) -> bool:
         method = self.method
         assert isinstance(method, Leap)
-        if self._step + 1 >= self._total:
+        begin = run.begin // run.order  # image to image starts inside the grid
+        done, steps = step - begin, run.steps - begin
+        if done + 1 >= steps:
             return False  # the last step is one anyway
-        if self._fixed is not None:
-            return self._step >= self._fixed
+        if method.after is not None:
+            return done + 1 >= _steps(method.after, steps)
+        if self._steadiness is None:
+            first = _steps(method.earliest, steps)
+            self._steadiness = Steadiness(first, method.tolerance, method.patience)
         if self._before is None:
             return False
         self.count("syncs")
-        found = cosine(v, self._before, method.scope)
-        return self._steadiness.leaps(self._step, found)
+        return self._steadiness.leaps(done, cosine(v, self._before, method.scope))
+
+
+def _steps(share: float, of: int) -> int:
+    """A share of some steps, rounded up but for what a product of floats is above a whole number."""
+    return math.ceil(share * of - 1e-9)

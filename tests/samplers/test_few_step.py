@@ -162,6 +162,17 @@ def test_eta_1_draws_no_noise_and_a_generator_for_each_sample_is_served():
     assert torch.equal(first([0], [5], eta=1.0), first([0], [6], eta=1.0))
 
 
+def test_a_first_level_without_signal_has_a_finite_sigma():
+    """Zero terminal SNR: an infinite one makes forecasts of caches NaN."""
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    ours, stock = (
+        cls(prediction_type="v_prediction", **zero) for cls in (FewStepScheduler, DDIMScheduler)
+    )
+    assert_same(run(ours, num_inference_steps=4), run(stock, num_inference_steps=4))
+    assert ours.sigmas.isfinite().all()
+    assert ours.sigmas[0] > 1e5
+
+
 @pytest.mark.parametrize(
     ("cls", "stock"),
     [

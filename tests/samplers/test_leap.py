@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline
 
 import accel
 from accel.testing import assert_equal, checks, conform, tiny
-from samplers.leap import Leap, Steadiness, cosine
+from samplers.leap import Leap, Steadiness, _steps, cosine
 from samplers.swap import SwapScheduler
 
 EULER = SwapScheduler("FlowMatchEulerDiscreteScheduler")
@@ -66,6 +66,8 @@ def test_the_leap_lands_at_the_predicted_clean_sample(name, swap):
         report = live.report()["members"][-1]["runs"][0]
     assert report["detail"]["leapt_at"] == 2
     assert report["skipped"] == report["computed"], "as many steps after the leap as before"
+    rows = 1 if name == "wan" else 2  # of a call: Wan asks for its branches one by one
+    assert report["nfe"] == rows * report["computed"], "what was skipped is no evaluation"
     for later in seen[3:]:
         assert torch.equal(later, seen[2]), "nothing moves after the leap"
     plain = []
@@ -77,6 +79,40 @@ def test_the_leap_lands_at_the_predicted_clean_sample(name, swap):
     for before, after in zip(plain[:2], seen[:2], strict=True):
         assert torch.equal(before, after), "and before it everything is as it was"
     assert not torch.equal(plain[2], seen[2])
+
+
+def test_two_stages_are_one_step():
+    """Of ten of Heun's steps three are walked before: six calls, and the seventh leaps."""
+    host = tiny("sd3")
+    heun = SwapScheduler("FlowMatchHeunDiscreteScheduler")
+    with accel.attached([heun, Leap(after=0.4)], host.pipe) as live:
+        seen = []
+        host.run(
+            num_inference_steps=10,
+            callback_on_step_end=lambda p, i, t, g: seen.append(g["latents"].clone()) or g,
+        )
+        run = live.report()["members"][-1]["runs"][0]
+    assert run["detail"]["leapt_at"] == 3
+    assert (run["computed"], run["skipped"]) == (7, 12)
+    assert all(torch.equal(x, seen[6]) for x in seen[7:])
+
+
+def test_a_share_is_of_the_steps_that_are_made():
+    """Image to image at strength 0.5 makes ten of twenty steps; eight are walked."""
+    host = tiny("sd3")
+    pipe = StableDiffusion3Img2ImgPipeline(**host.pipe.components)
+    call = {k: v for k, v in host.inputs.items() if k not in ("height", "width")}
+    call |= {"image": torch.rand(len(call["prompt_embeds"]), 3, 32, 32), "strength": 0.5}
+    with accel.attached(Leap(after=0.8), pipe) as live:
+        pipe(**call | {"num_inference_steps": 20}, generator=torch.Generator().manual_seed(0))
+        run = live.report()["runs"][0]
+    assert run["detail"]["leapt_at"] == 17
+    assert (run["computed"], run["skipped"]) == (8, 2)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.55, 11), (0.56, 12), (0.0, 0), (1.0, 20)])
+def test_shares_round_up(share, steps):
+    assert _steps(share, 20) == steps
 
 
 def test_euler_s_own_last_step_is_the_leap():
