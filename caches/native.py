@@ -243,6 +243,7 @@ class _LiveHooks(Attached):
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
         self.hooks: list[tuple[Any, Any]] = []
+        self.begun: set[tuple[str, str]] = set()  # denoisers and branches that this run has called
 
     def adopt(self, denoiser: Denoiser, technique: str, config: Any) -> None:
         """Take the hooks that ``technique`` would put on ``denoiser``.
@@ -269,7 +270,8 @@ class _LiveHooks(Attached):
             now = self.now
             assert now is not None
             with compat.branch_context(managers, now.branch):
-                if now.first:
+                if (now.denoiser, now.branch) not in self.begun:
+                    self.begun.add((now.denoiser, now.branch))
                     self.begin_branch(managers)
                 else:
                     self.count("syncs", self.syncs_per_call)
@@ -293,9 +295,10 @@ class _LiveHooks(Attached):
         self.around_call(module, layer)
 
     def begin_branch(self, managers: list[Any]) -> None:
-        """First call of a branch in a run, inside its context."""
+        """First call of a branch of a denoiser in a run, inside its context."""
 
     def on_run(self, run: Run) -> None:
+        self.begun = set()
         for module, hook in self.hooks:
             if hook._is_stateful:
                 hook.reset_state(module)

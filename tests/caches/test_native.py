@@ -200,6 +200,22 @@ def test_mag_cache_counts_from_the_first_step_of_the_run():
     assert seen[0] == 2  # begun at 1, one step done
 
 
+def test_mag_cache_of_a_pair_indexes_both_by_the_step_of_the_run():
+    host, seen = tiny("wan22"), []
+    with accel.attached(MagCache(10.0, 9, 0.0, ratios=(1.0,) * 10), host.pipe) as live:
+        states = [hook.state_manager for _, hook in live.hooks if hasattr(hook, "state_manager")]
+
+        def note(event):
+            steps = [s.step_index for m in states for s in m._state_cache.values()]
+            seen.append((event.kind, event.step, max(steps, default=0)))
+
+        live.clock.subscribe(note)
+        host.run(num_inference_steps=10)
+    assert [(i, n) for kind, i, n in seen if kind == "step" and i < 9] == [
+        (i, i + 1) for i in range(9)
+    ]
+
+
 # -- calibration -------------------------------------------------------------------------------
 
 

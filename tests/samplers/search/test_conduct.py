@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from accel.method import Recipe
 from accel.testing import assert_same_state, host_state, tiny
@@ -67,6 +68,15 @@ def test_a_pipeline_that_draws_its_own_noise_is_searched_by_seed():
     found = refusals(SEARCHES, tiny("dit").pipe, {"class_labels": [1]}, Brightness())
     assert found[:2] == [None, None]
     assert all("shows no first noise" in str(why) for why in found[2:])
+
+
+def test_image_to_image_is_searched_by_seed():
+    """Its first noise holds the picture, and its steps are not the first of the grid."""
+    host = tiny("sd-img2img")
+    call = {k: v[:1] if torch.is_tensor(v) else v for k, v in host.inputs.items()}
+    found = refusals(SEARCHES, host.pipe, call, Brightness())
+    assert found[:2] == [None, None]
+    assert all("begins inside its schedule" in str(why) for why in found[2:])
 
 
 def test_a_search_asks_first(untouched, call):
