@@ -69,6 +69,10 @@ class Fingerprint:
             _sample_weights(module),
         )
 
+    def digest(self) -> str:
+        """SHA-256 of all of it; another one in another precision."""
+        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
+
     def mismatch(self, other: Fingerprint, match: Literal["architecture", "weights"]) -> str | None:
         """Why ``other`` is not this model, in words, or ``None``."""
         if self.model_class != other.model_class:

@@ -458,6 +458,9 @@ class Search(ABC):
 class Trainer(ABC):
     """Frozen training settings that turn a pipeline and inputs into an artifact."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @abstractmethod
     def fit(
         self, pipe: Any, inputs: list[dict[str, Any]], out: str, student_recipe: Recipe

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from accel.artifact import write_atomically
+from accel.clock import Run
 from accel.denoiser import denoisers
 from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached
@@ -40,7 +41,7 @@ class Drift:
     sigmas: tuple[float, ...] = ()
     products: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    rest: float = 0.0  # seconds of a step outside of all columns
+    rest: float = 0.0  # seconds outside of all columns, for each call of the denoiser
 
     def save(self, path: Path, digest: str) -> None:
         """Write it, with the digest of what it was measured for."""
@@ -107,6 +108,10 @@ class _LiveProbe(Attached):
         self.samples: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
         self.times: dict[str, list[float]] = defaultdict(list)
         self.sigmas: tuple[float, ...] = ()
+        self.calls = 0
+
+    def on_run_end(self, run: Run) -> None:
+        self.sigmas, self.calls = run.step_sigmas, run.calls
 
     def watch(self, column: str) -> Callable:
         """The layer of one column."""
@@ -126,7 +131,6 @@ class _LiveProbe(Attached):
                 flat = leaf.detach().float().flatten()
                 stride = -(-flat.numel() // SAMPLED)
                 self.samples[column][now.step] = flat[::stride].cpu().numpy()
-            self.sigmas = run.step_sigmas
             return output
 
         return layer
@@ -147,7 +151,7 @@ class _LiveProbe(Attached):
             c for c in found.seconds if not any(c.startswith(o + ".") for o in found.seconds)
         ]
         inside = sum(sum(self.times[c]) for c in outermost)
-        found.rest = max(seconds - inside, 0.0) / steps
+        found.rest = max(seconds - inside, 0.0) / self.calls
         return found
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel.artifact import inputs_digest, write_atomically
+from accel.artifact import write_atomically
 from accel.clock import Run
 from accel.denoiser import Block, denoisers
 from accel.loop import LoopSettings, fit
@@ -19,6 +19,7 @@ from accel.method import Attached, Claim, Method, attached
 from caches._exits import NAME, ExitHeads, exit_columns
 from caches._gating import stacked_blocks
 from caches._outputs import first_leaf, hidden_of, passed, with_hidden
+from caches._resuming import other_work
 from caches._router_training import frozen
 from caches.schedule import noise_share
 
@@ -104,10 +105,18 @@ class LiveWalk(Attached):
 
 
 def trained_heads(
-    trainer: Any, pipe: Any, inputs: list[dict[str, Any]], out: Path, exits: tuple[int, ...]
+    trainer: Any,
+    pipe: Any,
+    inputs: list[dict[str, Any]],
+    out: Path,
+    exits: tuple[int, ...],
+    digest: str,
 ) -> tuple[ExitHeads, tuple[float, ...]]:
-    """Heads for the exits, and the noise levels of a run. One update a run, all its steps in it."""
-    _check_same(out, inputs_digest([*inputs, asdict(trainer), {"exits": exits}]))
+    """Heads for the exits, and the noise levels of a run. One update a run, all its steps in it.
+
+    digest: of what is trained, which `out` holds or will.
+    """
+    _check_same(out, digest)
     with attached(_Walk(exits), pipe) as live, frozen(pipe):
         assert isinstance(live, LiveWalk)
         pipeline_samples(pipe, inputs[0], trainer.seed)  # to see how wide the tokens are
@@ -148,10 +157,8 @@ def trained_heads(
 
 
 def _check_same(out: Path, digest: str) -> None:
-    """Raises ValueError where `out` holds a training of other inputs or settings."""
+    """Raises ValueError where `out` holds another training."""
     file = out / DIGEST
     if file.is_file() and file.read_text() != digest:
-        raise ValueError(
-            f"{out} holds a training with other inputs or settings; name another folder"
-        )
+        raise other_work(out, "training")
     write_atomically(file, digest.encode())

@@ -9,19 +9,20 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel.artifact import inputs_digest, write_atomically
+from accel.artifact import write_atomically
 from accel.clock import Run
 from accel.denoiser import denoisers
 from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached
 from caches._outputs import first_leaf, map_tensors
+from caches._resuming import other_work
 
 FIRST_LOGIT = 5.0  # of the first row, which always computes; and the bound of all
 CHECKPOINT, CURVE = "checkpoint.pt", "curve.json"
@@ -69,7 +70,7 @@ class LiveWalk(Attached):
 
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
-        self.kept: dict[tuple[str, int], Any] = {}
+        self.kept: dict[tuple[str, int, int], Any] = {}  # by branch, solver stage and place
         self.teaching = False
         self.calls: list[tuple[Tensor, Tensor]] = []  # (student, teacher) of this step
         self.mix: Mix | None = None  # found in the first step that is learned from
@@ -90,7 +91,7 @@ class LiveWalk(Attached):
             assert now is not None
             if not self.scores:
                 return new
-            score, key = self.scores[now.step][place], (now.branch, place)
+            score, key = self.scores[now.step][place], (now.branch, now.stage, place)
             kept = self.kept.get(key)
             blended = (
                 new
@@ -188,8 +189,17 @@ class Mix:
 class RouterTraining:
     """One training below one folder, resumable at every trajectory."""
 
-    def __init__(self, trainer: Any, pipe: Any, inputs: list, out: str, columns: tuple[str, ...]):
+    def __init__(
+        self,
+        trainer: Any,
+        pipe: Any,
+        inputs: list,
+        out: str,
+        columns: tuple[str, ...],
+        digest: str,
+    ) -> None:
         self.trainer, self.pipe, self.inputs, self.columns = trainer, pipe, inputs, columns
+        self.digest = digest  # of what is trained
         self.folder = Path(out)
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = {x.get("num_inference_steps") for x in inputs}
@@ -297,12 +307,9 @@ class RouterTraining:
 
     # -- on disk -----------------------------------------------------------------------------
 
-    def _digest(self) -> str:
-        return inputs_digest([*self.inputs, asdict(self.trainer)])
-
     def _save(self) -> None:
         state = {
-            "digest": self._digest(),
+            "digest": self.digest,
             "trajectory": self.trajectory,
             "rows": self.logits(),
             "weights": self.weights,
@@ -320,10 +327,8 @@ class RouterTraining:
         if not file.is_file():
             return
         state = torch.load(file, weights_only=True)
-        if state["digest"] != self._digest():
-            raise ValueError(
-                f"{self.folder} holds a training with other inputs or settings; name another folder"
-            )
+        if state["digest"] != self.digest:
+            raise other_work(self.folder, "training")
         with torch.no_grad():
             for row, saved in zip(self.rows, state["rows"], strict=True):
                 row.copy_(saved)

@@ -24,6 +24,7 @@ from caches._executor import FromArtifact, OnGrid
 from caches._exit_calibration import EXITS, Found, calibrated, spaced_exits
 from caches._exit_training import trained_heads
 from caches._exits import ExitHeads, LiveExit, Rest, depths_of, exit_columns
+from caches._resuming import work_digest
 from caches.schedule import constant, to_artifact
 
 
@@ -105,6 +106,7 @@ class ExitTraining(Trainer):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.updates, self.most) < 1 or self.lr <= 0:
             raise ValueError(f"{self}: wants updates, most and lr above 0")
 
@@ -128,8 +130,10 @@ class ExitTraining(Trainer):
             raise ValueError("ExitTraining wants inputs and a pipeline with one denoiser")
         columns = exit_columns(pipe)
         exits = spaced_exits(len(columns), self.most)
-        with attached(student_recipe or Recipe(()), pipe):
-            heads, sigmas = trained_heads(self, pipe, inputs, Path(out), exits)
+        recipe = student_recipe or Recipe(())
+        digest = work_digest(pipe, inputs, self, recipe)
+        with attached(recipe, pipe):
+            heads, sigmas = trained_heads(self, pipe, inputs, Path(out), exits, digest)
         settings = {"rest": "heads", "training": asdict(self)}
         schedule = constant(columns, len(sigmas))
         return _artifact(pipe, Found(schedule, sigmas, exits, heads.tensors()), settings, inputs)

@@ -23,9 +23,11 @@ from accel.artifact import Artifact, ArtifactRef, inputs_digest
 from accel.denoiser import denoisers
 from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Method, Recipe, attached
+from accel.settings import check_fields
 from caches._drift import Drift, best_steps, forecast_errors, measure_drift
 from caches._executor import FromArtifact, OnGrid
 from caches._front import Candidate, Front, is_dominated
+from caches._resuming import other_work, work_digest
 from caches._step_mutation import step_mutation
 from caches.schedule import (
     COMPUTE,
@@ -82,6 +84,13 @@ class EvolutionSearch:
     screen: int = 1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if min(self.population, self.generations, self.screen) < 1 or self.order < 0:
+            raise ValueError(f"{self}: wants population, generations, screen >= 1, order >= 0")
+        if not 0 <= self.crossover <= 1 or not 0 <= self.mutation <= 1:
+            raise ValueError(f"{self}: crossover and mutation in 0..1")
+
     def run(
         self,
         pipe: Any,
@@ -94,7 +103,8 @@ class EvolutionSearch:
         """Search on `pipe` with `recipe` attached; writes the front below `out`, with a picture.
 
         `inputs`: pipeline-call arguments; input i runs with seed i. `quality`: higher is better;
-        mean PSNR in dB by default. A search of the same settings below the same `out` goes on.
+        mean PSNR in dB by default, and told apart by its name. The same search below the same
+        `out` goes on.
 
         Raises:
             ValueError: no inputs, two denoisers, or `out` holds another search.
@@ -103,8 +113,11 @@ class EvolutionSearch:
             raise ValueError("EvolutionSearch wants inputs and a pipeline with one denoiser")
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        with attached(recipe or Recipe(()), pipe):
-            trial = _Trial(self, pipe, list(inputs), folder, quality or mean_psnr)
+        recipe, quality = recipe or Recipe(()), quality or mean_psnr
+        measure = getattr(quality, "__qualname__", type(quality).__qualname__)
+        digest = work_digest(pipe, inputs, self, recipe, measure)
+        with attached(recipe, pipe):
+            trial = _Trial(self, pipe, list(inputs), folder, quality, digest)
             for genomes in self._generations(trial):
                 print(f"{len(trial.known)} evaluated, generation of {len(genomes)}", flush=True)
             return trial.finish()
@@ -141,13 +154,19 @@ class _Trial:
     """One search: the reference, the cost table, and every evaluation so far."""
 
     def __init__(
-        self, search: EvolutionSearch, pipe: Any, inputs: list, folder: Path, quality: Quality
+        self,
+        search: EvolutionSearch,
+        pipe: Any,
+        inputs: list,
+        folder: Path,
+        quality: Quality,
+        digest: str,
     ) -> None:
         self.search, self.pipe, self.inputs, self.folder = search, pipe, inputs, folder
         self.quality = quality
         self.denoiser = denoisers(pipe)[0]
         self.columns = searched_columns(self.denoiser, search.parts)
-        self.drift = self._drift()
+        self.drift = self._drift(digest)
         self.full = predicted_cost(
             from_steps(self.columns, self.steps, range(self.steps)), *self._costs
         )
@@ -162,18 +181,15 @@ class _Trial:
     def _costs(self) -> tuple[dict[str, float], float]:
         return self.drift.seconds, self.drift.rest
 
-    def _drift(self) -> Drift:
+    def _drift(self, digest: str) -> Drift:
         """Measured once for a folder: the costs of a search that goes on must stay the same."""
         file = self.folder / "drift.npz"
-        digest = inputs_digest([*self.inputs, asdict(self.search)])
         if not file.is_file():
             drift = measure_drift(self.pipe, self.inputs[0], self.columns)
             drift.save(file, digest)
         drift, found = Drift.load(file)
         if found != digest:
-            raise ValueError(
-                f"{self.folder} holds a search with other inputs or settings; name another folder"
-            )
+            raise other_work(self.folder, "search")
         return drift
 
     # -- genomes -----------------------------------------------------------------------------

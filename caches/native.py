@@ -243,7 +243,6 @@ class _LiveHooks(Attached):
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
         self.hooks: list[tuple[Any, Any]] = []
-        self.begun: set[tuple[str, str]] = set()  # denoisers and branches that this run has called
 
     def adopt(self, denoiser: Denoiser, technique: str, config: Any) -> None:
         """Take the hooks that ``technique`` would put on ``denoiser``.
@@ -260,7 +259,7 @@ class _LiveHooks(Attached):
                 "if the model has a diffusers cache enabled, call disable_cache() first"
             ) from error
         if not hooks:
-            raise ValueError(f"{type(self.method).__name__} finds nothing to hook in {denoiser.cls}")
+            raise ValueError(f"{technique} finds nothing to hook in {denoiser.cls}")
         self.hooks += hooks
         managers = compat.state_managers(hooks)
         for module, hook in hooks:
@@ -269,12 +268,10 @@ class _LiveHooks(Attached):
         def in_branch(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
             now = self.now
             assert now is not None
+            if not now.first:
+                self.count("syncs", self.syncs_per_call)
             with compat.branch_context(managers, now.branch):
-                if (now.denoiser, now.branch) not in self.begun:
-                    self.begun.add((now.denoiser, now.branch))
-                    self.begin_branch(managers)
-                else:
-                    self.count("syncs", self.syncs_per_call)
+                self.place(managers)
                 return call_next(*args, **kwargs)
 
         self.around_denoiser(denoiser.slot, in_branch)
@@ -294,11 +291,10 @@ class _LiveHooks(Attached):
 
         self.around_call(module, layer)
 
-    def begin_branch(self, managers: list[Any]) -> None:
-        """First call of a branch of a denoiser in a run, inside its context."""
+    def place(self, managers: list[Any]) -> None:
+        """Tell the states of a branch which call of the run this is."""
 
     def on_run(self, run: Run) -> None:
-        self.begun = set()
         for module, hook in self.hooks:
             if hook._is_stateful:
                 hook.reset_state(module)
@@ -331,7 +327,7 @@ class _LiveMag(_LiveHooks):
         if len(self.ratios) != len(run.timesteps):
             self.detail["ratios_resampled"] = [len(self.ratios), len(run.timesteps)]
 
-    def begin_branch(self, managers: list[Any]) -> None:
+    def place(self, managers: list[Any]) -> None:
         run = self.clock.run
         assert run is not None
         for manager in managers:

@@ -23,6 +23,7 @@ from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Method, Recipe, Trainer, attached
 from caches._drift import measure_drift
 from caches._executor import FromArtifact, OnGrid
+from caches._resuming import work_digest
 from caches._router_training import RouterTraining
 from caches.schedule import (
     COMPUTE,
@@ -79,9 +80,11 @@ class RouterTrainer(Trainer):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.beta < 0 or self.updates < 1 or self.refresh < 1 or not 0 < self.threshold < 1:
+        super().__post_init__()
+        counts = min(self.updates, self.refresh)
+        if self.beta < 0 or self.lr <= 0 or counts < 1 or not 0 < self.threshold < 1:
             raise ValueError(
-                f"{self}: wants beta >= 0, updates and refresh >= 1, 0 < threshold < 1"
+                f"{self}: wants beta >= 0, lr > 0, updates and refresh >= 1, 0 < threshold < 1"
             )
 
     @classmethod
@@ -109,8 +112,10 @@ class RouterTrainer(Trainer):
             raise ValueError("RouterTrainer wants inputs and a pipeline with one denoiser")
         (denoiser,) = denoisers(pipe)
         columns = module_columns(denoiser)
-        with attached(student_recipe or Recipe(()), pipe):
-            training = RouterTraining(self, pipe, inputs, out, columns)
+        recipe = student_recipe or Recipe(())
+        digest = work_digest(pipe, inputs, self, recipe)
+        with attached(recipe, pipe):
+            training = RouterTraining(self, pipe, inputs, out, columns, digest)
             training.run()
         schedule = routed(training.logits(), columns, self.threshold)
         artifact = to_artifact(

@@ -168,6 +168,9 @@ def unguided(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
 def check_same_run(file: Path, record: dict[str, Any]) -> None:
     """Raises ValueError where a folder holds a training that was begun with something else."""
     if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(record)):
-        raise ValueError(f"{file.parent} holds a training with other settings; name another folder")
+        raise ValueError(
+            f"{file.parent} holds a training of another model or other settings; "
+            "name another folder"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record))

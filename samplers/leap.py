@@ -27,7 +27,7 @@ Scope = Literal["full", "official"]
 class Leap(Method):
     """Walk the rest of a flow's path in one step.
 
-    ``after``: share of the run's steps (0 to 1) that are walked before; none: leap when v is steady.
+    ``after``: share of the run's steps (0 to 1) to walk before; none: leap when v is steady.
 
     Steady is: from ``earliest`` (a share, too) on, ``patience`` steps without an improvement of the
     cosine by ``tolerance``. ``scope`` of the cosine: "full" takes all of v, of the least steady
@@ -178,5 +178,5 @@ class _LiveLeap(Attached):
 
 
 def _steps(share: float, of: int) -> int:
-    """A share of some steps, rounded up but for what a product of floats is above a whole number."""
+    """A share of some steps, rounded up, but not for the last bits of a product of floats."""
     return math.ceil(share * of - 1e-9)

@@ -49,6 +49,7 @@ class RewardTuning(Trainer):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.steps, self.rank, self.updates) < 1 or self.lr <= 0 or self.keep < 0:
             raise ValueError(f"{self}: steps, rank, updates and lr above 0, keep 0 or more")
         if not 0 < self.late <= 1:
@@ -78,7 +79,8 @@ class RewardTuning(Trainer):
         network = made[0].denoiser.module
         if next(network.parameters()).dtype != torch.float32:
             raise ValueError("RewardTuning trains in float32; load the pipeline so")
-        record = {"trainer": repr(self), "inputs": inputs_digest(inputs)}
+        model = Fingerprint.of(network)
+        record = {"trainer": repr(self), "inputs": inputs_digest(inputs), "model": model.digest()}
         check_same_run(Path(out) / RUN, record)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -95,7 +97,7 @@ class RewardTuning(Trainer):
                           resume=True)  # fmt: skip
         return Artifact(
             method=METHOD,
-            fingerprint=Fingerprint.of(network),
+            fingerprint=model,
             tensors={n: kept[f"values.{i}"].half() for i, n in enumerate(weights.names)},
             guidance=False,
             inputs_sha256=inputs_digest(inputs),

@@ -155,6 +155,7 @@ class TDM(Trainer):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         falling = list(self.anchors) == sorted(set(self.anchors))[::-1]
         if not self.anchors or not falling or self.anchors[-1] <= 0:
             raise ValueError(f"TDM.anchors = {self.anchors!r}: falling times above 0")
@@ -199,8 +200,10 @@ class TDM(Trainer):
         network = calls[0].denoiser.module
         if next(network.parameters()).dtype != torch.float32:
             raise ValueError("TDM trains in float32; load the pipeline so, and set precision")
+        model = Fingerprint.of(network)
         record = {"trainer": repr(self), "recipe": student_recipe.to_json()}
-        check_same_run(Path(out) / RUN, record | {"inputs": inputs_digest(inputs)})
+        record |= {"inputs": inputs_digest(inputs), "model": model.digest()}
+        check_same_run(Path(out) / RUN, record)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             pair = _Pair(network, self)
@@ -221,7 +224,7 @@ class TDM(Trainer):
         names = pair.student.names
         return Artifact(
             method=STUDENT,
-            fingerprint=Fingerprint.of(network),
+            fingerprint=model,
             tensors={name: kept[str(i)].half() for i, name in enumerate(names)},
             grid=tuple(float(t) for t in self.anchors),
             guidance=False,

@@ -110,9 +110,9 @@ class Player:
         strength = self.argument("strength", None)
         if strength is not None and strength < 1:
             raise ValueError(
-                f"{type(self.pipe).__name__} with strength={strength:g} begins inside its schedule, "
-                "with a picture in its first noise; search it with algorithms that only draw "
-                "seeds: Random, DraftCommit"
+                f"{type(self.pipe).__name__} with strength={strength:g} begins inside its "
+                "schedule, with a picture in its first noise; search it with algorithms that only "
+                "draw seeds: Random, DraftCommit"
             )
         first = self.grid(recipe).first
         if first is None or len(first) != 1:

@@ -524,7 +524,7 @@ def test_heads_are_calibrated_and_tied_to_their_weights(trained, tmp_path):
 
 @pytest.mark.parametrize("name", ["flux", "wan", "sd3", "cogvideox"])
 def test_training_on_other_transformers(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("caches._exit_training.inputs_digest", lambda inputs: "tensors")
+    monkeypatch.setattr("caches._resuming.inputs_digest", lambda inputs: "tensors")
     monkeypatch.setattr("caches.early_exit.inputs_digest", lambda inputs: "tensors")
     host = tiny(name)
     given = {k: v for k, v in host.inputs.items() if k not in ("generator", "output_type")}
@@ -559,6 +559,8 @@ def test_a_training_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         assert torch.equal(value, resumed.tensors[name]), name
     with pytest.raises(ValueError, match="other inputs or settings"):
         ExitTraining(updates=5).fit(tiny("dit").pipe, INPUTS, str(tmp_path / "cut"))
+    with pytest.raises(ValueError, match="another model"):
+        short.fit(tiny("dit", seed=1).pipe, INPUTS, str(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("settings", [{"updates": 0}, {"lr": 0.0}, {"most": 0}])

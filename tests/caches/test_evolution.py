@@ -25,6 +25,7 @@ from caches._front import Candidate, Front, is_dominated
 from caches._step_mutation import step_mutation
 from caches.evolution import EvolutionCache, EvolutionSearch, searched_columns
 from caches.schedule import Schedule, extrapolation, from_steps, noise_share, to_artifact
+from samplers.swap import SwapScheduler
 
 pytest.importorskip("pymoo")
 STEPS = 6
@@ -192,6 +193,22 @@ def test_drift_knows_every_column_and_changes_nothing():
     assert drift.seconds["transformer"] > sum(drift.seconds[c] for c in columns[1:])
 
 
+@pytest.mark.parametrize("name", ["dit", "wan"])
+def test_predicted_seconds_are_those_of_the_calls(name, monkeypatch):
+    """One a step, or two where guidance calls twice: the price of a call is what they share."""
+    from caches import _drift
+
+    host, ticks = tiny(name), iter(range(10**9))  # every look at the clock is a second later
+    monkeypatch.setattr(_drift.time, "perf_counter", lambda: float(next(ticks)))
+    (denoiser,) = denoisers(host.pipe)
+    arguments = host.inputs | {"num_inference_steps": STEPS}
+    arguments.pop("output_type")
+    drift = measure_drift(host.pipe, arguments, (denoiser.slot,))
+    calls = STEPS * (2 if name == "wan" else 1)
+    assert drift.seconds[denoiser.slot] == 1.0
+    assert drift.rest == (calls + 1) / calls  # between two calls, and around them
+
+
 # -- the search ------------------------------------------------------------------------------
 
 
@@ -238,8 +255,24 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path):
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path):
     pipe, inputs, _, _ = _search(tmp_path)
-    with pytest.raises(ValueError, match="other inputs or settings"):
-        EvolutionSearch(population=6, generations=3, seed=1).run(pipe, inputs, tmp_path)
+    same = EvolutionSearch(population=6, generations=3)
+    solver = Recipe((SwapScheduler("DPMSolverMultistepScheduler"),))
+    for search, host, more in [
+        (EvolutionSearch(population=6, generations=3, seed=1), pipe, {}),
+        (same, tiny("dit", seed=1).pipe, {}),
+        (same, pipe, {"recipe": solver}),
+        (same, pipe, {"quality": lambda a, b: 0.0}),
+    ]:
+        with pytest.raises(ValueError, match="another model, other inputs or settings"):
+            search.run(host, inputs, tmp_path, **more)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"parts": "block"}, {"population": 0}, {"order": -1}, {"mutation": 2.0}]
+)
+def test_bad_settings(settings):
+    with pytest.raises(ValueError, match="EvolutionSearch"):
+        EvolutionSearch(**settings)
 
 
 def test_a_search_with_a_recipe_runs_it(tmp_path):

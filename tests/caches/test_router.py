@@ -142,7 +142,7 @@ def test_three_iterations_of_training(tmp_path):
     """(c): Adam on lambda_i MSE + beta sum of scores, step by step along the student's path."""
     trainer = RouterTrainer(beta=1e-3, updates=1, lr=0.1, threshold=0.1)
     pipe = tiny("dit").pipe
-    start = RouterTraining(trainer, pipe, INPUTS, str(tmp_path), _columns(pipe))
+    start = RouterTraining(trainer, pipe, INPUTS, str(tmp_path), _columns(pipe), "")
     before = start.logits()
     seen = []
 
@@ -160,7 +160,7 @@ def test_three_iterations_of_training(tmp_path):
         def _proxy(self, live):
             return torch.tensor([1.0, 2.0, 3.0, 4.0])
 
-    training = Watched(trainer, pipe, INPUTS, str(tmp_path), _columns(pipe))
+    training = Watched(trainer, pipe, INPUTS, str(tmp_path), _columns(pipe), "")
     training.run()
     after = training.logits()
     assert len(seen) == STEPS - 1
@@ -179,7 +179,7 @@ def test_proxies_are_changes_of_the_final_sample(proxy, reduce, tmp_path):
     """(d): against full samplings with the rows set by hand."""
     pipe = tiny("dit").pipe
     trainer = RouterTrainer(proxy=proxy, reduce=reduce, updates=1)
-    training = RouterTraining(trainer, pipe, INPUTS, str(tmp_path), _columns(pipe))
+    training = RouterTraining(trainer, pipe, INPUTS, str(tmp_path), _columns(pipe), "")
     soft = [row.detach().sigmoid() for row in training.rows]
     one = torch.ones_like(soft[0])
 
@@ -216,7 +216,7 @@ def test_thresholding_and_bounds():
 
 @pytest.mark.parametrize("pipeline", ["dit", "sd", "wan", "flux", "sd3"])
 def test_training_on_every_kind_of_guidance(pipeline, tmp_path, monkeypatch):
-    for module in ("caches.router", "caches._router_training"):  # tiny inputs are tensors
+    for module in ("caches.router", "caches._resuming"):  # tiny inputs are tensors
         monkeypatch.setattr(f"{module}.inputs_digest", lambda inputs: "tensors")
     host = tiny(pipeline)
     inputs = [{k: v for k, v in host.inputs.items() if k not in ("generator", "output_type")}]
@@ -266,13 +266,24 @@ def test_another_training_in_the_same_folder_is_refused(tmp_path):
     RouterTrainer(updates=1).fit(tiny("dit").pipe, INPUTS, str(tmp_path))
     with pytest.raises(ValueError, match="other inputs or settings"):
         RouterTrainer(updates=1, beta=1.0).fit(tiny("dit").pipe, INPUTS, str(tmp_path))
+    with pytest.raises(ValueError, match="another model"):
+        RouterTrainer(updates=1).fit(tiny("dit", seed=1).pipe, INPUTS, str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "settings", [{"beta": -1.0}, {"updates": 0}, {"refresh": 0}, {"threshold": 1.0}]
+    "settings",
+    [
+        {"beta": -1.0},
+        {"updates": 0},
+        {"refresh": 0},
+        {"threshold": 1.0},
+        {"lr": 0.0},
+        {"proxy": "leave-one-out"},
+        {"reduce": "max"},
+    ],
 )
 def test_bad_settings(settings):
-    with pytest.raises(ValueError, match="wants beta"):
+    with pytest.raises(ValueError, match="RouterTrainer"):
         RouterTrainer(**settings)
 
 

@@ -159,6 +159,8 @@ def test_a_training_cut_off_ends_as_one_that_was_not(tmp_path, monkeypatch):
     other = TDM(**{**SHORT, "updates": 3}, guidance=2.0, unconditional=Settings(class_labels=10))
     with pytest.raises(ValueError, match="other settings"):
         other.fit(tiny("dit").pipe, INPUTS, str(tmp_path / "cut"))
+    with pytest.raises(ValueError, match="other settings"):
+        trainer.fit(tiny("dit", seed=1).pipe, INPUTS, str(tmp_path / "cut"))
 
 
 def _saves_every_step(stock):
