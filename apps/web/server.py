@@ -138,7 +138,10 @@ def _middleware(site: Site, serving: Serving) -> Any:
 
 
 class Guard:
-    """Before Gradio: only known hosts, only finished media, no errands to other servers."""
+    """Before Gradio: only known hosts, only this app's page, only finished media, no errands.
+
+    Gradio takes uploads from the page of any other site, in the name of who is logged in here.
+    """
 
     def __init__(self, app: Any, site: Site, local_only: bool) -> None:
         self._app, self._site, self._local_only = app, site, local_only
@@ -158,6 +161,9 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1")
         if self._local_only and not _is_local(host):
             return 421, "This app answers to localhost only."
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and origin.partition("://")[2] != host:
+            return 403, "This app answers to its own page only."
         path = unquote(scope["path"])
         if _FORBIDDEN.match(path):
             return 403, "Not served here."

@@ -10,11 +10,11 @@ from apps.web.site import Site
 
 @pytest.fixture
 def ask(tmp_path, monkeypatch):
-    """`ask(path, host, local_only)`: the status of an answer, 200 if it came through."""
+    """`ask(path, host, local_only, origin)`: the status of an answer, 200 if it came through."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / ".gradio"))
     site = Site(tmp_path, (), ())
 
-    def status(path, host="localhost:7860", local_only=True):
+    def status(path, host="localhost:7860", local_only=True, origin=None):
         sent = []
 
         async def inner(scope, receive, send):
@@ -23,7 +23,8 @@ def ask(tmp_path, monkeypatch):
         async def send(message):
             sent.append(message)
 
-        scope = {"type": "http", "path": path, "headers": [(b"host", host.encode())]}
+        headers = [(b"host", host.encode())] + ([(b"origin", origin.encode())] if origin else [])
+        scope = {"type": "http", "path": path, "headers": headers}
         asyncio.run(Guard(inner, site, local_only)(scope, None, send))
         return sent[0]["status"], dict(sent[0]["headers"])
 
@@ -39,6 +40,14 @@ def test_this_machine_is_answered(ask, host):
 def test_other_names_are_not_unless_it_listens(ask, host):
     assert ask("/", host)[0] == 421
     assert ask("/", host, local_only=False)[0] == 200
+
+
+@pytest.mark.parametrize("local_only", [True, False])
+def test_pages_of_other_sites_may_not_ask(ask, local_only):
+    for origin in ("http://evil.example", "null", "http://localhost", "http://localhost:7861"):
+        assert ask("/gradio_api/upload", local_only=local_only, origin=origin)[0] == 403, origin
+    own = ask("/gradio_api/upload", local_only=local_only, origin="http://localhost:7860")
+    assert own[0] == 200
 
 
 def test_files(ask, tmp_path):
