@@ -20,7 +20,11 @@ check: $(READY)
 	$(PY) -m benchmarks.tables --check
 	$(PY) -m pytest tests/test_layout.py tests/accel/test_compat.py -q
 
-# The slow studies, then every figure of README and the model cards. Figures want a quiet machine.
+# Every figure of README, then the slow studies and the cards. Figures want a quiet machine. What
+# another machine or older code has measured is measured again: `make bench FRESH=` instead goes on
+# where studies were stopped here.
+FRESH ?= --fresh
+REPORTS := $(addprefix out/evaluate-,dit sd ddpm wan)
 bench: $(READY) figures
 	$(PY) -m pytest -m slow
 	$(PY) -m benchmarks.bench_kill
@@ -31,17 +35,18 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_time_shift
 	$(PY) -m benchmarks.bench_leap
 	$(PY) -m benchmarks.bench_temporal_cache
-	$(PY) -m benchmarks.bench_quant
-	$(PY) -m benchmarks.bench_quant --model zoo:digits-ddpm
-	$(PY) -m benchmarks.bench_quant --model zoo:digits-sd
+	$(PY) -m benchmarks.bench_quant $(FRESH)
+	$(PY) -m benchmarks.bench_quant $(FRESH) --model zoo:digits-ddpm
+	$(PY) -m benchmarks.bench_quant $(FRESH) --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_quant_kernels
 	$(PY) -m benchmarks.bench_caches
 	$(PY) -m benchmarks.bench_caches --steps 20 --samples 200
 	$(PY) -m benchmarks.bench_caches --model zoo:digits-sd
-	$(PY) -m benchmarks.bench_caches_video
-	$(PY) -m benchmarks.bench_cache_speed
+	$(PY) -m benchmarks.bench_caches_video $(FRESH)
+	$(PY) -m benchmarks.bench_cache_speed $(FRESH)
 	$(PY) -m benchmarks.bench_robustness
 	$(PY) -m benchmarks.bench_evaluate
+	$(if $(FRESH),rm -rf $(REPORTS))
 	$(VENV)/bin/accel evaluate all --model zoo:digits-dit --samples 500 --out out/evaluate-dit \
 		$(addprefix --recipe ,$(filter-out recipes/digits-sd-%,$(wildcard recipes/*.yaml)))
 	$(VENV)/bin/accel evaluate all --model zoo:digits-sd --samples 200 --out out/evaluate-sd \
@@ -50,12 +55,12 @@ bench: $(READY) figures
 		--recipe recipes/dpm.yaml
 	$(VENV)/bin/accel evaluate all --model zoo:digits-wan --samples 40 --out out/evaluate-wan \
 		$(addprefix --recipe ,$(filter-out recipes/digits-%,$(wildcard recipes/*.yaml)))
-	$(PY) -m benchmarks.recipe_cards $(addprefix out/evaluate-,dit sd ddpm wan)
+	$(PY) -m benchmarks.recipe_cards $(REPORTS)
 	$(PY) -m benchmarks.bench_backend
 	$(PY) -m benchmarks.bench_sparse
-	$(PY) -m benchmarks.bench_sparse_quality
-	$(PY) -m benchmarks.bench_search --prompts 100
-	$(PY) -m benchmarks.bench_search --model zoo:digits-wan --prompts 16
+	$(PY) -m benchmarks.bench_sparse_quality $(FRESH)
+	$(PY) -m benchmarks.bench_search $(FRESH) --prompts 100
+	$(PY) -m benchmarks.bench_search $(FRESH) --model zoo:digits-wan --prompts 16
 	$(PY) -m benchmarks.bench_rlg
 	$(PY) -m benchmarks.tables
 
@@ -63,8 +68,8 @@ bench: $(READY) figures
 figures: $(READY)
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
 	$(PY) -m benchmarks.bench_native
-	$(PY) -m benchmarks.bench_peers
-	$(PY) -m benchmarks.waterfall --again
+	$(PY) -m benchmarks.bench_peers $(FRESH)
+	$(PY) -m benchmarks.waterfall $(FRESH)
 	$(PY) -m benchmarks.bench_overhead
 	set -e; for recipe in recipes/*.yaml; do \
 		case $$recipe in */digits-sd-*) model=digits-sd;; *) model=digits-dit;; esac; \
@@ -73,22 +78,22 @@ figures: $(READY)
 
 # The same on a machine with an accelerator: figures go to results files of their own.
 gpu: $(READY)
-	$(PY) -c "import torch, sys; sys.exit(not torch.cuda.is_available())"
+	$(PY) -c "import torch, sys; torch.cuda.is_available() or sys.exit('torch sees no GPU here')"
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
 	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers tests/quant/test_temporal_cache.py tests/sparse_attn
 	$(PY) -m benchmarks.bench_native --device cuda
-	$(PY) -m benchmarks.bench_peers --device cuda
+	$(PY) -m benchmarks.bench_peers $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_temporal_cache --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda --model zoo:digits-sd
-	$(PY) -m benchmarks.bench_caches_video --device cuda
-	$(PY) -m benchmarks.bench_cache_speed --device cuda --blocks 24
+	$(PY) -m benchmarks.bench_caches_video $(FRESH) --device cuda
+	$(PY) -m benchmarks.bench_cache_speed $(FRESH) --device cuda --blocks 24
 	$(PY) -m benchmarks.bench_tdm --device cuda
-	$(PY) -m benchmarks.waterfall --device cuda --again
+	$(PY) -m benchmarks.waterfall $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_overhead --device cuda
 	$(PY) -m benchmarks.bench_backend --device cuda
 	$(PY) -m benchmarks.bench_sparse --device cuda
-	$(PY) -m benchmarks.bench_sparse_quality --device cuda
+	$(PY) -m benchmarks.bench_sparse_quality $(FRESH) --device cuda
 	$(PY) -m benchmarks.tables
 
 $(READY): pyproject.toml constraints.txt

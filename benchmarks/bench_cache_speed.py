@@ -1,7 +1,7 @@
 """How much of the work that a cache saves becomes time saved, at the shapes of public models.
 
     python -m benchmarks.bench_cache_speed [--device cuda] [--rounds 5] [--blocks 4] [--only DiT]
-                                           [--compile DiT]
+                                           [--compile DiT] [--fresh]
 
 Random weights, so there is no quality here: a slice of DiT-XL/2 at 256 pixels and one of Wan 2.1
 1.3B, which are timed in turn with and without a cache. On the small models of the zoo, what is left
@@ -43,7 +43,7 @@ from accel.denoiser import denoisers
 from accel.measure import counted_flops, environment, load_average, paired_time, pipeline_samples
 from accel.method import Method, NoEffectWarning, attached
 from accel.metrics.protocol import Protocol, require_same
-from benchmarks.results_file import DEVICES, read, write
+from benchmarks.results_file import DEVICES, add_fresh, read, require_machine, write
 from caches.evolution import EvolutionCache
 from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, TaylorSeer
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=4, help="of each model")
     parser.add_argument("--only", default="", help="models whose name holds this")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    add_fresh(parser)
     parser.add_argument("--compile", default="DiT", help="models whose blocks are compiled, too")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -189,14 +189,17 @@ def main() -> None:
         steps=STEPS,
         more={"rounds": given.rounds, "blocks": given.blocks},
     )
-    found = {} if given.fresh else measured(given.device, protocol)
+    names = [name for name in MODELS if given.only in name]
+    found = {} if given.fresh and not given.only else measured(given.device, protocol)
+    if given.fresh:
+        found = {name: model for name, model in found.items() if name not in names}
 
     def keep() -> None:
         block = environment(given.device, load)
         content = {"environment": block, "protocol": protocol.as_json(), "models": found}
         write(RESULT, given.device, content)
 
-    for name in (name for name in MODELS if given.only in name):
+    for name in names:
         rows = found.setdefault(name, {"blocks": given.blocks, "rows": {}})["rows"]
         pipe, call = MODELS[name](given.blocks, given.device)
         Timing(name, rows, given.rounds, keep).measure(pipe, call, given.compile in name)
@@ -208,9 +211,7 @@ def measured(device: str, protocol: Protocol) -> dict[str, Any]:
     if old is None:
         return {}
     require_same(Protocol.read(old["protocol"]), protocol)
-    here = environment(device)
-    if any(old["environment"][key] != here[key] for key in ("hardware", "threads")):
-        raise ValueError(f"{RESULT}.json is of another machine; measure all again (--fresh)")
+    require_machine(old["environment"], environment(device))
     return old["models"]
 
 

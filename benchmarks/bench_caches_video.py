@@ -1,6 +1,6 @@
 """Feature caches on a video model: curves of speed against fidelity on ``zoo:digits-wan``.
 
-    python -m benchmarks.bench_caches_video [--videos 6] [--rounds 3] [--only CURVE ...]
+    python -m benchmarks.bench_caches_video [--videos 6] [--rounds 3] [--only CURVE ...] [--fresh]
 
 As ``bench_caches``: every row is timed in turn with the unmodified pipeline and paired with it
 video by video, and the referee judges digit, colour, background and motion. Guidance asks the
@@ -31,7 +31,7 @@ from apps.digits_referee import zoo_inputs
 from benchmarks.bench_native import here, kept_rows
 from benchmarks.digits_study import head, loaded, row, study_of
 from benchmarks.peers import CacheDit
-from benchmarks.results_file import DEVICES, read, write
+from benchmarks.results_file import DEVICES, add_fresh, read, write
 from caches.evolution import EvolutionCache, EvolutionSearch
 from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
@@ -144,19 +144,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of rows to measure")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    add_fresh(parser)
     given = parser.parse_args()
     load = load_average()
     bench = study(given)
     block = here(given.device, load)
     trial = given.model != MODEL
-    old = None if given.fresh or trial else read(RESULT, given.device)
+    old = None if trial or (given.fresh and not given.only) else read(RESULT, given.device)
     measured: dict[str, Any] = dict(kept_rows(old, bench.protocol(), block))
     with tempfile.TemporaryDirectory() as folder:
         found = dict(rows(bench.pipe, given.steps, Path(folder)))
         for label, make in found.items():
             wanted = not given.only or label.startswith(tuple(given.only))
-            if label in measured or not wanted:
+            if not wanted or (label in measured and not given.fresh):
                 continue
             try:
                 recipe = Recipe((make(),))

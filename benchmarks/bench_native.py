@@ -25,7 +25,7 @@ from benchmarks.bench_tdm import STUDENTS
 from benchmarks.digits_study import BATCH, DDIM, DPM, command_line, head, inputs, row, study
 from benchmarks.distil import RECIPES
 from benchmarks.peers import CacheDit
-from benchmarks.results_file import read, write
+from benchmarks.results_file import read, require_machine, write
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from samplers.swap import SwapScheduler
 
@@ -76,12 +76,7 @@ def kept_rows(old: dict[str, Any] | None, protocol: Protocol, here: dict[str, An
     if old["protocol"] is None:
         raise ValueError("the rows in the file have no protocol; measure all of them again")
     require_same(Protocol.read(old["protocol"]), protocol)
-    for key in ("hardware", "threads"):
-        if old["environment"][key] != here[key]:
-            raise ValueError(
-                f"the rows in the file are of {key} {old['environment'][key]!r}, this is "
-                f"{here[key]!r}; measure all of them again"
-            )
+    require_machine(old["environment"], here)
     return old["rows"]
 
 

@@ -30,7 +30,7 @@ from benchmarks.digits_study import BATCH, DDIM, DPM, command_line, head, inputs
 from benchmarks.distil import RECIPES
 from benchmarks.peers import CacheDit
 from benchmarks.quant_peers import Quanto, TorchAO
-from benchmarks.results_file import read, write
+from benchmarks.results_file import add_fresh, read, write
 from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from caches.residual_gate import ResidualGate
@@ -160,11 +160,11 @@ def here(device: str, load: float | None) -> dict[str, Any]:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="rows to measure (again)")
-    parser.add_argument("--fresh", action="store_true", help="measure all rows again")
+    add_fresh(parser)
     given = parser.parse_args()
     bench = study(given.samples, given.device, given.referee)
     block = here(given.device, load_average())
-    old = None if given.fresh else read("peers", given.device)
+    old = None if given.fresh and not given.only else read("peers", given.device)
     kept = kept_rows(old, bench.protocol(), block)
     planned = {k: r for k, r in kept.items() if k not in given.only}
     left_out = old["left_out"] if kept and old else {}  # what this model cannot have, with why

@@ -5,7 +5,7 @@
 Each row is paired with the unmodified model: same noise, same inputs, timed in turn. Rows go from
 plain rounding with one static scale to everything, one part more at a time; controls have their
 scales shuffled among channels and layers. Calibrated on one batch of other noise. Rows that the
-file has already are not measured again, so a stopped run goes on; ``--again`` measures all.
+file has already are not measured again, so a stopped run goes on; ``--fresh`` measures all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from benchmarks.digits_study import (
     weights_sha256,
 )
 from benchmarks.quant_peers import Quanto, TorchAO
-from benchmarks.results_file import DEVICES, read, write
+from benchmarks.results_file import DEVICES, add_fresh, read, write
 from quant import mixed_precision
 from quant._parts import NOT_WEIGHTS
 from quant.calibrate import TFMQCalibration
@@ -253,16 +253,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--only", nargs="*", default=[], help="rows to measure; all by default")
-    parser.add_argument("--again", action="store_true", help="measure these anew if they are there")
+    add_fresh(parser)
     given = parser.parse_args()
     load, name = load_average(), NAMES[given.model]
     bench, calls = studied(given.model, given.samples, given.device)
     block = environment_of(given.device, load)
-    old = read(name, given.device) if given.only or not given.again else None
+    old = read(name, given.device) if given.only or not given.fresh else None
     measured = dict(kept_rows(old, bench.protocol(), block))
     with tempfile.TemporaryDirectory() as folder:
         made = Calibrator(bench.pipe, calls, Path(folder))
-        for spec in missing(given.model, given.only, () if given.again else set(measured)):
+        for spec in missing(given.model, given.only, () if given.fresh else set(measured)):
             method, found = made.method(spec)
             result = bench.compare(Recipe((method,)), rounds=given.rounds)
             run = result.report["members"][0]["runs"][-1]

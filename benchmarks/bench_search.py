@@ -1,7 +1,7 @@
 """Noise search on the embedded models: every algorithm against random search at equal cost.
 
     python -m benchmarks.bench_search [--model zoo:digits-sd] [--prompts 100] [--only NAME ...]
-                                      [--minutes 30] [--kill] [--draw]
+                                      [--minutes 30] [--fresh | --kill | --draw]
 
 Prompts are chosen for headroom: of many captions those whose samples a pilot (other seeds) finds
 worst, without guidance; in a fixed shuffled order, so that the first few stand for all. The judge
@@ -11,9 +11,9 @@ is the log-likelihood's, which saturates. Random search is exact: the mean over 
 a pool. Drafts are judged by the gain of best-of-8 that rendering the best of 8 drafts captures.
 
 What each prompt gave is kept in ``results/search_rows.json``, and every run adds what is missing up
-to ``--prompts``: rows of other hardware or another protocol are refused. ``search.json``, which
-tables and the picture are made of, is reckoned from them. ``--kill``: searches are killed with
-SIGKILL and resumed (``bench_search_kill.py``).
+to ``--prompts``: rows of other hardware or another protocol are refused (``--fresh`` measures all
+again). ``search.json``, which tables and the picture are made of, is reckoned from them.
+``--kill``: searches are killed with SIGKILL and resumed (``bench_search_kill.py``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from benchmarks import search_report
 from benchmarks.bench_search_kill import kill_test
 from benchmarks.digits_study import SD, weights_sha256, without_folder
 from benchmarks.distil import RECIPES
-from benchmarks.results_file import RESULTS, read, write
+from benchmarks.results_file import RESULTS, add_fresh, read, write
 from benchmarks.search_picture import draw, picture_of
 from benchmarks.search_report import DRAFTED, JUDGE, REFEREE
 from caches.interval import IntervalCache
@@ -210,16 +210,16 @@ class OtherRows(ValueError):
 
 
 class Bench:
-    """A pipeline and the rows that were measured on it, which it adds to."""
+    """A pipeline and the rows that were measured on it, which it adds to (``fresh``: to none)."""
 
-    def __init__(self, study: Study, deadline: float = math.inf) -> None:
+    def __init__(self, study: Study, deadline: float = math.inf, *, fresh: bool = False) -> None:
         torch.set_num_threads(1)
         self.study, self.deadline = study, deadline
         self.file = f"{study.name}_rows"
         self.load = load_average()
         self.pipe = accel.load(study.model)
         self.pipe.set_progress_bar_config(disable=True)
-        self.rows = read(self.file) or self._empty()
+        self.rows = (None if fresh else read(self.file)) or self._empty()
         self._check()
         self._written = time.monotonic()
 
@@ -240,12 +240,12 @@ class Bench:
         there, here = self.rows["environment"]["hardware"], hardware("cpu")
         if there != here:
             raise OtherRows(
-                f"{self.file}.json was measured on {there}, this is {here}; measure there, or take "
-                "the file away and measure everything again"
+                f"{self.file}.json was measured on {there}, this is {here}; measure there, or "
+                "everything again (--fresh)"
             )
         protocol = self.protocol(self.rows["prompts"])
         if self.rows["protocol"] != protocol.as_json():
-            raise OtherRows(f"{self.file}.json was measured by another protocol; take it away")
+            raise OtherRows(f"{self.file}.json was measured by another protocol (--fresh)")
 
     def protocol(self, prompts: list[str]) -> Protocol:
         study = self.study
@@ -413,12 +413,15 @@ def main() -> int:
     parser.add_argument(
         "--draw", action="store_true", help="only report and picture, from the rows"
     )
+    add_fresh(parser)
     given = parser.parse_args()
+    if given.fresh and (given.only or given.kill):
+        parser.error("--fresh: measures everything, so not with --only or --kill")
     study = STUDIES[given.model]
     if given.draw:
         return report(study)
     try:
-        bench = Bench(study, time.monotonic() + 60 * given.minutes)
+        bench = Bench(study, time.monotonic() + 60 * given.minutes, fresh=given.fresh)
         if given.kill:
             found = read(study.name)
             assert found is not None, "measure the rest first"

@@ -33,7 +33,7 @@ from accel.counting import synchronize
 from accel.environment import environment, load_average
 from accel.method import Method, attached
 from accel.metrics.statistics import bootstrap
-from benchmarks.results_file import DEVICES, read, write
+from benchmarks.results_file import DEVICES, read, require_machine, write
 from sparse_attn.block_map import BlockMap, keep_share
 from sparse_attn.estimators import block_scores, complement, subblock_mass
 from sparse_attn.kernels import dispatch
@@ -299,6 +299,14 @@ def renewed(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[s
     return [rows[k] for k in sorted(rows)]
 
 
+def kept_figures(device: str, here: dict[str, Any]) -> dict[str, Any]:
+    """What is in the file. Raises ``ValueError`` where it was measured on another machine."""
+    old = read("sparse", device) or {}
+    if old:
+        require_machine(old["environment"], here)
+    return old
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -310,6 +318,9 @@ def main() -> None:
     torch.set_num_threads(1)
     before = load_average()
     rounds = 1 if args.dry else args.rounds
+    part = bool(args.shape or args.only)
+    if part and not args.dry:
+        kept_figures(args.device, environment(args.device))
     with torch.no_grad():
         attention = (
             attention_rows(args.device, rounds, args.shape) if args.only != "model" else None
@@ -317,9 +328,11 @@ def main() -> None:
         model = model_rows(args.device, rounds) if args.only != "attention" else None
     if args.dry:
         return
-    old = read("sparse", args.device) or {}  # now: another part may have been measured meanwhile
+    here = environment(args.device, load_before=before)
+    # only now: another part may have been measured meanwhile
+    old = kept_figures(args.device, here) if part else {}
     content = {
-        "environment": environment(args.device, load_before=before),
+        "environment": here,
         "protocol": None,
         "rounds": rounds,
         "attention": renewed(old.get("attention", []), attention or []),

@@ -1,6 +1,7 @@
 """What each policy of sparse attention costs in quality, against density, on ``zoo:digits-wan``.
 
     python -m benchmarks.bench_sparse_quality [--videos 32] [--judged 32] [--densities 0.2 0.4]
+                                              [--fresh]
 
 Paired: the same prompts and seeds as the dense model, PSNR of whole videos. Controls keep as many
 blocks drawn at random, with and without means for the rest, and must lose. At one density the
@@ -8,7 +9,7 @@ default policy's parts are taken away one by one, and it, the calibrated one, th
 pattern and the control are judged by the referee (digit, colour, background, motion), on more
 videos. Blocks are small, since a video has 1,280 tokens: nothing here is a speed. Budgets are
 calibrated on other prompts and seeds. Some 700 videos of 6 seconds of one core. Videos are kept
-as they are made, so a stopped study goes on.
+as they are made, so a stopped study goes on (after a change of code: ``--fresh``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,7 @@ from accel.metrics.fidelity import psnr
 from accel.metrics.statistics import bootstrap
 from apps.digits_referee import digits_referee, zoo_inputs
 from benchmarks.digits_study import weights_sha256, without_folder
-from benchmarks.results_file import DEVICES, write
+from benchmarks.results_file import DEVICES, add_fresh, write
 from sparse_attn._live import LiveSparse, Place, SparseAttention
 from sparse_attn.adaptive import Adaptive
 from sparse_attn.block_map import keep_share
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/sparse_quality"))
+    add_fresh(parser)
     args = parser.parse_args()
     if args.judged and args.judged_density not in args.densities:
         parser.error(f"--judged-density {args.judged_density} is none of --densities")
@@ -174,7 +177,9 @@ def main() -> None:
     weights = weights_sha256(zoo_path(args.model) if args.model == MODEL else Path(args.model))
     count = max(args.videos, args.judged)
     calls = inputs(count)
-    key = json.dumps([weights, args.device, calls[:1], DENSE, BLOCKS], sort_keys=True)
+    what = [weights, args.device, calls[:1], DENSE, BLOCKS]
+    what += [time.time_ns()] if args.fresh else []  # what older code has made is not looked at
+    key = json.dumps(what, sort_keys=True)
     videos = _Videos(pipe, calls, args.out, key)
     plain, _ = videos.of(Recipe(()), count)
     budgets = calibrated(pipe, args.out, key)

@@ -38,7 +38,7 @@ from accel.metrics.protocol import Protocol, require_same
 from accel.zoo.judge import AttributeJudge, judge, to_tensor
 from accel.zoo.world import DigitWorld
 from benchmarks.digits_study import weights_sha256
-from benchmarks.results_file import read, write
+from benchmarks.results_file import read, require_machine, write
 from samplers.epsilon_scaling import EpsilonScaling
 from samplers.shifted_time import TimeShiftPNDMScheduler
 from samplers.time_shift import TimeShift
@@ -309,15 +309,18 @@ def measure(samples: int, sets: int, only: str, at: list[int]) -> list[dict[str,
     return rows
 
 
-def with_others(rows: list[dict[str, Any]], own: dict[str, Any]) -> list[dict[str, Any]]:
+def with_others(
+    rows: list[dict[str, Any]], own: dict[str, Any], here: dict[str, Any]
+) -> list[dict[str, Any]]:
     """New rows, and those of the file that they do not replace.
 
-    Raises ValueError where those are of another protocol.
+    Raises ValueError where those are of another protocol, machine or number of threads.
     """
     old = read("time_shift")
     if old is None:
         return rows
     require_same(Protocol.read(old["protocol"]), Protocol.read(own))
+    require_machine(old["environment"], here)
     made = {(r["sampler"], r["steps"], r["setting"]) for r in rows}
     kept = [r for r in old["rows"] if (r["sampler"], r["steps"], r["setting"]) not in made]
     order = {name: i for i, name in enumerate(SAMPLERS)}
@@ -333,12 +336,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="only these")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    load = load_average()
+    load, own = load_average(), protocol(given.samples, given.sets)
+    if part := bool(given.only or given.steps):
+        with_others([], own, environment("cpu"))  # refused before anything is measured
     rows = measure(given.samples, given.sets, given.only, given.steps)
-    if given.only or given.steps:
-        rows = with_others(rows, protocol(given.samples, given.sets))
+    if part:
+        rows = with_others(rows, own, environment("cpu"))
     content = {
-        "protocol": protocol(given.samples, given.sets),
+        "protocol": own,
         "model": MODEL,
         "clean_variance": clean_variance(),
         "rows": rows,

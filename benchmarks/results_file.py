@@ -1,7 +1,12 @@
-"""Where figures are kept: ``results/NAME.json``, and ``NAME_DEVICE.json`` off the CPU."""
+"""Where figures are kept: ``results/NAME.json``, and ``NAME_DEVICE.json`` off the CPU.
+
+Studies that go on where they were stopped refuse what another machine has measured; their
+``--fresh`` measures again what is there (beside ``--only``: of that), which is what ``make`` asks.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -37,6 +42,21 @@ def as_text(content: dict[str, Any]) -> str:
     """Indented JSON, with a list of numbers on one line."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     return _NUMBERS.sub(lambda m: f"[{' '.join(m[1].split())}]", text)
+
+
+def add_fresh(parser: argparse.ArgumentParser) -> None:
+    """The option that every study has which keeps rows of an earlier run."""
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+
+
+def require_machine(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises ``ValueError`` where two environments' figures do not stand in one file."""
+    for key in ("hardware", "threads"):
+        if there[key] != here[key]:
+            raise ValueError(
+                f"the rows in the file are of {key} {there[key]!r}, this is {here[key]!r}; "
+                "measure all of them again (without --only; with --fresh, where there is one)"
+            )
 
 
 def read(name: str, device: str = "cpu") -> dict[str, Any] | None:

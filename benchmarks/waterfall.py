@@ -1,6 +1,6 @@
 """Baseline, then one method more per bar: speed beside quality, as figures and as a picture.
 
-    python -m benchmarks.waterfall [--samples 200] [--rounds 9] [--device cuda] [--draw]
+    python -m benchmarks.waterfall [--samples 200] [--rounds 9] [--device cuda] [--fresh | --draw]
 
 Every bar is timed in turn with the unmodified pipeline, and in turn with the bar before it. The
 quantised layers are those that 8 bits make faster on this machine, each timed alone; calibrated
@@ -8,7 +8,7 @@ under the bar before.
 The last bar is a control: the same methods, but the cache repeats its last output from the first
 step on and extrapolates nothing. It must look worse, or the quality beside the speeds proves
 nothing. Bars that the file has already are not measured again, so a stopped run goes on;
-``--again`` measures all. ``--draw`` only draws again.
+``--fresh`` measures all. ``--draw`` only draws again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from accel.measure import environment, load_average
 from accel.method import Method, Recipe
 from benchmarks.bench_native import kept_rows
 from benchmarks.digits_study import BATCH, DPM, command_line, head, inputs, row, study
-from benchmarks.results_file import path, read, write
+from benchmarks.results_file import add_fresh, path, read, write
 from benchmarks.waterfall_picture import PICTURE, draw
 from caches.native import TaylorSeer
 from quant.calibrate import TFMQCalibration
@@ -66,7 +66,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     load = load_average()
     bench = study(given.samples, given.device, given.referee)
     block = environment(given.device, load)
-    old = None if given.again else read("waterfall", given.device)
+    old = None if given.fresh else read("waterfall", given.device)
     kept = kept_rows(old, bench.protocol(), block)
     measured: dict[str, Any] = {}
     previous: Recipe | None = None
@@ -90,7 +90,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     parser = command_line(__doc__, rounds=9)
-    parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    add_fresh(parser)
     parser.add_argument("--draw", action="store_true", help="only draw the picture again")
     given = parser.parse_args()
     if not given.draw:

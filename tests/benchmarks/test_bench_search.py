@@ -123,6 +123,8 @@ def test_rows_of_other_hardware_or_protocol_are_refused(monkeypatch):
     monkeypatch.setattr(bench_search, "read", lambda name: other)
     with pytest.raises(OtherRows, match="another protocol"):
         Bench(STUDIES[SD])
+    monkeypatch.setattr(bench_search, "hard_prompts", lambda pipe, study: kept["prompts"])
+    assert Bench(STUDIES[SD], fresh=True).rows["algorithms"] == {}
 
 
 def test_only_what_is_missing_is_measured(monkeypatch):

@@ -55,6 +55,15 @@ def test_rows_measured_again_replace_their_own():
     assert [(r["density"], r["x"]) for r in found] == [(0.5, 0), (0.1, 1)]
 
 
+def test_a_part_stands_beside_figures_of_the_same_machine_only(monkeypatch):
+    here = {"hardware": "h", "threads": 1}
+    found = {"environment": here, "attention": [], "model": []}
+    monkeypatch.setattr(bench_sparse, "read", lambda name, device: found)
+    assert bench_sparse.kept_figures("cpu", here) is found
+    with pytest.raises(ValueError, match="hardware 'h'"):
+        bench_sparse.kept_figures("cpu", {**here, "hardware": "g"})
+
+
 def test_the_share_of_attention_is_extrapolated():
     """2 s of rest and 8 s of attention: 4 s at density 0.25, 2.8 s at 0.1."""
     model = [

@@ -14,6 +14,7 @@ from samplers.epsilon_scaling import EpsilonScaling
 from samplers.time_shift import TimeShift
 
 shipped = pytest.mark.skipif("digits-ddpm" not in zoo.names(), reason="digits-ddpm: not shipped")
+HERE = {"hardware": "h", "threads": 1}
 few = pytest.mark.filterwarnings("ignore::accel.metrics.distribution.FewSamplesWarning")
 
 
@@ -75,12 +76,15 @@ def test_new_rows_stand_beside_those_of_the_same_protocol_only(monkeypatch):
 
     own = bench_time_shift.Protocol(model="m", inputs="i", samples=4, seeds="s").as_json()
     old = [row("DDIM", 10, "base", 1.0), row("DDIM", 20, "base", 2.0), row("DDPM", 10, "base", 3.0)]
-    monkeypatch.setattr(bench_time_shift, "read", lambda name: {"protocol": own, "rows": old})
-    joined = bench_time_shift.with_others([row("DDIM", 10, "base", 9.0)], own)
+    there = {"protocol": own, "rows": old, "environment": HERE}
+    monkeypatch.setattr(bench_time_shift, "read", lambda name: there)
+    joined = bench_time_shift.with_others([row("DDIM", 10, "base", 9.0)], own, HERE)
     assert [r["frechet"] for r in joined] == [[9.0], [2.0], [3.0]]
     other = bench_time_shift.Protocol(model="m", inputs="i", samples=5, seeds="s").as_json()
     with pytest.raises(ValueError, match="samples"):
-        bench_time_shift.with_others([], other)
+        bench_time_shift.with_others([], other, HERE)
+    with pytest.raises(ValueError, match="hardware 'h'"):
+        bench_time_shift.with_others([], own, {**HERE, "hardware": "g"})
 
 
 @shipped

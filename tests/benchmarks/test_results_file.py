@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +55,20 @@ def test_lists_of_numbers_take_one_line():
     text = results_file.as_text(GOOD)
     assert "[2, 1e-07]" in text
     assert json.loads(text) == GOOD
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_make_measures_again_what_another_machine_has_measured():
+    """Every study that would refuse it is told so, and has the options that it is given."""
+    makefile = (ROOT / "Makefile").read_text()
+    calls = re.findall(r"-m benchmarks\.(\w+)(.*)", makefile)
+    assert {"bench_quant", "bench_search", "waterfall"} <= {name for name, _ in calls}
+    for name, options in calls:
+        code = (ROOT / "benchmarks" / f"{name}.py").read_text()
+        shared = (ROOT / "benchmarks" / "digits_study.py").read_text()
+        known = code + shared * ("command_line" in code)
+        for option in re.findall(r"--[a-z]+", options):
+            assert f'"{option}"' in known, f"{name} {option}"
+        assert ("add_fresh(" in code) == ("$(FRESH)" in options), name
