@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 def synchronize() -> None:
@@ -19,10 +19,19 @@ def synchronize() -> None:
 
 
 def counted_flops(fn: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products and convolutions that ``fn`` really runs."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of the matrix products, convolutions and attentions (masked ones
+    in full) that ``fn`` really runs."""
+    with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter:
         fn()
     return int(counter.get_total_flops())
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)  # of shapes
+
+
+# torch itself counts the kernels of accelerators only
+_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 def peak_memory(fn: Callable[[], Any], device: str | None = None) -> int:

@@ -14,6 +14,17 @@ def test_flops_are_counted_exactly():
     assert counted_flops(lambda: a @ b) == 2 * 3 * 5 * 7
 
 
+def test_attention_counts_whatever_kernel_runs_it():
+    q, k = torch.ones(2, 3, 8, 16), torch.ones(2, 3, 32, 16)
+    mask = torch.ones(8, 32, dtype=torch.bool)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    both = 2 * (2 * 2 * 3 * 8 * 32 * 16)  # scores, then values
+    assert counted_flops(lambda: attend(q, k, k)) == both
+    assert counted_flops(lambda: attend(q, k, k, mask)) == both
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert counted_flops(lambda: attend(q, k, k)) == both
+
+
 def _chain(length: int) -> torch.Tensor:
     x = torch.zeros(MEGABYTE, dtype=torch.uint8)
     for _ in range(length):
