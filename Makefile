@@ -53,7 +53,8 @@ bench: $(READY) figures
 		$(addprefix --recipe ,$(wildcard recipes/digits-sd-*.yaml))
 	$(VENV)/bin/accel evaluate all --model zoo:digits-ddpm --samples 200 --out out/evaluate-ddpm \
 		--recipe recipes/dpm.yaml
-	$(VENV)/bin/accel evaluate all --model zoo:digits-wan --samples 40 --out out/evaluate-wan \
+	$(VENV)/bin/accel evaluate all --model zoo:digits-wan --samples 24 --steps 20 --rounds 3 \
+		--out out/evaluate-wan \
 		$(addprefix --recipe ,$(filter-out recipes/digits-%,$(wildcard recipes/*.yaml)))
 	$(PY) -m benchmarks.recipe_cards $(REPORTS)
 	$(PY) -m benchmarks.bench_backend
