@@ -90,7 +90,7 @@ def submit(
     with _holding(folder, options):
         old = load_plan(folder) if (folder / PLAN_FILE).exists() else []
         plan = list(tasks) if replace else merge_plans(old, tasks)
-        if [t.id for t in plan] != [t.id for t in old]:
+        if plan != old:
             save_plan(folder, plan)
         wanted = [task.id for task in tasks]
         return _run(folder, plan, options, progress or Silent(), wanted)

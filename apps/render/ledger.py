@@ -148,20 +148,27 @@ class Ledger:
     # adding and reading
 
     def add(self, tasks: Iterable[NewTask]) -> int:
-        """Add the tasks whose id is new, all pending; return how many were new."""
+        """Add the tasks whose id is new, all pending; return how many were new.
+
+        Of one that is there only the payload changes: the same work, whose files may have moved.
+        """
         now = self._clock()
         rows = [
             (t.id, t.kind, t.bucket, t.position, _dump(t.payload), _dump(list(t.stages)), now)
             for t in tasks
         ]
         with self._change() as db:
-            before = db.total_changes
+            before = self._count()
             db.executemany(
                 "INSERT INTO task (id, kind, bucket, position, payload, stages, state, attempts,"
-                " updated) VALUES (?, ?, ?, ?, ?, ?, 'pending', 0, ?) ON CONFLICT (id) DO NOTHING",
+                " updated) VALUES (?, ?, ?, ?, ?, ?, 'pending', 0, ?)"
+                " ON CONFLICT (id) DO UPDATE SET payload = excluded.payload",
                 rows,
             )
-            return db.total_changes - before
+            return self._count() - before
+
+    def _count(self) -> int:
+        return self._db.execute("SELECT count(*) FROM task").fetchone()[0]
 
     def task(self, task_id: str) -> Task | None:
         row = self._db.execute("SELECT * FROM task WHERE id = ?", (task_id,)).fetchone()

@@ -109,10 +109,14 @@ def load_plan(folder: Path) -> list[PlannedTask]:
 
 
 def merge_plans(old: Sequence[PlannedTask], new: Sequence[PlannedTask]) -> list[PlannedTask]:
-    """Add a plan to what a folder already holds: same identity stays, same stem is replaced."""
+    """Add a plan to what a folder already holds: same identity stays, same stem is replaced.
+
+    What stays is read from where the new plan says: its recipe or model may have moved.
+    """
     known = {task.id for task in old}
+    again = {(task.id, task.stem): task for task in new}
     stems = {folded(task.stem) for task in new if task.id not in known}
-    return [task for task in old if folded(task.stem) not in stems] + [
+    return [again.get((t.id, t.stem), t) for t in old if folded(t.stem) not in stems] + [
         task for task in new if task.id not in known
     ]
 

@@ -14,6 +14,7 @@ from apps.render.driver import RunOptions, resume, submit
 from apps.render.faults import StorageFault
 from apps.render.ledger import Ledger
 from apps.render.lock import FolderBusy, folder_lock
+from apps.render.plan import load_plan
 from apps.render.progress import Silent
 
 ONE = RunOptions()
@@ -290,6 +291,19 @@ def test_a_changed_model_or_recipe_is_noticed(tmp_path, planned, rows, monkeypat
     monkeypatch.setattr(worker_module, "model_revision", lambda ref: "sha256:other")
     summary = submit(tmp_path / "out", tasks, ONE)
     assert "has changed since this job was submitted" in summary.failures[0].error
+
+
+def test_a_recipe_that_moved_is_found_where_it_is(tmp_path, planned, rows, monkeypatch):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("accel_recipe: 1\nname: none\nmethods: []\n")
+    lost = planned(rows(1), recipe=str(first))
+    first.rename(second)
+    failed = submit(tmp_path / "out", lost, ONE)
+    assert "first.yaml" in failed.failures[0].error
+    again = planned(rows(1), recipe=str(second))
+    assert again[0].id == lost[0].id
+    assert submit(tmp_path / "out", again, ONE).made == 1
+    assert load_plan(tmp_path / "out") == again
 
 
 def test_no_metadata_keeps_the_sidecar(tmp_path, planned, rows):
