@@ -265,7 +265,7 @@ def test_strict_turns_warnings_into_errors():
         host.run()
     with (
         accel.attached(Taker(), host.pipe, strict=True),
-        pytest.raises(accel.NoEffectError, match="^Taker changed nothing"),
+        pytest.raises(accel.NoEffectError, match=r"^Taker changed nothing"),
     ):
         host.run()
 

@@ -72,7 +72,11 @@ def test_a_model_folder_brings_its_recipe(tmp_path, tiny_model):
 def test_plans_merge_by_identity_and_stem(tmp_path):
     one, two, three, four = (digit * 64 for digit in "1234")
     old = [PlannedTask(one, "a", {}), PlannedTask(two, "b", {})]
-    new = [PlannedTask(two, "b", {"recipe": "moved"}), PlannedTask(three, "A", {}), PlannedTask(four, "c", {})]
+    new = [
+        PlannedTask(two, "b", {"recipe": "moved"}),
+        PlannedTask(three, "A", {}),
+        PlannedTask(four, "c", {}),
+    ]
     merged = merge_plans(old, new)
     assert [task.id for task in merged] == [two, three, four]
     assert merged[0].payload == {"recipe": "moved"}
