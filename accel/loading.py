@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,13 @@ def load(
         trust_remote_code: passed on; off by default.
 
     Raises:
-        ValueError: unknown zoo name, or a recipe that does not fit.
+        ValueError: unknown zoo name, a device that is not here, or a recipe that does not fit.
         OSError: nothing there that diffusers can load.
     """
     import torch
     from diffusers import DiffusionPipeline
 
+    _require_device(device)
     source = str(zoo_path(str(ref)) if str(ref).startswith(ZOO_PREFIX) else ref)
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -76,6 +78,16 @@ def load(
     if (folder / RECIPE_FILE).is_file():
         read_recipe(folder / RECIPE_FILE).recipe.attach(pipe)
     return pipe
+
+
+def _require_device(device: Any) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # so says torch, by what it was built with
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -128,14 +140,20 @@ def save(
 
 
 def attached_call(call: Any) -> Any:
-    """``__call__`` of a ``custom_pipeline`` shim: attaches the folder's recipe, once."""
+    """``__call__`` of a ``custom_pipeline`` shim: attaches the folder's recipe, once.
+
+    Who detaches it gets the stock pipeline.
+    """
     import functools
+
+    met: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @functools.wraps(call)
     def with_recipe(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         path = Path(pipe.config._name_or_path) / RECIPE_FILE
-        if not live_on(pipe) and path.is_file():
+        if pipe not in met and not live_on(pipe) and path.is_file():
             read_recipe(path).recipe.attach(pipe)
+        met.add(pipe)
         return call(pipe, *args, **kwargs)
 
     return with_recipe

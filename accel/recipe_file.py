@@ -65,7 +65,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(source: str | os.PathLike[str]) -> RecipeFile:
-    """Read a recipe file. Artifact paths are relative to it; their content is checked.
+    """Read a recipe file. Artifact paths are relative to it, and must be there; whether their
+    content is what the recipe says is checked where it is read, in ``attach``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -123,7 +124,7 @@ def _method(entry: Any, i: int, folder: Path) -> Method:
 
 
 def _place_artifacts(method: Method, folder: Path) -> Method:
-    """Artifact paths made absolute, and each file checked to be what the recipe says."""
+    """Artifact paths made absolute, each beside the recipe and there."""
     changed = {}
     for f in dataclasses.fields(method):
         ref = getattr(method, f.name)

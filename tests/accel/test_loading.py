@@ -74,6 +74,7 @@ def test_custom_pipeline_shim(saved, monkeypatch, tmp_path):
     _run(pipe, host)
     assert len(accel.live_on(pipe)) == 3, "attached once"
     accel.live_on(pipe)[-1].detach()
+    assert_equal(_run(host.pipe, host), _run(pipe, host), "detached for good")
     pipe.save_pretrained(tmp_path / "again")
     index = json.loads((tmp_path / "again" / "model_index.json").read_text())
     assert index["_class_name"] == "DiTPipeline"
@@ -101,6 +102,8 @@ def test_load_says_what_is_wrong(tmp_path):
         accel.load(tmp_path)
     with pytest.raises(ValueError, match="digits-dit"):
         accel.load("zoo:nothing")
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used here"):
+        accel.load("zoo:digits-dit", device="abacus")
 
 
 def test_load_dtype_and_recipe_of_hostile_folder(saved):
