@@ -166,8 +166,10 @@ def fit(
         due = time.monotonic() - saved > settings.checkpoint_seconds
         due |= bool(every) and position.step % every == 0
         if due and position.step % settings.cycle == 0:
+            report.require_finite()
             _save(accelerator, position, out)
             saved = time.monotonic()
+    report.require_finite()
     _save(accelerator, position, out)
     return ema.weights, position
 
@@ -219,12 +221,20 @@ class _Report:
         self.losses.append(loss)
         if position.step % self.settings.log_steps:
             return
-        mean = torch.stack(self.losses).mean().item()
+        mean = self.require_finite()
         self.losses.clear()
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"{self.name}: loss {mean} at step {position.step}")
         position.curve.append((position.step, float(f"{mean:.5g}")))
         self._print(mean)
+
+    def require_finite(self) -> float:
+        """Mean loss since the last entry of the curve, 0 of none; waits for the device.
+
+        Raises FloatingPointError where it is not finite: nothing is saved then.
+        """
+        mean = torch.stack(self.losses).mean().item() if self.losses else 0.0
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"{self.name}: loss {mean} at step {self.position.step}")
+        return mean
 
     def _print(self, loss: float) -> None:
         position, done = self.position, _progress(self.settings, self.position)

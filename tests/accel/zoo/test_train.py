@@ -175,6 +175,17 @@ def test_loss_that_is_not_finite_stops_training(tmp_path):
         )
 
 
+def test_what_is_not_finite_is_never_saved(tmp_path):
+    settings = LoopSettings(steps=20, checkpoint_steps=2, log_steps=50)
+
+    def loss_of(model, step):
+        return model(torch.ones(1, 1)).sum() * (torch.nan if step == 6 else 1)
+
+    with pytest.raises(FloatingPointError, match="broken: loss nan at step 8"):
+        loop.fit("broken", nn.Linear(1, 1), loss_of, settings, tmp_path)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
 def test_average_lags_behind_the_weights():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
