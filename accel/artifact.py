@@ -85,7 +85,8 @@ class Fingerprint:
             if name not in other.weights:
                 return f"this model has no floating-point parameter {name!r} (quantised?)"
             for (i, a), (_, b) in zip(values, other.weights[name], strict=True):
-                if abs(a - b) > WEIGHT_TOLERANCE * max(abs(a), abs(b)) + WEIGHT_FLOOR:
+                near = abs(a - b) <= WEIGHT_TOLERANCE * max(abs(a), abs(b)) + WEIGHT_FLOOR
+                if not near:  # as is what is no number
                     return f"weight {name}[{i}] is {b:.6g}, not {a:.6g}"
         return None
 
@@ -96,6 +97,8 @@ class Fingerprint:
 
 
 def _sample_weights(module: Any) -> dict[str, list[tuple[int, float]]]:
+    from accel.patch import values_of
+
     parameters = {
         name.replace(".base_layer.", "."): p
         for name, p in module.named_parameters()
@@ -105,7 +108,7 @@ def _sample_weights(module: Any) -> dict[str, list[tuple[int, float]]]:
     stride = max(1, len(names) // SAMPLED_PARAMETERS)
     sampled = {}
     for name in names[::stride]:
-        flat = parameters[name].detach().flatten()
+        flat = values_of(parameters[name]).detach().flatten()
         places = [k * flat.numel() // SAMPLED_VALUES for k in range(SAMPLED_VALUES)]
         sampled[name] = [(i, float(flat[i])) for i in sorted(set(places))]
     return sampled

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
+from accel.patch import Patch
 from accel.testing import tiny
 
 
@@ -49,6 +50,32 @@ def test_half_precision_copies_match(dit, dtype):
     artifact = _artifact(dit)
     artifact.check_model(dit.to(dtype))
     artifact.check_model(dit.to(torch.float32))
+
+
+class _Shelf:
+    """Where the values of one lent tensor are."""
+
+    def __init__(self, tensor):
+        self.values = tensor.detach().clone()
+
+    def load(self, like):
+        return self.values
+
+    def store(self, values):
+        self.values = values
+
+
+def test_weights_that_are_lent_are_looked_for_at_home(dit):
+    artifact, patch = _artifact(dit), Patch()
+    for parameter in dit.parameters():
+        patch.lend(parameter, _Shelf(parameter))
+    artifact.check_model(dit)
+    patch.undo()
+    torch.nn.init.constant_(dit.proj_out_1.weight, torch.nan)  # as a stand-in would look
+    with pytest.raises(ValueError, match=r"proj_out_1.weight\[0\] is nan"):
+        artifact.check_model(dit)
+    with pytest.raises(ValueError, match="not nan"):
+        _artifact(dit).check_model(tiny("dit").pipe.transformer)
 
 
 def test_lora_is_looked_through():
