@@ -13,7 +13,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -268,9 +268,10 @@ class Clock:
         self._context = None
         if run is None:
             return
-        for user in list(self._users):
-            user.run_ended(run)
-        self._emit("end", run, (run.position - 1) // run.order)
+        with ExitStack() as all_hear_it:  # also where one of them raises, under `strict`
+            all_hear_it.callback(self._emit, "end", run, (run.position - 1) // run.order)
+            for user in reversed(self._users):
+                all_hear_it.callback(user.run_ended, run)
 
     def _emit(self, kind: Literal["run", "step", "end"], run: Run, step: int) -> None:
         for fn in list(self._subscribers):

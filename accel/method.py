@@ -166,7 +166,7 @@ class Attached:
         self._pipe = weakref.ref(pipe)
         self._warned: set[str] = set()
         self._runs: list[dict[str, Any]] = []
-        self._runs_ended = 0
+        self._runs_ended = self._nfe = 0
         self._had_effect = False
         self._in_run = False
         self._attached = True
@@ -271,6 +271,7 @@ class Attached:
         self._runs.append(self._run_report(run))
         del self._runs[:-RUNS_KEPT]
         self._runs_ended += 1
+        self._nfe += run.nfe
         effect = self.has_effect()
         self._had_effect |= effect
         if run.finished and not effect and self.method != self.method.neutral():
@@ -305,11 +306,14 @@ class Attached:
     # -- for users ---------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """What really happened, counted, as plain JSON; the newest 64 runs in full."""
+        """What really happened, counted, as plain JSON: the newest 64 runs in full, and how many
+        runs ended and network evaluations there were in all.
+        """
         return {
             "method": self.method.name(),
             "effect": "some" if self._had_effect else "none",
             "runs_ended": self._runs_ended,
+            "nfe": self._nfe,
             "runs": [dict(run) for run in self._runs],
         }
 

@@ -15,6 +15,7 @@ import accel
 from accel.clock import clock_of, denoiser_modules, sampling_grid
 from accel.method import Recipe
 from accel.testing import TINY_NAMES, assert_same_state, host_state, spy, tiny
+from caches.native import FirstBlockCache
 from samplers.swap import SwapScheduler
 
 BATCHED, SEQUENTIAL, NAMED = ["call0"], ["cond", "uncond"], ["cond_uncond"]
@@ -106,6 +107,17 @@ def test_exception_then_another_run():
     heard = listener.take()
     assert (heard[0].run, heard[0].step, heard[0].branch) == (1, 0, "cond")
     assert [r["finished"] for r in listener.live.report()["runs"]] == [False, True]
+
+
+def test_all_hear_that_a_run_ended_though_one_raises():
+    host = tiny("dit")
+    idle = FirstBlockCache(1e-9)  # computes everything
+    with accel.attached(idle, host.pipe, strict=True):
+        listener = Listener(host)
+        with pytest.raises(accel.NoEffectError):
+            host.run()
+        assert [e.kind for e in listener.events][-1] == "end"
+        assert listener.live.report()["runs_ended"] == 1
 
 
 def test_change_of_steps_and_batch_between_runs():

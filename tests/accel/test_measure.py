@@ -150,3 +150,11 @@ def test_protocols_of_other_inputs_or_weights_differ():
 def test_what_is_timed_must_be_there():
     with pytest.raises(ValueError, match="timed = 4 of 2"):
         measure.Study(tiny("dit").pipe, INPUTS, timed=4)
+
+
+def test_a_call_that_ends_before_its_grid_is_counted():
+    host = tiny("sdxl")
+    call = {k: v for k, v in host.inputs.items() if k != "output_type"}
+    counted = measure.Study(host.pipe, [{**call, "denoising_end": 0.5}] * 2).run()
+    assert [run["steps"] for run in counted.report["runs"]] == [2, 2]
+    assert counted.nfe == 2 * 2 * 2  # calls, steps, guidance

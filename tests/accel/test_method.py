@@ -278,6 +278,7 @@ def test_reports_are_bounded_but_totals_are_not():
         report = live.report()
     assert len(report["runs"]) == RUNS_KEPT
     assert report["runs_ended"] == RUNS_KEPT + 2
+    assert report["nfe"] == report["runs_ended"] * report["runs"][0]["nfe"]
 
 
 def test_detach_twice_and_report_after():
