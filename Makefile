@@ -32,6 +32,7 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_tdm
 	$(PY) -m benchmarks.bench_tdm --model zoo:digits-sd --samples 300
 	$(PY) -m benchmarks.bench_one_more_step
+	$(VENV)/bin/accel measure recipes/digits-sd-one-more-step.yaml --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_time_shift
 	$(PY) -m benchmarks.bench_leap
 	$(PY) -m benchmarks.bench_temporal_cache
