@@ -27,7 +27,7 @@ def measure(
         Path | None,
         typer.Option(help="Job file whose inputs and seeds are used; zoo models have their own."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Paired timings.")] = 5,
+    rounds: Annotated[int, typer.Option(min=2, help="Paired timings; one has no interval.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     write: Annotated[bool, typer.Option(help="Store the figures in the recipe file.")] = True,

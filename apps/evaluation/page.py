@@ -242,8 +242,8 @@ def _table(found: Report, kind: str) -> str:
         )
     if kind == "fid":
         note = (
-            "At equal sample counts, which a Frechet distance depends on. A floor says what other "
-            "real samples score."
+            "Every side has as many samples, on whose count a Frechet distance depends. A floor "
+            "says what as many other real samples score."
         )
     return _section(KIND_WORDS[kind].capitalize(), _grid(head, cells), note)
 

@@ -1,4 +1,4 @@
-"""Where tasks run: in this process, or in worker processes. Ray actors fit the same interface.
+"""Where tasks run: in this process, or in worker processes.
 
 An executor takes tasks and hands back events, plain dicts with `event`, `task`, `worker`, `pid`:
 `loading`, `step`, `stage` while it runs, then exactly one of `done` (result), `failed` (fault),

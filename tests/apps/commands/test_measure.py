@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 def _measure(folder, *more: str):
     command = ["measure", str(folder / "fbc.yaml"), "--model", str(folder / "model")]
-    command += ["--jobs", str(folder / "jobs.jsonl"), "--rounds", "1", *more]
+    command += ["--jobs", str(folder / "jobs.jsonl"), "--rounds", "2", *more]
     return CliRunner().invoke(app, command)
 
 
@@ -38,7 +38,7 @@ def test_says_what_it_measured_and_leaves_the_recipe(folder):
     before = (folder / "fbc.yaml").read_bytes()
     result = _measure(folder, "--no-write")
     assert result.exit_code == 0, result.output
-    assert "2 samples, 1 rounds" in result.output
+    assert "2 samples, 2 rounds" in result.output
     assert _cells(result.output, "network evaluations") == ["24", "24", "1.00", "of", "it"]
     without, with_recipe, *_ = _cells(result.output, "operations (G)")
     assert float(with_recipe) <= float(without)
@@ -46,6 +46,10 @@ def test_says_what_it_measured_and_leaves_the_recipe(folder):
     assert "judged" not in result.output, "no referee knows this model"
     assert "caches.native:FirstBlockCache: effect some" in result.output
     assert (folder / "fbc.yaml").read_bytes() == before
+
+
+def test_one_round_is_refused_as_it_has_no_interval(folder):
+    assert _measure(folder, "--rounds", "1").exit_code == 2
 
 
 def _cells(output: str, what: str) -> list[str]:
