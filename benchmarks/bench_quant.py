@@ -69,7 +69,7 @@ class Spec:
 
 def specs(model: str) -> list[Spec]:
     """Rows in order of worth."""
-    shared = TFMQCalibration(steps=ROUNDING_STEPS, calls=5)
+    shared = TFMQCalibration(steps=ROUNDING_STEPS, calls=5, skips="split")
     gptq = {8: replace(shared, bits=8), 4: replace(shared, bits=4)}
     plain = {
         bits: replace(how, rounding="nearest", activations="static", temporal="plain")
@@ -115,13 +115,15 @@ def specs(model: str) -> list[Spec]:
 
 
 def skips(model: str, plain: dict[int, Any], gptq: dict[int, Any]) -> list[Spec]:
-    """In UNets: what separate grids for hidden states and skips are worth."""
+    """In UNets: what it is worth to leave layers fed with skips whole, or to split their grids."""
     if model == MODEL:
         return []
     return [
-        Spec("W4A8: plain, skips not split", replace(plain[4], split_skips=False)),
-        Spec("W8A8: plain, skips not split", replace(plain[8], split_skips=False)),
-        Spec("W4A8: GPTQ, skips not split", replace(gptq[4], split_skips=False)),
+        Spec("W8A8: GPTQ, skips whole", replace(gptq[8], skips="whole")),
+        Spec("W4A8: GPTQ, skips whole", replace(gptq[4], skips="whole")),
+        Spec("W4A8: plain, skips not split", replace(plain[4], skips="joint")),
+        Spec("W8A8: plain, skips not split", replace(plain[8], skips="joint")),
+        Spec("W4A8: GPTQ, skips not split", replace(gptq[4], skips="joint")),
     ]
 
 

@@ -76,6 +76,7 @@ PARTS = (
     ("AdaRound for GPTQ", "{w}: GPTQ", "{w}: AdaRound, temporal whole, by layer"),
     ("skips split", "{w}: plain, skips not split", "{w}: plain"),
     ("skips split, with GPTQ", "{w}: GPTQ, skips not split", "{w}: GPTQ"),
+    ("skips whole instead of split", "{w}: GPTQ", "{w}: GPTQ, skips whole"),
     ("4, 8 and 16 bits for 4 (6 on average)", "{w}: GPTQ", "mixed: 6 bits on average"),
 )
 

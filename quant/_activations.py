@@ -1,6 +1,7 @@
 """Which 8-bit grids a layer's inputs get: one static scale, one for each group of steps, or rows'.
 
-Chosen on rows of the second half of the recorded calls; the ranges are those of all of them.
+Chosen on held-out inputs: ranges of everything never clip what they were taken from, so that they
+would look better than they are. What is chosen then gets the ranges of everything.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ def activations(
         return "static", one
     if asked in ("groups", "token"):
         return "static", many
+    fitted = inputs.fitted or inputs
+    of_all = static_grids(fitted, groups.times, torch.zeros_like(groups.index))
+    of_groups = static_grids(fitted, groups.times, groups.index)
 
     def by_group(time: float, x: Tensor) -> Tensor:
         group = groups.of[time]
-        return through_static(x, many[0][group], many[1][group])
+        return through_static(x, of_groups[0][group], of_groups[1][group])
 
     through: dict[str, Callable[[float, Tensor], Tensor]] = {
-        "one": lambda _, x: through_static(x, one[0][0], one[1][0]),
+        "one": lambda _, x: through_static(x, of_all[0][0], of_all[1][0]),
         "many": by_group,
     }
     if linear:
@@ -63,15 +67,16 @@ def activations(
 def output_error(
     weight: Tensor, inputs: LayerInputs, through: Callable[[float, Tensor], Tensor]
 ) -> float:
-    """Squared error of a layer's output when its inputs go ``through`` a grid, on held-out rows."""
+    """Of a layer's output when its held-out inputs go ``through`` a grid: the logarithm of squared
+    errors, mean over calls, so that every noise level counts as much."""
     weight = weight if weight.ndim == 2 else weight.flatten(2).abs().sum(2)
-    total = 0.0
-    for when, x in inputs.rows[len(inputs.rows) // 2 :]:
-        if x.shape[1] != weight.shape[1]:  # a grouped convolution
-            total += float((through(when, x) - x).pow(2).mean())
-        else:
-            total += float(F.linear(through(when, x) - x, weight).pow(2).mean())
-    return total
+    errors = []
+    for when, x in inputs.rows:
+        off = through(when, x) - x
+        if x.shape[1] == weight.shape[1]:  # else a grouped convolution
+            off = F.linear(off, weight)
+        errors.append(off.pow(2).mean())
+    return float(torch.stack(errors).clamp(min=1e-30).log().mean())
 
 
 def static_grids(inputs: LayerInputs, times: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:

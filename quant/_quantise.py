@@ -42,7 +42,7 @@ class OneDenoiser:
         self.teacher: nn.Module = denoiser.module
         self.student = copy.deepcopy(self.teacher).requires_grad_(False)
         self.plan, self.sources = self._temporal_plan()
-        self.splits = skip_splits(denoiser) if how.split_skips else {}
+        self.splits = {} if how.skips == "joint" else skip_splits(denoiser)
         self.groups = Groups(seen.times, how.groups)
         self.codes: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
@@ -99,7 +99,8 @@ class OneDenoiser:
         return dict(self.how.plan).get(f"{self.denoiser.slot}.{path}", WHOLE)
 
     def chosen(self) -> list[str]:
-        """Layers to quantise, in the order they run: the plan's, or all but the first and last.
+        """Layers to quantise, in the order they run: the plan's, or all but the first, the last
+        and perhaps the skips'.
 
         Raises:
             ValueError: the plan names a layer that no call went through.
@@ -118,6 +119,8 @@ class OneDenoiser:
         order = self.candidates()
         data = [p for p in order if not self._is_temporal(p)]
         kept = {data[0], data[-1]} if data else set()
+        if self.how.skips == "whole":
+            kept |= self.splits.keys()
         return [p for p in order if p not in kept]
 
     def parts(self, layers: list[str]) -> Iterator[tuple[str, list[str]]]:

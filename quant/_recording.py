@@ -32,11 +32,15 @@ class Call:
 
 @dataclass
 class LayerInputs:
-    """What one layer was given: ranges at every timestep, and rows of some calls."""
+    """What one layer was given: ranges at every timestep, and rows of some calls.
+
+    rows: of what is held out, where there is enough to hold some out; fitted: the ranges without.
+    """
 
     low: dict[float, Tensor] = field(default_factory=dict)
     high: dict[float, Tensor] = field(default_factory=dict)
     rows: list[tuple[float, Tensor]] = field(default_factory=list)  # (time, (n, k))
+    fitted: LayerInputs | None = None
     shape: tuple[int, ...] = ()  # of the input, of one call
     order: int = 0  # in which layers are first called
 
@@ -79,10 +83,11 @@ def record(
     """Run the pipeline with ``recipe`` on ``inputs`` and look.
 
     calls: denoiser calls to keep of each run, evenly over its steps (the later for texts' two
-    branches alike). seed: of the first input's noise; the next ones follow.
+    branches alike). seed: of the first input's noise; the next ones follow. Every other input is
+    held out from what schemes are fitted to; of a single input, every other sample.
     """
     seen, patch, splits = Recording(), Patch(), skip_splits(denoiser)
-    now: dict[str, Any] = {"time": None, "keep": False}
+    now: dict[str, Any] = {"time": None, "keep": False, "input": 0}
     clock = clock_of(pipe)
 
     def on_denoiser(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -101,8 +106,15 @@ def record(
     def look(found: LayerInputs, x: Tensor) -> None:
         found.see(now["time"], x)
         found.shape = tuple(x.shape)
-        if now["keep"]:
-            found.rows.append((now["time"], _some_rows(x)))
+        if len(inputs) > 1:
+            fitted, held = (x[:0], x) if now["input"] % 2 else (x, x[:0])
+        else:
+            fitted, held = (x[::2], x[1::2]) if len(x) > 1 else (x, x)
+        if len(fitted):
+            found.fitted = found.fitted or LayerInputs()
+            found.fitted.see(now["time"], fitted)
+        if now["keep"] and len(held):
+            found.rows.append((now["time"], _some_rows(held)))
 
     def on_layer(path: str) -> Callable[..., Any]:
         def layer(call_next: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -125,6 +137,7 @@ def record(
                 patch.around_call(part, on_layer(path))
         try:
             for i, call in enumerate(inputs):
+                now["input"] = i
                 pipeline_samples(pipe, {**call, **recipe.call_changes()}, seed + i)
                 now["time"] = None
         finally:

@@ -1,7 +1,7 @@
 """From a pipeline and some calls of it to an artifact for ``quant.tfmq.TFMQ``; resumable.
 
 Runs the pipeline once with the recipe that it will be used with (quantisation and caching do not
-add up), rounds the weights part by part, chooses activation schemes on held-out rows, and, if
+add up), rounds the weights part by part, chooses activation schemes on held-out inputs, and, if
 asked, leaves a layer whole where the integer kernel is slower than the model's own.
 """
 
@@ -37,10 +37,12 @@ class TFMQCalibration(Trainer):
     activations as they are. rounding: "nearest", "gptq" or "adaround".
     temporal: what depends on the timestep, not the sample, is left whole for ``TemporalCache``
     where its table is smaller than its weights in these bits, and rounded on its own elsewhere
-    ("cache"); always rounded on its own ("tiar"); or like all else ("plain"). split_skips: in
-    UNets, separate grids for hidden states and skip where a layer is fed with both as they are.
-    steps: of AdaRound, for each part. calls: of the denoiser, kept from each run. only_faster:
-    leave layers whole that the integer kernel makes slower here. seed: of the noise.
+    ("cache"); always rounded on its own ("tiar"); or like all else ("plain"). skips: in UNets,
+    layers that are fed with hidden states and skip as they are stay "whole", as in the official
+    code, or get grids for each ("split", as in the paper) or for both ("joint"); a plan's are split
+    unless they are to be joint. steps: of AdaRound, for each part. calls: of the denoiser, kept
+    from each run. only_faster: leave layers whole that the integer kernel makes slower here. seed:
+    of the noise.
     """
 
     bits: Literal[4, 8] = 8
@@ -51,7 +53,7 @@ class TFMQCalibration(Trainer):
     steps: int = 300
     calls: int = 8
     only_faster: bool = False
-    split_skips: bool = True
+    skips: Literal["whole", "split", "joint"] = "whole"
     plan: Settings | None = None
     seed: int = 0
 

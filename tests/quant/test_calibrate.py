@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from accel.denoiser import denoisers
 from accel.method import Recipe
 from accel.testing import tiny
 from caches.interval import IntervalCache
-from quant._activations import static_grids
+from quant._activations import Groups, activations, static_grids
 from quant._dataflow import watch
 from quant._program import program
 from quant._quantise import OneDenoiser
 from quant._reconstruction import Rounding, distance, reconstruct_temporal
-from quant._recording import LayerInputs
+from quant._recording import LayerInputs, record
 from quant._rounding import nearest, per_channel, searched_scale, static_grid
 from quant._stored import quantised, stored
 from quant.calibrate import TFMQCalibration
@@ -149,6 +150,54 @@ def test_groups_cover_their_steps_and_a_neighbour():
     assert all(abs(z - 127.5) <= 0.5 for z in zero.tolist())
 
 
+def test_every_other_input_is_held_out_or_sample_of_a_single_one():
+    host = tiny("dit")
+    plain = {k: v for k, v in host.inputs.items() if k != "output_type"}
+
+    def seen(inputs):
+        (denoiser,) = denoisers(host.pipe)
+        return record(host.pipe, denoiser, inputs, Recipe(()), calls=2)
+
+    one, two = seen([plain]), seen([plain, plain])
+    for path, found in two.layers.items():
+        assert found.fitted.low == one.layers[path].low  # of the first of both
+        assert len(found.rows) == len(one.layers[path].rows)  # of the second
+    ranges = [(x.low[t], x.fitted.low[t]) for x in one.layers.values() for t in x.low]
+    assert all(low <= fitted for low, fitted in ranges)
+    assert any(low < fitted for low, fitted in ranges)
+
+
+def test_schemes_are_chosen_on_what_is_held_out():
+    """The second group's own grid, fitted without it, clips a held-out input; one wide scale does
+    not. Fitted with it, the group's would look better."""
+    times, seen, fitted = [3.0, 2.0, 1.0, 0.0], LayerInputs(), LayerInputs()
+    for time, width in zip(times, (64.0, 1.0, 1.0, 1.0), strict=True):
+        fitted.see(time, torch.tensor([-width, width]))
+        seen.see(time, torch.tensor([-width, width]))
+    held = torch.linspace(-8, 8, 64).view(32, 2)
+    seen.see(0.0, held)
+    seen.rows = [(0.0, held)]
+    convolution, groups = torch.ones(3, 2, 1, 1), Groups(times, 2)
+    scales = {}
+    for name in ("fitted", "everything"):
+        seen.fitted = fitted if name == "fitted" else None
+        grid = activations("auto", convolution, seen, groups)[1]
+        assert grid is not None
+        scales[name] = len(grid[0])
+    assert scales == {"fitted": 1, "everything": 2}
+
+
+def test_every_noise_level_counts_as_much():
+    """One scale is better where inputs are large, and useless where they are small."""
+    times, seen = [1.0, 0.0], LayerInputs()
+    for time, size in ((1.0, 200.0), (0.0, 0.01)):
+        x = size * torch.rand(64, 4, generator=torch.Generator().manual_seed(0))
+        seen.see(time, x)
+        seen.rows.append((time, x))
+    scheme, _ = activations("auto", torch.eye(4), seen, Groups(times, 1))
+    assert scheme == "token"
+
+
 def test_layers_that_integers_make_slower_stay_whole(tmp_path, fit, monkeypatch):
     times = {True: (1.0, 2.0), False: (2.0, 1.0)}
     monkeypatch.setattr(OneDenoiser, "seconds", lambda self, path, *_: times[".ff." in path])
@@ -187,7 +236,7 @@ def test_a_damaged_part_is_made_again(tmp_path, fit):
 
 
 def test_skips_have_grids_of_their_own(calibrated):
-    split = calibrated("ddim")[0]
+    split = calibrated("ddim", skips="split")[0]
     layers = {p: how for p, how in split.settings["layers"].items() if "split" in how}
     assert layers
     assert all("up_blocks" in p and p.endswith("conv_shortcut") for p in layers)
@@ -195,9 +244,11 @@ def test_skips_have_grids_of_their_own(calibrated):
         pieces = (f"{path}.hidden", f"{path}.skip")
         assert {f"{p}:ascale" for p in pieces} <= split.tensors.keys()
         assert split.tensors[f"{pieces[0]}:q"].shape[1] == layers[path]["split"]
-    joint = calibrated("ddim", split_skips=False)[0]
+    joint = calibrated("ddim", skips="joint")[0]
     assert joint.settings["layers"].keys() == split.settings["layers"].keys()
     assert not any("split" in how for how in joint.settings["layers"].values())
+    whole = calibrated("ddim")[0]
+    assert whole.settings["layers"].keys() == split.settings["layers"].keys() - layers
 
 
 def test_a_quiet_skip_beside_loud_hidden_states_keeps_its_values():
