@@ -198,7 +198,7 @@ def facts(pipe: Any, artifact: Artifact, ref: ArtifactRef) -> dict[str, Any]:
     }
 
 
-def unconditional(samples: int, steps: int) -> Study:
+def unconditional(samples: int, steps: int, device: str) -> Study:
     """digits-ddpm: no question, so the referee says whether it takes a sample for a digit."""
     import diffusers
 
@@ -209,7 +209,7 @@ def unconditional(samples: int, steps: int) -> Study:
     torch.set_num_threads(1)
     folder = zoo.path("digits-ddpm")
     with quiet_loading():
-        pipe = diffusers.DDIMPipeline.from_pretrained(folder, dtype=torch.float32)
+        pipe = diffusers.DDIMPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     calls = [{"batch_size": BATCH, "num_inference_steps": steps} for _ in range(samples // BATCH)]
     reader = judge(NAME)
@@ -228,7 +228,7 @@ def studied(model: str, samples: int, device: str) -> tuple[Study, list[dict[str
     """A study, and the calls to calibrate on, which are none of it."""
     if model == DDPM:
         calls = [{"batch_size": BATCH, "num_inference_steps": STEPS}]
-        return unconditional(samples, STEPS), calls  # of other noise: seeds from 0 on
+        return unconditional(samples, STEPS, device), calls  # of other noise: seeds from 0 on
     made: Callable[..., Any] = inputs if model == MODEL else prompts
     return study(samples, device, NAME, model, STEPS), made(samples + BATCH, STEPS)[-1:]
 

@@ -75,7 +75,8 @@ class RandomMask(SparseAttention, Method):
         draw = zlib.crc32(repr((place.layer, place.step, place.branch)).encode())
         nq, nk = (-(-x.shape[2] // n) for x, n in zip((q, k), place.blocks, strict=True))
         generator = torch.Generator().manual_seed(draw)
-        return keep_share(torch.rand(*q.shape[:2], nq, nk, generator=generator), self.density)
+        scores = torch.rand(*q.shape[:2], nq, nk, generator=generator).to(q.device)
+        return keep_share(scores, self.density)
 
     def pool(self, k: Tensor, v: Tensor, keep: Tensor, place: Place) -> Pooled | None:
         return complement(k, v, keep, place.blocks[1]) if self.means else None

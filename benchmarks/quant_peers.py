@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from accel.clock import Run
@@ -79,13 +77,3 @@ class Quanto(_Peer):
 class _LivePeer(Attached):
     def on_run_end(self, run: Run) -> None:
         self.count("changed", run.calls)
-
-
-def count_bytes(module: nn.Module) -> int:
-    """Bytes of all weights, in whatever form."""
-    total = 0
-    for tensor in module.state_dict().values():
-        flatten: Callable[[], Any] | None = getattr(tensor, "__tensor_flatten__", None)
-        inner = [getattr(tensor, n) for n in flatten()[0]] if flatten is not None else [tensor]
-        total += sum(t.nbytes for t in inner if isinstance(t, torch.Tensor))
-    return total

@@ -24,7 +24,7 @@ class Groups:
 
     def __init__(self, times: list[float], groups: int) -> None:
         steps = len(times)
-        self.times = torch.tensor(times)
+        self.times = torch.tensor(sorted(times, reverse=True))  # of several grids, too
         self.index = torch.arange(steps) * min(groups, steps) // steps
         self.of = dict(zip(self.times.tolist(), self.index.tolist(), strict=True))
 

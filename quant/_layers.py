@@ -41,11 +41,26 @@ class Bins(nn.Module):
         return self
 
     def set(self, timestep: Any) -> None:
-        """From a denoiser's argument: a number, one element, or one a row (the first is taken)."""
+        """From a denoiser's argument, a number or tensor. Of several the largest counts: tokens of
+        a frame that is given have time 0."""
         index: Any = self.index
-        time = torch.as_tensor(timestep, device=index.device).flatten()[:1].float()
+        time = torch.as_tensor(timestep, device=index.device).amax().reshape(1).float()
         near = (floats_of(self.times) - time).abs().argmin().reshape(1)  # type: ignore[arg-type]
         index.copy_(self.groups[near])  # type: ignore[index]
+
+
+class _NoGradient(torch.autograd.Function):
+    """What was computed in integers, and an error where a gradient would get lost in it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "layers with quantised activations have no gradients; train on the model's own weights"
+        )
 
 
 class _Quantised(nn.Module):
@@ -130,15 +145,33 @@ class _Quantised(nn.Module):
     def _packed(self) -> Tensor:
         raise NotImplementedError
 
+    def _quantised(self, x: Tensor) -> Tensor:
+        """The output, with quantised activations."""
+        raise NotImplementedError
+
+    def _opaque(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+            return self._quantised(x)
+        with torch.no_grad():
+            out = self._quantised(x)
+        return _NoGradient.apply(x, out)  # type: ignore[return-value]
+
+    def computed_by(self) -> str:
+        """ "int8" kernels or their "reference"; "float" where activations are whole."""
+        if self.scheme == "weight":
+            return "float"
+        return "int8" if self._runs_integers(self.wscale) else "reference"  # type: ignore[arg-type]
+
     def _runs_integers(self, x: Tensor) -> bool:
         if self.scheme == "weight" or self.kernel == "reference":
             return False
         return x.device.type == "cpu" and (self.kernel == "int8" or cpu.fast())
 
     def _float_weight(self, like: Tensor) -> Tensor:
-        if "float" not in self._ready:
-            self._ready["float"] = self.weight.to(like.device, like.dtype)
-        return self._ready["float"]
+        held = self._ready.get("float")
+        if held is None or (held.device, held.dtype) != (like.device, like.dtype):
+            self._ready["float"] = held = self.weight.to(like.device, like.dtype)
+        return held
 
     def _bias(self) -> Tensor | None:
         bias: Any = self.bias
@@ -148,6 +181,10 @@ class _Quantised(nn.Module):
         """Bytes of weights that this layer holds at run time, in the form that its kernel reads."""
         held = [*self.buffers(), *self._ready.values()]
         return sum(t.nbytes for t in held)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To copy or pickle: packed weights can not be, and are packed again."""
+        return {**self.__dict__, "_ready": {}}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         was_packed, self._ready = "packed" in self._ready, {}
@@ -168,6 +205,9 @@ class QuantLinear(_Quantised):
         if self.scheme == "weight":
             bias: Any = self.bias
             return F.linear(x, self._float_weight(x), None if bias is None else bias.to(x.dtype))
+        return self._opaque(x)
+
+    def _quantised(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()
         out = self._integers(rows) if self._runs_integers(x) else self._reference(rows)
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -209,6 +249,9 @@ class QuantConv(_Quantised):
             convolve = F.conv2d if x.ndim == 4 else F.conv3d
             bias = None if bias is None else bias.to(x.dtype)
             return convolve(x, self._float_weight(x), bias, *self.geometry)
+        return self._opaque(x)
+
+    def _quantised(self, x: Tensor) -> Tensor:
         scales: Tensor = floats_of(self.wscale)  # type: ignore[arg-type]
         scale, zero = self._activation()
         if self._runs_integers(x):

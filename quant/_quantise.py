@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from accel.counting import synchronize
 from accel.denoiser import Denoiser
 from quant._activations import Groups, activations
 from quant._dataflow import watch
@@ -175,7 +176,8 @@ class OneDenoiser:
         }
 
     def bins(self) -> Bins:
-        return Bins(len(self.groups.times)).fill(self.groups.times, self.groups.index)
+        bins = Bins(len(self.groups.times)).fill(self.groups.times, self.groups.index)
+        return bins.to(self.device)
 
     def stored(
         self, path: str, codes: Tensor, scale: Tensor, bits: int
@@ -223,6 +225,7 @@ class OneDenoiser:
         found = None if self.folder is None else self.folder.load(slot, unit)
         if found is not None:
             self.seconds_before += float(found["seconds"])
+            found = {name: t.to(self.device) for name, t in found.items()}
         else:
             began = time.monotonic()
             scales = {p: self.scale(p, self.bits(p)) for p in weights}
@@ -284,6 +287,10 @@ class OneDenoiser:
         reconstruct_temporal(self.plan, self.sources, times, rounding, everything, self.how.steps)
         return {p: rounding.codes()[name(p)] for p in weights}
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.teacher.parameters()).device
+
     def weight(self, path: str) -> Tensor:
         """A layer's own, float32."""
         weight: Any = self.teacher.get_submodule(path).weight
@@ -335,8 +342,10 @@ def _quickest(*fns: Callable[[], Any]) -> Any:
     seconds: list[list[float]] = [[] for _ in fns]
     for trial in range(TRIALS + 1):
         for fn, kept in zip(fns, seconds, strict=True):
+            synchronize()
             began = time.perf_counter()
             fn()
+            synchronize()
             if trial:
                 kept.append(time.perf_counter() - began)
     return tuple(min(kept) for kept in seconds)

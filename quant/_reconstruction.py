@@ -125,7 +125,7 @@ def distance(output: Any, wanted: Any) -> Tensor:
     pairs = zip(_tensors(output), _tensors(wanted), strict=True)
     total = torch.zeros(())
     for a, b in pairs:
-        total = total + (a - b).pow(2).sum(1 if a.ndim == 4 else -1).mean()
+        total = total + (a - b).pow(2).sum(1 if a.ndim > 3 else -1).mean()
     return total
 
 
@@ -138,21 +138,15 @@ def _tensors(output: Any) -> list[Tensor]:
 def rounded_by_gptq(
     student: nn.Module, path: str, scale: Tensor, bits: int, calls: list[Call]
 ) -> Tensor:
-    """Codes of one layer from the inputs that the model quantised so far gives it."""
+    """Codes of one layer, linear or an ungrouped convolution over images, from the inputs that the
+    model quantised so far gives it."""
     layer: Any = student.get_submodule(path)
     columns = layer.weight[0].numel()
-    groups = getattr(layer, "groups", 1)
-    hessian = torch.zeros(columns, columns, dtype=torch.float64)
+    hessian = layer.weight.new_zeros(columns, columns, dtype=torch.float64)
     for given in inputs_of(student, path, calls):
         x = given.float()
         if x.ndim == 4:
-            x = F.unfold(
-                x[:, : x.shape[1] // groups],
-                layer.kernel_size,
-                layer.dilation,
-                layer.padding,
-                layer.stride,
-            )
+            x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
             x = x.transpose(1, 2)  # (b, places, c * k * k)
         rows = x.reshape(-1, columns).double()
         hessian += rows.t() @ rows

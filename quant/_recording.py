@@ -91,7 +91,7 @@ def record(
     clock = clock_of(pipe)
 
     def on_denoiser(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-        time = float(torch.as_tensor(denoiser.argument("timestep", args, kwargs)).flatten()[0])
+        time = float(torch.as_tensor(denoiser.argument("timestep", args, kwargs)).amax())
         if time not in seen.times:
             seen.times.append(time)
         run = clock.run

@@ -69,16 +69,15 @@ def first_rounding(weight: Tensor, scale: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1)
 
 
-def soft_weight(
-    weight: Tensor, scale: Tensor, v: Tensor, bits: int, *, hard: bool = False
-) -> Tensor:
-    """The weight with each value between its two grid points, or (hard) at one of them."""
-    return soft_codes(weight, scale, v, bits, hard=hard) * per_channel(scale, weight.ndim)
+def soft_weight(weight: Tensor, scale: Tensor, v: Tensor, bits: int) -> Tensor:
+    """The weight with each value between its two grid points."""
+    return soft_codes(weight, scale, v, bits) * per_channel(scale, weight.ndim)
 
 
 def soft_codes(
     weight: Tensor, scale: Tensor, v: Tensor, bits: int, *, hard: bool = False
 ) -> Tensor:
+    """The weight in steps of its grid, each value between two grid points or (hard) at one."""
     grid = weight / per_channel(scale, weight.ndim)
     up = (v >= 0).to(weight.dtype) if hard else soft_rounding(v)
     return (grid.floor() + up).clamp(-top(bits), top(bits))

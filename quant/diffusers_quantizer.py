@@ -11,6 +11,7 @@ to, so nothing looks for clipped inputs or outputs that are not finite, as ``qua
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from enum import StrEnum
@@ -173,6 +174,7 @@ def put_in(model: nn.Module, config: TFMQConfig) -> None:
 def connect(model: Any) -> None:
     """Layers hear of the timestep: the model writes its group once a call."""
     bins = getattr(model, BINS, None)
+    signature = inspect.signature(type(model).forward)
     for part in model.modules():
         if hasattr(part, "qweight"):
             part.bins = [bins]
@@ -181,7 +183,8 @@ def connect(model: Any) -> None:
         return
 
     def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bins.set(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        call = signature.bind(module, *args, **kwargs)
+        getattr(module, BINS).set(call.arguments["timestep"])  # its own: it may be a copy
 
     model.register_forward_pre_hook(tell, with_kwargs=True)
 

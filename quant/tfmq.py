@@ -6,7 +6,8 @@ activation scales for groups of timesteps (finite set calibration), weights by b
 with AdaRound along the sampler's own trajectory. Ours: symmetric weights, no attention products,
 for each linear layer the activation scheme that does best on held-out samples, dynamic rows among
 them, because static scales by timestep help UNets and not transformers. First and last layer stay
-whole, as in the paper. Costs: packed weights beside the model's own (``weights="disk"`` maps them).
+whole, as in the paper. Costs: packed weights beside the model's own (``weights="disk"`` maps them),
+and where activations are whole once more in floating point.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from accel.artifact import Artifact, ArtifactRef
 from accel.clock import Run, denoiser_modules
-from accel.compat import is_compiled, unwatched
+from accel.compat import compiled_entry, is_compiled, unwatched
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
 from accel.patch import at_home
@@ -86,6 +87,7 @@ class _Live(Attached):
         self.bins: dict[str, Bins] = {}
         self.homes: list[Shelved] = []
         self.whole = False  # whether all layers compute with the model's own weights now
+        self.fused: frozenset[str] = frozenset()  # layers with an adapter in their own weights
         self.replaced = 0  # bytes of the model's own weights
         self.saturated: Counter[str] = Counter()  # calls in which a layer computed whole, by path
 
@@ -121,17 +123,24 @@ class _Live(Attached):
 
     def _around(self, path: str, layer: Layer, own: nn.Module) -> Callable[..., Any]:
         def run(call_next: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.whole:
+            if self.whole or path in self.fused:
                 return call_next(x, *args, **kwargs)
             if torch.compiler.is_compiling():  # counts would be guards of the graph
                 return layer(x)
-            if not self._clips(path, layer, x):
+            if not (self._is_differentiated(layer, x) or self._clips(path, layer, x)):
                 self.count("changed")
                 return layer(x)
             with at_home([own.weight] if self.homes else []):
                 return call_next(x, *args, **kwargs)
 
         return run
+
+    def _is_differentiated(self, layer: Layer, x: Tensor) -> bool:
+        """Whether somebody wants a gradient that would get lost in integers."""
+        if layer.scheme == "weight" or not (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        self.fallback("layers with quantised activations have no gradients")
+        return True
 
     def _clips(self, path: str, layer: Layer, x: Tensor) -> bool:
         """Whether the calibrated range is not one for these inputs."""
@@ -146,10 +155,23 @@ class _Live(Attached):
 
     def _around_model(self, denoiser: Denoiser, bins: Bins) -> Callable[..., Any]:
         def call(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                self.follow(denoiser.slot, denoiser.sample(args, kwargs).device)
             bins.set(denoiser.argument("timestep", args, kwargs))
             return call_next(*args, **kwargs)
 
         return call
+
+    def follow(self, slot: str, device: torch.device) -> None:
+        """To where the model computes: it may be moved, or offloaded, after attaching."""
+        bins = self.bins[slot]
+        if bins.index.device == device:  # type: ignore[union-attr]
+            return
+        bins.to(device)
+        for path, layer in self.layers.items():
+            if path.startswith(f"{slot}."):
+                layer.to(device)
+        self._say_if_slow()
 
     def _watched(self, denoiser: Denoiser) -> Callable[..., Any]:
         """Outside a graph, if there is one."""
@@ -172,8 +194,15 @@ class _Live(Attached):
 
     def on_run(self, run: Run) -> None:
         self.saturated.clear()
+        self._say_if_slow()
+        parts = {slot: compiled_entry(m) for slot, m in denoiser_modules(self._pipe())}
+        self.fused = frozenset(path for path in self.layers if _is_fused(parts, path))
+        if self.fused:
+            self.fallback("an adapter was fused into weights that had been quantised without it")
+
+    def _say_if_slow(self) -> None:
         slow = any(b.index.device.type != "cpu" for b in self.bins.values())  # type: ignore[union-attr]
-        if slow and self.method.kernel == "auto":
+        if slow and self.method.kernel != "reference":
             self.fallback("no integer kernels for this device: its reference computes, slowly")
 
     def on_run_end(self, run: Run) -> None:
@@ -181,8 +210,7 @@ class _Live(Attached):
         if graphs:
             self.detail["graphs"] = "ranges of layers' inputs are not looked at in compiled graphs"
             self.count("changed", run.calls)
-        kinds = Counter(f"{x.scheme}, {x.bits} bits" for x in self.layers.values())
-        self.detail["layers"] = dict(kinds)
+        self.detail["layers"] = dict(Counter(_kind(x) for x in self.layers.values()))
         self.detail["weights_bytes"] = self.replaced
         if self.saturated:
             self.detail["clipped_calls"] = dict(self.saturated)
@@ -192,6 +220,15 @@ class _Live(Attached):
         held = sum(layer.memory() for layer in self.layers.values())
         on_host = all(b.index.device.type == "cpu" for b in self.bins.values())  # type: ignore
         return {"bytes_device": 0 if on_host else held, "bytes_host": held if on_host else 0}
+
+
+def _kind(layer: Layer) -> str:
+    return f"{layer.scheme}, {layer.bits} bits, {layer.pieces()[0].computed_by()}"
+
+
+def _is_fused(parts: dict[str, Any], path: str) -> bool:
+    slot, _, inner = path.partition(".")
+    return bool(getattr(parts[slot].get_submodule(inner), "merged_adapters", ()))
 
 
 def _wrong(output: Any) -> str | None:

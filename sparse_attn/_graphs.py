@@ -32,7 +32,7 @@ def numbered(attention: Numbered) -> Tensor:
     """What a graph calls `attention` by, for as long as it lives; on the CPU, read at no cost."""
     number = next(_numbers)
     _NUMBERED[number] = attention
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:

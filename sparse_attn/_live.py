@@ -125,7 +125,8 @@ class SparseAttention(ABC):
         self.prepare(pipe, live)
         if self.attends_densely():
             return
-        dispatch.kernel_for(pipe.device.type)
+        # an offloaded pipeline's own device is where its weights rest
+        dispatch.kernel_for(getattr(pipe, "_execution_device", pipe.device).type)
         for denoiser in denoisers(pipe):
             live.adopt(denoiser)
 
@@ -215,7 +216,7 @@ class LiveSparse(Attached):
         if denoiser.slot in self._in_graphs and torch.is_grad_enabled():
             self.fallback("compiled graphs have no gradients of sparse attention")
             return None
-        if now.step < math.ceil(self.policy.dense[0] * run.steps):
+        if now.step < first_of(self.policy.dense[0], run.steps):
             return self._all_dense("first steps")
         try:
             grid = denoiser.grid(args, kwargs)
@@ -299,7 +300,7 @@ class LiveSparse(Attached):
         if self.geometry is None or self.now is None:
             self.count("computed")
             return None
-        if layer < math.ceil(self.policy.dense[1] * layers):
+        if layer < first_of(self.policy.dense[1], layers):
             self._dense["first layers"] += 1
             self.count("computed")
             return None
@@ -319,6 +320,7 @@ class LiveSparse(Attached):
         if geometry.text:
             keep = with_text(keep, math.prod(geometry.grid), self.policy.blocks)
         pooled = self.policy.pool(k, v, keep, place)
+        self.values = None  # they would outlive the attention
         blocks = BlockMap(keep, *self.policy.blocks, q.shape[2], keys)
         out, lse = dispatch.attend(q, k, v, blocks, pooled)
         self.count("changed")
@@ -341,7 +343,7 @@ class LiveSparse(Attached):
         )  # fmt: skip
 
     def _canary_due(self, place: Place) -> bool:
-        first = math.ceil(self.policy.dense[0] * place.steps)
+        first = first_of(self.policy.dense[0], place.steps)
         return self.policy.canary > 0 and (place.step - first) % self.policy.canary == 0
 
     # -- the report --------------------------------------------------------------------------
@@ -434,6 +436,11 @@ def _joint_order(grid: Grid, order: str, text: int, text_last: bool) -> TokenOrd
     if text_last:
         return TokenOrder.of(torch.cat([video, tokens + torch.arange(text)]))
     return TokenOrder.of(torch.cat([text + video, torch.arange(text)]))
+
+
+def first_of(share: float, count: int) -> int:
+    """How many of `count` that share is, at least; 0.07 of 100 is 7, whatever floats say."""
+    return math.ceil(round(share * count, 6))
 
 
 def with_text(keep: Tensor, video: int, blocks: tuple[int, int]) -> Tensor:

@@ -26,15 +26,18 @@ from sparse_attn.block_map import blocked
 from sparse_attn.kernels.reference import Pooled
 
 SAMPLES = 32  # of each block of 128, as released; a quarter of other sizes
+AT_ONCE = 1024  # sampled queries whose logits are held: of a long video's, all would fill a GPU
 
 
 def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(b, h, nq, nk), rows sum to one. q, k (b, h, blocks, block, d); the sampled places in every
     block of a head, rows and columns (b, h, samples)."""
-    nq, d = q.shape[2], q.shape[-1]
-    q, k = _sampled(q, rows), _sampled(k, columns)
-    logits = q.flatten(2, 3).float() @ k.flatten(2, 3).float().transpose(-1, -2) / math.sqrt(d)
-    best = logits.unflatten(-1, (k.shape[2], -1)).amax(-1)  # (b, h, nq * samples, nk)
+    nq, nk, scale = q.shape[2], k.shape[2], 1 / math.sqrt(q.shape[-1])
+    queries = _sampled(q, rows).flatten(2, 3).float()
+    keys = _sampled(k, columns).flatten(2, 3).float().transpose(-1, -2)
+    parts = (part @ keys * scale for part in queries.split(AT_ONCE, dim=2))
+    best = [logits.unflatten(-1, (nk, -1)).amax(-1) for logits in parts]
+    best = torch.cat(best, dim=2)  # (b, h, nq * samples, nk)
     weight = (best - best.amax(-1, keepdim=True)).exp()
     score = weight.unflatten(2, (nq, -1)).amax(3)
     return score / score.sum(-1, keepdim=True)

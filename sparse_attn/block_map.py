@@ -97,7 +97,7 @@ def block_means(x: Tensor, block: int) -> Tensor:
 
 
 def keep_share(scores: Tensor, share: float, scope: Scope = "row") -> Tensor:
-    """The best `share` of blocks by score, at least one a row; ties go to the earlier block.
+    """The best `share` of blocks by score, at least one a row; ties go as torch's topk has them.
 
     scope: within which the share holds. "row" gives every block of queries as many; "head" and
     "layer" give more to rows (and heads) whose scores are higher, which is the best use of as much

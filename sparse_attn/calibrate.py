@@ -32,7 +32,14 @@ from accel.artifact import Artifact, Fingerprint, inputs_digest, write_atomicall
 from accel.denoiser import Denoiser, denoisers
 from accel.measure import pipeline_samples
 from accel.method import Attached, Method, attached
-from sparse_attn._live import LiveSparse, Place, SparseAttention, attention_paths, with_text
+from sparse_attn._live import (
+    LiveSparse,
+    Place,
+    SparseAttention,
+    attention_paths,
+    first_of,
+    with_text,
+)
 from sparse_attn.block_map import keep_share
 from sparse_attn.budgets import METHOD, Allocation, Budgets, decibels
 from sparse_attn.estimators import block_scores, complement, weighed
@@ -307,7 +314,7 @@ class _LiveProbe(LiveSparse):
             return True
         run = self.clock.run
         assert run is not None
-        first = math.ceil(self.settings.dense * run.steps)
+        first = first_of(self.settings.dense, run.steps)
         every = max(1, (run.steps - first) // self.settings.stages)
         return (step - first) % every == every // 2
 

@@ -2,7 +2,7 @@
 
 A static pattern is a score for every pair of blocks that depends on places alone; the best share of
 it is kept. So all patterns are compared at equal density, on any grid, and work for any number of
-text tokens. Scores are computed from the places of sub-blocks of tokens and kept by grid.
+text tokens. Scores are computed from the places of sub-blocks of tokens; maps are kept by grid.
 """
 
 from __future__ import annotations
@@ -25,31 +25,37 @@ TEXT_SCORE = float("inf")  # text is always kept
 PARTS = 4  # of a block, whose pairs are scored and averaged
 
 
-@functools.lru_cache(maxsize=64)
 def block_scores(
     score: Score, grid: Grid, order: str, text: tuple[int, int], blocks: tuple[int, int]
 ) -> Tensor:
-    """(nq, nk) on the CPU: mean score of the pairs of parts of two blocks. text: tokens that follow
-    the video's, in queries and in keys; pairs with them score highest."""
+    """(nq, nk): mean score of the pairs of parts of two blocks. text: tokens that follow the
+    video's, in queries and in keys; pairs with them score highest."""
     at = places(grid, ORDERS[order](grid)).double()
     parts = [max(1, size // PARTS) for size in blocks]
     q, k = (block_means(at[None, None], size)[0, 0] for size in parts)
     pairs = score(q, k, grid)  # (parts of queries, parts of keys)
     for axis, (size, part) in enumerate(zip(blocks, parts, strict=True)):
         pairs = _mean(pairs, axis, size // part)  # of the parts of a block
-    whole = pairs
     rows, columns = (-(-(len(at) + more) // size) for more, size in zip(text, blocks, strict=True))
-    out = torch.full((rows, columns), TEXT_SCORE, dtype=whole.dtype)
-    out[: whole.shape[0], : whole.shape[1]] = whole
+    out = torch.full((rows, columns), TEXT_SCORE, dtype=pairs.dtype)
+    out[: pairs.shape[0], : pairs.shape[1]] = pairs
     return out.float()
 
 
-def scores_at(score: Score, order: str, q: Tensor, k: Tensor, place: Place) -> Tensor:
-    """`block_scores` of the attention being computed, (b, h, nq, nk) without copies."""
+def pattern(score: Score, density: float, order: str, q: Tensor, k: Tensor, place: Place) -> Tensor:
+    """The `density` of blocks with the best scores, bool (1, 1, nq, nk); made once a grid."""
     video = place.order.forward.shape[0]
     text = (q.shape[2] - video, k.shape[2] - video)
-    found = block_scores(score, place.grid, order, text, place.blocks).to(q.device)
-    return found.expand(q.shape[0], q.shape[1], *found.shape)
+    return _pattern(score, density, place.grid, order, text, place.blocks, q.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _pattern(
+    score: Score, density: float, grid: Grid, order: str, text: tuple[int, int],
+    blocks: tuple[int, int], device: torch.device,
+) -> Tensor:  # fmt: skip
+    scores = block_scores(score, grid, order, text, blocks)
+    return keep_share(scores[None, None], density).to(device)
 
 
 def _mean(x: Tensor, axis: int, parts: int) -> Tensor:
@@ -76,11 +82,11 @@ class StaticPattern(SparseAttention):
 
     @abstractmethod
     def score(self) -> Score:
-        """Must be the same object for equal settings: scores are kept by it."""
+        """Must be the same object for equal settings: maps are kept by it."""
 
     def nominal(self) -> float:
         return self.density
 
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
-        scores = scores_at(self.score(), self.ORDER, q, k, place)
-        return keep_share(scores[:1, :1], self.density).expand(scores.shape)
+        kept = pattern(self.score(), self.density, self.ORDER, q, k, place)
+        return kept.expand(*q.shape[:2], -1, -1)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from accel.method import Method
 from sparse_attn._live import LiveSparse, Place, SparseAttention
-from sparse_attn.block_map import keep_share
-from sparse_attn.geometry import scores_at
+from sparse_attn.geometry import pattern
 from sparse_attn.token_order import Grid
 
 TIE = 1e-3  # of a distance in the other direction, so that there is an order among equals
@@ -76,7 +75,7 @@ class HeadClasses(SparseAttention, Method):
 
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
         keeps = [
-            keep_share(scores_at(score, self.ORDER, q, k, place)[:1, :1], self.density)
+            pattern(score, self.density, self.ORDER, q, k, place)
             for score in (spatial_score, temporal_score)
         ]
         count = min(self.queries, q.shape[2])

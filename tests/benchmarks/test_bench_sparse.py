@@ -90,6 +90,8 @@ def test_the_random_control_repeats():
     one, two = (RandomMask(density=0.5).keep(q, q, place, None) for _ in "12")
     assert torch.equal(one, two)
     assert one.float().mean().item() == pytest.approx(0.5, abs=0.01)
+    there = q.to("meta")
+    assert RandomMask(density=0.5).keep(there, there, place, None).device.type == "meta"
 
 
 def test_a_judged_density_that_is_not_measured_is_refused_at_once(monkeypatch, capsys):

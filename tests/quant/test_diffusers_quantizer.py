@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 
 import pytest
@@ -11,7 +13,8 @@ from diffusers.quantizers import auto
 
 from accel.method import attached
 from accel.testing import assert_equal, tiny
-from quant.diffusers_quantizer import TFMQConfig, save_quantised
+from quant._layers import Bins
+from quant.diffusers_quantizer import BINS, TFMQConfig, connect, save_quantised
 from quant.tfmq import TFMQ
 
 
@@ -62,6 +65,48 @@ def test_scales_are_exact_in_half_precision(calibrated, tmp_path):
     host.pipe.transformer = half
     host.pipe.vae.to(torch.bfloat16)
     assert host.run().isfinite().all()
+
+
+def test_a_copy_hears_of_its_own_timesteps(calibrated, tmp_path):
+    """Weights that are packed for the kernel can be neither copied nor pickled; they are again."""
+    host = tiny("ddim")
+    save_quantised(host.pipe, calibrated("ddim", activations="groups", groups=4)[0], tmp_path)
+    loaded = host.pipe.unet = type(host.pipe.unet).from_pretrained(tmp_path / "unet")
+    wanted = host.run()
+    host.pipe.unet = copy.deepcopy(loaded)
+    del loaded
+    assert_equal(wanted, host.run(), "the copy")
+    torch.save(host.pipe.unet, io.BytesIO())
+
+
+def test_the_timestep_is_found_wherever_it_stands():
+    class Model(torch.nn.Module):
+        def forward(self, hidden_states, encoder_hidden_states, timestep):
+            return hidden_states
+
+    model = Model()
+    bins = Bins(2).fill(torch.tensor([900.0, 100.0]), torch.tensor([0, 1]))
+    model.add_module(BINS, bins)
+    connect(model)
+    x = torch.zeros(1)
+    model(x, x, torch.tensor([120.0]))
+    assert bins.index.item() == 1
+    model(x, x, timestep=880)
+    assert bins.index.item() == 0
+    model(x, x, torch.tensor([[0.0, 0.0, 900.0]]))  # tokens of a given frame have none
+    assert bins.index.item() == 0
+
+
+def test_gradients_are_refused_not_lost(calibrated, tmp_path):
+    host = tiny("dit")
+    save_quantised(host.pipe, calibrated("dit")[0], tmp_path)
+    model = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    with torch.no_grad():
+        wanted = model(torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, dtype=torch.long))
+    out = model(torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, dtype=torch.long))
+    assert_equal(wanted.sample, out.sample, "with gradients on")
+    with pytest.raises(RuntimeError, match="no gradients"):
+        out.sample.sum().backward()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

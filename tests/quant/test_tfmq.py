@@ -39,7 +39,9 @@ def test_integers_are_what_the_reference_says(name, calibrated):
         host = tiny(name)
         with attached(TFMQ(ref, kernel=kernel), host.pipe) as live:
             outputs[kernel] = host.run()
-            assert live.report()["runs"][0]["fallbacks"] == {}
+            (run,) = live.report()["runs"]
+        assert run["fallbacks"] == {}
+        assert all(kind.endswith(f", {kernel}") for kind in run["detail"]["layers"])
     plain = tiny(name).run()
     a, b, c = (x.reshape(-1, *x.shape[-3:]) for x in (*outputs.values(), plain))
     assert not torch.equal(a, c)
@@ -171,6 +173,32 @@ def test_scales_follow_the_timestep(calibrated):
     assert seen == [0, 1, 2, 3]  # four steps, a group each
 
 
+def test_gradients_are_those_of_the_models_own_weights(calibrated):
+    host = tiny("dit")
+    model, x = host.pipe.transformer, torch.ones(1, 4, 8, 8)
+
+    def gradient():
+        given = x.clone().requires_grad_()
+        model(given, torch.ones(1), torch.ones(1, dtype=torch.long)).sample.sum().backward()
+        return given.grad
+
+    right = gradient()
+    with attached(TFMQ(calibrated("dit")[1]), host.pipe) as live:
+        host.pipe.scheduler.set_timesteps(2)
+        with live.clock.at(0), pytest.warns(FallbackWarning, match="no gradients"):
+            found = gradient()
+        live.clock.end()
+    assert_equal(right, found, "gradient")
+
+
+def test_layers_follow_a_model_that_is_moved(calibrated):
+    with attached(TFMQ(calibrated("dit")[1]), tiny("dit").pipe) as live:
+        with pytest.warns(FallbackWarning, match="no integer kernels"):
+            live.follow("transformer", torch.device("meta"))
+        held = [b for layer in live.layers.values() for b in layer.buffers()]
+        assert {b.device.type for b in (*held, live.bins["transformer"].index)} == {"meta"}
+
+
 def test_two_denoisers(calibrated):
     artifact, ref = calibrated("wan22")
     slots = {path.partition(".")[0] for path in artifact.settings["layers"]}
@@ -203,7 +231,14 @@ def test_an_adapter_stays_whole_beside_the_layers(calibrated):
         host.pipe.transformer.disable_adapters()
         assert_equal(without, host.run(), "the adapter off")
         assert live.report()["runs"][0]["fallbacks"] == {}
+        host.pipe.transformer.enable_adapters()
+        host.pipe.transformer.fuse_lora()
+        with pytest.warns(FallbackWarning, match="an adapter was fused"):
+            fused = host.run()
+        host.pipe.transformer.unfuse_lora()
+        assert mean_psnr(host.run(), beside) > 60  # up to what fusing and unfusing rounds
     assert not torch.equal(without, beside)
+    assert mean_psnr(fused, beside) > mean_psnr(fused, without) + 3  # it is not lost
 
 
 def test_looking_at_ranges_does_not_stop_the_temporal_cache(calibrated):

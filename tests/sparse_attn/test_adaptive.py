@@ -9,6 +9,7 @@ import torch
 
 from accel.method import attached
 from accel.testing import checks, conform, tiny
+from sparse_attn import adaptive
 from sparse_attn.adaptive import Adaptive, importance, pooled_windows, select
 from sparse_attn.block_map import BlockMap, blocked
 from sparse_attn.kernels import reference
@@ -29,8 +30,10 @@ def test_drawn_samples_repeat_and_leave_other_draws_alone(check):
     conform(check, TINY, "wan")
 
 
-def test_the_importance_is_the_description_in_loops():
+@pytest.mark.parametrize("at_once", [3, adaptive.AT_ONCE])
+def test_the_importance_is_the_description_in_loops(at_once, monkeypatch):
     """Sampled rows and columns, largest weight relative to the row's largest, rows to one."""
+    monkeypatch.setattr(adaptive, "AT_ONCE", at_once)
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 2, n, 4, generator=g) for n in (30, 40))
     q, k = blocked(q, 8), blocked(k, 8)  # 4 and 5 blocks; the last query block ragged

@@ -59,6 +59,18 @@ def test_text_is_kept():
     assert torch.isinf(scores[:, 2]).all()
 
 
+def test_a_map_is_made_once_a_grid():
+    from types import SimpleNamespace
+
+    grid = (2, 4, 4)
+    q = torch.zeros(2, 3, 37, 8)  # 32 of the video, 5 of the text
+    place = SimpleNamespace(order=gilbert(grid), grid=grid, blocks=(16, 16))
+    one, two = (TINY.keep(q, q, place, None) for _ in "12")
+    assert one.shape == (2, 3, 3, 3)
+    assert one.data_ptr() == two.data_ptr()
+    assert TINY.keep(q[:, :, :32], q, place, None).shape == (2, 3, 2, 3)
+
+
 def test_bad_settings():
     with pytest.raises(ValueError, match="window"):
         SlidingTile(window=(1.0, 0.0, 1.0))

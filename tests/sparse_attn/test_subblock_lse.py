@@ -11,6 +11,7 @@ import torch
 from accel.denoiser import denoisers
 from accel.method import FallbackWarning, Recipe, attached
 from accel.testing import assert_equal, assert_same_state, checks, conform, host_state, tiny
+from sparse_attn._live import first_of
 from sparse_attn.block_map import BlockMap, block_sizes
 from sparse_attn.estimators import exact_mass, subblock_mass
 from sparse_attn.kernels import reference
@@ -168,6 +169,29 @@ def test_first_steps_and_layers_attend_densely():
     assert [step for step, _ in run["detail"]["density_by_step"]] == [2, 3]
     assert [layer for layer, _ in run["detail"]["density_by_layer"]] == [1, 2]
     assert run["computed"] == 2 * 2 * 3 + 2 * 2
+
+
+def test_a_share_of_steps_is_not_one_more_for_what_floats_do():
+    assert 0.07 * 100 > 7
+    assert first_of(0.07, 100) == 7
+    assert first_of(0.071, 100) == 8
+    assert first_of(0.2, 20) == 4
+
+
+def test_an_offloaded_pipeline_is_where_it_computes():
+    """Sequential offloading leaves weights on no device; what counts is where they will be."""
+    from accelerate import cpu_offload
+
+    host = tiny("wan")
+    plain = host.run()
+    for part in host.pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, execution_device=torch.device("cpu"))
+    assert host.pipe.device.type == "meta"
+    with attached(sparse(0.9999), host.pipe) as live:
+        assert (host.run() - plain).abs().max().item() < 1e-4
+        assert live.report()["runs"][0]["detail"]["density"] == 1
+        assert live.values is None  # nothing of an attention is held after it
 
 
 def test_the_guard_keeps_short_sequences_dense():
