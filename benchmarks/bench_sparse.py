@@ -109,7 +109,7 @@ def flex() -> Callable[[Tensor, Tensor, Tensor, BlockMap], Tensor]:
         lists = blocks.lists()
         mask = BlockMask.from_kv_blocks(
             none, torch.zeros_like(lists), blocks.counts, lists, BLOCK_SIZE=size,
-            seq_lengths=(blocks.queries, blocks.keys),
+            seq_lengths=(blocks.queries, blocks.keys), compute_q_blocks=False,  # for gradients
         )  # fmt: skip
         return compiled(q, k, v, block_mask=mask)  # pyright: ignore[reportReturnType]
 

@@ -174,19 +174,18 @@ def put_in(model: nn.Module, config: TFMQConfig) -> None:
 def connect(model: Any) -> None:
     """Layers hear of the timestep: the model writes its group once a call."""
     bins = getattr(model, BINS, None)
-    signature = inspect.signature(type(model).forward)
     for part in model.modules():
         if hasattr(part, "qweight"):
             part.bins = [bins]
             part.pack()
-    if bins is None:
-        return
+    if bins is not None:
+        model.register_forward_pre_hook(_tell, with_kwargs=True)
 
-    def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = signature.bind(module, *args, **kwargs)
-        getattr(module, BINS).set(call.arguments["timestep"])  # its own: it may be a copy
 
-    model.register_forward_pre_hook(tell, with_kwargs=True)
+def _tell(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook that knows no model, since the one that it is on may be a copy."""
+    call = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+    getattr(model, BINS).set(call.arguments["timestep"])
 
 
 def save_quantised(pipe: Any, artifact: Artifact, folder: str | os.PathLike[str]) -> None:
