@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, Literal, NamedTuple
 
 from accel import compat
@@ -56,6 +58,7 @@ class Run:
     branches: list[str] = field(default_factory=list)
     syncs: int = 0
     finished: bool = False
+    thread: int | None = None  # of the pipeline call that it is of; None if it was begun otherwise
 
     @property
     def steps(self) -> int:
@@ -185,6 +188,8 @@ class Clock:
         self._call = 0
         self.now = None
         pipe = self._pipe()
+        if _is_called(pipe):
+            self.run.thread = get_ident()
         if pipe is not None and denoiser_modules(pipe) != self._homes:
             self.follow()  # a denoiser was replaced, for example by torch.compile(denoiser)
         for user in list(self._users):
@@ -207,6 +212,9 @@ class Clock:
             self.follow()  # the user assigned another scheduler; its run began unheard
             self.begin(self._scheduler)
         run = self.run
+        if run is not None and run.thread == get_ident() and not _is_called(pipe):
+            self._close_run()  # its call was cut off; this one is of somebody who shares the module
+            run = None
         if run is None or run.finished:
             return call_next(*args, **kwargs)
         if run.calls == 0:
@@ -371,6 +379,15 @@ def sampling_grid(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]
         return timesteps, timesteps
     grid = np.interp(timesteps, np.arange(len(alphas)), alphas.double().cpu().numpy())
     return timesteps, tuple(float(s) for s in np.sqrt((1 - grid) / np.maximum(grid, 1e-12)))
+
+
+def _is_called(pipe: Any) -> bool:
+    """Whether this thread is inside a call of the pipeline."""
+    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+    frame = sys._getframe(1)
+    while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is pipe):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _rows(args: tuple, kwargs: dict) -> int:

@@ -98,7 +98,8 @@ def constant(columns: Sequence[str], steps: int, letter: str = COMPUTE) -> Sched
 
 def from_steps(columns: Sequence[str], steps: int, computed, otherwise=REUSE, order=1) -> Schedule:
     """All columns computed at the steps `computed`, and `otherwise` at the others."""
-    letters = (COMPUTE if i in set(computed) else otherwise for i in range(steps))
+    computed = set(computed)
+    letters = (COMPUTE if i in computed else otherwise for i in range(steps))
     return Schedule(tuple(columns), tuple(c * len(columns) for c in letters), order=order)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import math
@@ -129,6 +130,33 @@ def test_change_of_steps_and_batch_between_runs():
         run = listener.live.report()["runs"][-1]
         assert run["nfe"] == steps * 2 * len(labels)  # guidance doubles the batch
     assert [r["steps"] for r in listener.live.report()["runs"]] == [3, 5, 2]
+
+
+@pytest.mark.parametrize("how", ["cut off", "interrupted"])
+def test_a_call_that_did_not_finish_is_over(how):
+    """Who shares the denoiser, under a scheduler of his own, is in no run of the other pipeline."""
+    host = tiny("sd")
+    parts = host.pipe.components
+    parts["scheduler"] = type(host.pipe.scheduler).from_config(host.pipe.scheduler.config)
+    other = tiny("sd")
+    other.pipe = type(host.pipe)(**parts, requires_safety_checker=False)
+    plain = other.run()
+    listener = Listener(host)
+
+    def stop(pipe, step, t, given):
+        if how == "cut off":
+            raise KeyboardInterrupt
+        pipe._interrupt = True
+        return given
+
+    with contextlib.suppress(KeyboardInterrupt):
+        host.run(callback_on_step_end=stop)
+    assert len(listener.take()) == 1
+    assert torch.equal(plain, other.run())
+    assert listener.take() == []
+    assert listener.clock.run is None
+    host.run()
+    assert len(listener.take()) == host.inputs["num_inference_steps"]
 
 
 def test_two_pipelines_in_one_process_interleaved():
