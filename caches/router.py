@@ -60,15 +60,16 @@ class RouterCache(FromArtifact, Method):
 
 @dataclass(frozen=True)
 class RouterTrainer(Trainer):
-    """Settings of a training. The defaults are the paper's, with fewer and larger updates, and
-    the official code's mean of squares, for which its beta is.
+    """Settings of a training. The defaults are the paper's, with fewer and larger updates; the
+    mean of squares is the official code's, whose beta is for it.
 
     beta: price of a computed module; the one knob between speed and quality. updates: of every
     row, one a trajectory. lr: of Adam on the logits. threshold: on the score. proxy: a step's
     weight is the change of the final sample when its row alone computes all ("leave_one_out", the
     paper) or when it begins to cache after all earlier ones ("cumulative", the official code), as
-    a "mean" of squares (the code) or their "sum" (the paper; it wants another beta). refresh: trajectories between two measurements of the weights,
-    each of which takes a sampling a step; their mean is used.
+    a "mean" of squares (the code) or their "sum" (the paper; it wants another beta). refresh:
+    trajectories between two measurements of the weights, each of which takes a sampling a step;
+    their mean is used.
     """
 
     beta: float = 7e-8

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, KDPM2DiscreteScheduler
+from diffusers import HeunDiscreteScheduler, KDPM2DiscreteScheduler, StableDiffusionPipeline
 
 import accel
 from accel.clock import clock_of, denoiser_modules, sampling_grid
@@ -139,7 +139,7 @@ def test_a_call_that_did_not_finish_is_over(how):
     parts = host.pipe.components
     parts["scheduler"] = type(host.pipe.scheduler).from_config(host.pipe.scheduler.config)
     other = tiny("sd")
-    other.pipe = type(host.pipe)(**parts, requires_safety_checker=False)
+    other.pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     plain = other.run()
     listener = Listener(host)
 
