@@ -361,8 +361,8 @@ def score(out: Path, against: Path | None = None) -> dict[str, Any]:
         result = _official_result(out, dimension)
         if result is not None:
             base = None if against is None else _official_result(against, dimension)
-            own = by_prompt(result[1])
-            other = None if base is None else by_prompt(base[1])
+            own = by_prompt(dimension, result[1])
+            other = None if base is None else by_prompt(dimension, base[1])
             figure = dimension_figure(own, other)
             raw = float(result[0])
             figure |= {"official": raw, "normalised": round(normalised(dimension, raw), 6)}

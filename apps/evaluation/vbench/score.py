@@ -35,6 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "overall_consistency": (0.0, 0.364),
 }
 WEIGHTS = {name: 0.5 if name == "dynamic_degree" else 1.0 for name in RANGES}
+VIDEOS_OF = {"imaging_quality": 100.0}  # the official code gives videos 0 to 100, their mean 0 to 1
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4.0, 1.0
 
 
@@ -73,12 +74,14 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else round(100 * share, 4)
 
 
-def by_prompt(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Per-video results of VBench's output, gathered by prompt (from the file's name)."""
+def by_prompt(dimension: str, results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Per-video results of VBench's output on the scale of its mean, gathered by prompt (from the
+    file's name)."""
     found: dict[str, list[float]] = {}
+    whole = VIDEOS_OF.get(dimension, 1.0)
     for row in results:
         prompt = Path(row["video_path"]).stem.rpartition("-")[0]
-        found.setdefault(prompt, []).append(float(row["video_results"]))
+        found.setdefault(prompt, []).append(float(row["video_results"]) / whole)
     return found
 
 

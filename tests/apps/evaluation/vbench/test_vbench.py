@@ -114,7 +114,8 @@ def test_a_missing_dimension_makes_a_partial_score_and_not_a_zero():
 
 def test_results_are_gathered_by_the_prompt_in_the_file_name():
     rows = [{"video_path": f"/x/well-known place-{i}.mp4", "video_results": i} for i in (0, 12)]
-    assert by_prompt(rows) == {"well-known place": [0, 12]}
+    assert by_prompt("scene", rows) == {"well-known place": [0, 12]}
+    assert by_prompt("imaging_quality", rows) == {"well-known place": [0, 0.12]}  # as its mean
 
 
 def test_native_flickering_is_the_published_formula():
