@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ SET_RESAMPLES = 200  # a statistic of a set costs milliseconds to seconds
 EXACT_PAIRS = 16  # 2^16 sign flips are all of them
 FLIPS = 20_000  # of more pairs: the smallest p is 5e-5
 _FLIP_BLOCK = 1024
+_BLOCK = 1 << 24  # values of resamples held at a time: 256 MB with their places
 
 
 class Interval(NamedTuple):
@@ -45,10 +46,20 @@ def bootstrap(
     data = np.asarray(values, dtype=np.float64)
     if data.size == 0 or not np.isfinite(data).all():
         raise ValueError(f"bootstrap: wants finite values, got {data.tolist()}")
-    draws = np.random.default_rng(seed).integers(0, len(data), (RESAMPLES, len(data)))
+    rng, parts = np.random.default_rng(seed), []
+    for rows in _blocks(RESAMPLES, len(data), RESAMPLES):
+        draws = rng.integers(0, len(data), (rows, len(data)))
+        parts.append(statistic(data[draws], axis=1))
     tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(statistic(data[draws], axis=1), [tail, 100 - tail])
+    low, high = np.percentile(np.concatenate(parts), [tail, 100 - tail])
     return Interval(float(statistic(data, axis=0)), float(low), float(high))
+
+
+def _blocks(rows: int, length: int, most: int) -> Iterator[int]:
+    """``rows`` in parts, as many at a time as fit into memory: at most ``most``."""
+    block = max(1, min(most, _BLOCK // length))
+    for start in range(0, rows, block):
+        yield min(block, rows - start)
 
 
 class PairedTest(NamedTuple):
@@ -140,8 +151,7 @@ def paired_test(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Pai
         return PairedTest(interval, float((np.abs((1 - 2 * bits) @ d) >= bound).mean()))
     rng = np.random.default_rng(seed)
     reached = 0
-    for start in range(0, FLIPS, _FLIP_BLOCK):
-        rows = min(_FLIP_BLOCK, FLIPS - start)
+    for rows in _blocks(FLIPS, len(d), _FLIP_BLOCK):
         signs = 1.0 - 2 * rng.integers(0, 2, (rows, len(d)), dtype=np.int8)
         reached += int((np.abs(signs @ d) >= bound).sum())
     return PairedTest(interval, (reached + 1) / (FLIPS + 1))

@@ -32,6 +32,15 @@ def test_median_and_constant():
     assert bootstrap([4.0] * 5) == (4.0, 4.0, 4.0)
 
 
+def test_many_values_are_resampled_part_by_part(monkeypatch):
+    values = np.random.default_rng(1).normal(1.0, 3.0, 37).tolist()
+    whole, test = bootstrap(values), paired_test(values, [0.0] * 37)
+    monkeypatch.setattr(statistics, "_BLOCK", 100)  # two resamples at a time
+    assert list(statistics._blocks(7, 37, 7)) == [2, 2, 2, 1]
+    assert bootstrap(values) == whole
+    assert paired_test(values, [0.0] * 37).p == pytest.approx(test.p, abs=0.02)
+
+
 @pytest.mark.parametrize("values", [[], [1.0, float("inf")], [float("nan")]])
 def test_refuses_what_has_no_interval(values):
     with pytest.raises(ValueError, match="finite"):
