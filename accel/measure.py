@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from accel.artifact import Fingerprint, inputs_digest
 from accel.counting import counted_flops, peak_memory, synchronize
 from accel.denoiser import denoisers
 from accel.environment import environment, hardware, load_average
-from accel.method import Method, Recipe, attached
+from accel.method import Method, Recipe, attached, live_on
 from accel.metrics.fidelity import SSIM_WINDOW, feature_distance, psnr, ssim
 from accel.metrics.protocol import Protocol
 from accel.metrics.statistics import Interval, bootstrap
@@ -35,6 +36,8 @@ __all__ = [
     "peak_memory", "pipeline_samples",
 ]  # fmt: skip
 
+# What pipelines raise for arguments they cannot take; a ValueError of theirs says it in words.
+CALL_ERRORS = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError)
 PSNR_CAP = 100.0  # dB; equal samples have infinite PSNR, which has no mean
 
 Around = Callable[[], AbstractContextManager[Any]]
@@ -189,7 +192,7 @@ class Study:
         """Run all inputs with ``method``, and count the timed ones; done once for each method.
 
         Raises:
-            ValueError: what attaching raises.
+            ValueError: what attaching raises; a call that fails, or comes out as NaN.
         """
         if method not in self._passes:
             self._passes[method] = self._run(method)
@@ -199,6 +202,8 @@ class Study:
         timed = self._timed_run(method)
         with attached(method, self.pipe) as live:
             samples = self._outputs(len(self.inputs), method.call_changes())
+            if not samples.isfinite().all():
+                raise ValueError(f"{_as_attached(self.pipe)} makes outputs that are not finite")
         report = live.report()  # detached, so that calls which end before their grid have ended
         with attached(method, self.pipe) as live:
             flops = counted_flops(timed)
@@ -308,11 +313,26 @@ def pipeline_samples(pipe: Any, arguments: dict[str, Any], seed: int) -> torch.T
     """What one call returns, in [0, 1]: (batch, channels, h, w), of videos (batch, frames, ...).
 
     Noise comes from a CPU generator of this seed.
+
+    Raises:
+        ValueError: the pipeline cannot be called so; with the arguments, and what it raised.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    output = pipe(**{**arguments, "generator": generator, "output_type": "np"}, return_dict=False)
+    call = {**arguments, "generator": generator, "output_type": "np", "return_dict": False}
+    try:
+        output = pipe(**call)
+    except CALL_ERRORS as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{_as_attached(pipe)} failed on {reprlib.repr(arguments)}: {told}"
+        ) from error
     array = torch.as_tensor(np.asarray(output[0]))
     return array.movedim(-1, -3)  # channels last in numpy
+
+
+def _as_attached(pipe: Any) -> str:
+    names = [live.method.name() for live in live_on(pipe) if not isinstance(live.method, Recipe)]
+    return f"{type(pipe).__name__} under {' + '.join(names)}" if names else type(pipe).__name__
 
 
 def mean_psnr(samples: torch.Tensor, reference: torch.Tensor) -> float:

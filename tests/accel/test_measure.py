@@ -14,6 +14,7 @@ from accel.method import Recipe
 from accel.metrics.protocol import Protocol
 from accel.testing import tiny
 from caches.native import FirstBlockCache
+from samplers.epsilon_scaling import EpsilonScaling
 from samplers.swap import SwapScheduler
 
 
@@ -158,3 +159,24 @@ def test_a_call_that_ends_before_its_grid_is_counted():
     counted = measure.Study(host.pipe, [{**call, "denoising_end": 0.5}] * 2).run()
     assert [run["steps"] for run in counted.report["runs"]] == [2, 2]
     assert counted.nfe == 2 * 2 * 2  # calls, steps, guidance
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"class_labels": [3], "steps": 4}, "TypeError: .* unexpected keyword argument 'steps'"),
+        ({"class_labels": [10**6], "num_inference_steps": 2}, "IndexError: index out of range"),
+    ],
+)
+def test_a_call_that_fails_is_told_with_its_arguments_and_what_was_attached(inputs, words):
+    study = measure.Study(tiny("dit").pipe, [inputs])
+    with pytest.raises(ValueError, match=f"^DiTPipeline failed on .*class_labels.*: {words}"):
+        study.compare(SOLVER, rounds=1)
+    with pytest.raises(ValueError, match=r"^DiTPipeline under samplers.swap:SwapScheduler failed"):
+        study.run(SOLVER)
+
+
+def test_an_output_that_is_not_finite_has_no_figures():
+    study = measure.Study(tiny("dit").pipe, INPUTS[:1])
+    with pytest.raises(ValueError, match=r"under samplers\.epsilon_scaling:.* not finite"):
+        study.compare(EpsilonScaling(scale=1e-300), rounds=1)
