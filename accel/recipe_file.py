@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,9 @@ class _Loader(yaml.SafeLoader):
         for key in keys:
             if not isinstance(key, str):
                 raise yaml.YAMLError(f"key {key!r} is not a string")
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} stands twice")
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.YAMLError(f"key {twice!r} stands twice")
         return super().construct_mapping(node, deep)
 
 
@@ -106,6 +108,10 @@ def _from_content(content: Any, path: Path) -> RecipeFile:
     name, text = content.get("name", path.stem), content.get("description", "")
     if not isinstance(name, str) or not isinstance(text, str):
         raise ValueError("'name' and 'description' must be text")
+    try:  # YAML has dates, bytes, NaN and halves of characters
+        json.dumps(content, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"holds what JSON cannot say: {error}") from None
     return RecipeFile(Recipe(methods), name, text, measured, path)
 
 

@@ -24,7 +24,15 @@ def read(path: Path) -> RecipeFile:
     once()
     import accel
 
-    return accel.read_recipe(path)
+    found = accel.read_recipe(path)
+    try:
+        _effect(found)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError(
+            f"{path}: its 'measured' block is none that `accel measure` writes; "
+            "remove the block, or measure again"
+        ) from None
+    return found
 
 
 def choices(app: App, model: str) -> tuple[list[tuple[str, str]], dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -91,6 +93,9 @@ GOOD = "accel_recipe: 1\nmethods:\n  - method: caches.native:FirstBlockCache\n"
         (GOOD + "    settings: {treshold: 1.0}", "no setting 'treshold'"),
         (GOOD + "    settings: {threshold: 1.0, threshold: 2.0}", "stands twice"),
         (GOOD + "measured: 3", "'measured'"),
+        (GOOD + "measured: {day: 2020-01-01}", "what JSON cannot say.*date"),
+        (GOOD + "measured: {speedup: .nan}", "what JSON cannot say"),
+        (GOOD + "name: '\\ud800'".replace("'", '"'), "what JSON cannot say"),
         (GOOD + "name: [x]", "'name'"),
         ("accel_recipe: 1\nmethods: [{method: 'os:System'}]", "not a method name"),
         ("accel_recipe: 1\nmethods: [{method: 'os.path:Join'}]", "'os' is not registered"),
@@ -115,6 +120,17 @@ def test_bad_files_get_one_clear_line(tmp_path, text, words):
         read_recipe(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_many_keys_are_read_in_time_that_grows_with_their_number(tmp_path):
+    path, count = tmp_path / "r.yaml", 20_000
+    path.write_text(GOOD + "measured:\n" + "".join(f"  k{i}: 1\n" for i in range(count)))
+    started = time.process_time()
+    found = read_recipe(path)
+    assert found.measured is not None
+    assert len(found.measured) == count
+    # 1 s is YAML's own; comparing each key with each other took 12 s here.
+    assert time.process_time() - started < 8
 
 
 @pytest.mark.parametrize("path", ["../up.safetensors", "/etc/passwd", "a/../../b"])

@@ -8,6 +8,9 @@ from apps.web import recipe_view
 from apps.web.recipe_view import default_choice
 from apps.web.site import PLAIN
 
+RECIPE = "accel_recipe: 1\nmethods: [{method: 'caches.native:FirstBlockCache'}]\nmeasured: "
+FIGURE = "{estimate: 2.0, low: 1.0, high: 3.0}"
+
 
 @pytest.mark.parametrize(
     ("figures", "first"),
@@ -28,3 +31,21 @@ def test_the_first_is_fast_and_faithful_if_one_is(monkeypatch, figures, first):
     app = SimpleNamespace(site=SimpleNamespace(recipe=lambda name: name))
     fit = [("nothing", PLAIN), *((name, name) for name in known)]
     assert default_choice(app, "zoo:a", fit) == first
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        "{model: 'zoo:digits-dit'}",
+        f"{{speedup: {FIGURE}, psnr: [1, 2]}}",
+        f"{{speedup: {FIGURE}, psnr: {FIGURE}, flops: [0, 1]}}",
+        f"{{speedup: {FIGURE}, psnr: {FIGURE}, environment: 3}}",
+    ],
+)
+def test_figures_of_another_shape_are_refused_not_shown(tmp_path, measured):
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE + f"{{speedup: {FIGURE}, psnr: {FIGURE}}}")
+    assert recipe_view.read(path).measured
+    path.write_text(RECIPE + measured)
+    with pytest.raises(ValueError, match="'measured' block"):
+        recipe_view.read(path)
