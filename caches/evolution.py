@@ -281,13 +281,14 @@ class _Trial:
         file = self.folder / LEDGER
         if not file.is_file():
             return {}
-        rows = []
-        for line in file.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # the line that was being written when the search was cut off
-        return {row["rows"]: tuple(row["goals"]) for row in rows}
+        whole, end, _ = file.read_bytes().rpartition(b"\n")
+        # what follows was being written when the search was cut off; the next line goes there
+        os.truncate(file, len(whole + end))
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+            return {row["rows"]: tuple(row["goals"]) for row in rows}
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{file} is damaged; name another folder, or remove this") from None
 
     # -- the result --------------------------------------------------------------------------
 

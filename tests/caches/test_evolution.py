@@ -250,7 +250,14 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path):
         assert candidate.quality == pytest.approx(
             qualities.get(candidate.schedule, candidate.quality)
         )
-    assert len((half / "evaluations.jsonl").read_text().splitlines()) >= len(lines)
+    # What was found after the cut is not written behind the piece that was left: killed again,
+    # nothing of it would be paid twice.
+    rows = [json.loads(line) for line in (half / "evaluations.jsonl").read_text().splitlines()]
+    assert len(rows) >= len(lines)
+    assert len({row["rows"] for row in rows}) == len(rows)
+    (half / "evaluations.jsonl").write_text("[]\n")
+    with pytest.raises(ValueError, match=r"evaluations.jsonl is damaged"):
+        search.run(pipe, inputs, half)
 
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path):
