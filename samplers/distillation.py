@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from accel.artifact import write_atomically
 from accel.denoiser import Denoiser, denoisers
 from accel.patch import Patch
 
@@ -172,5 +173,4 @@ def check_same_run(file: Path, record: dict[str, Any]) -> None:
             f"{file.parent} holds a training of another model or other settings; "
             "name another folder"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record))
+    write_atomically(file, json.dumps(record).encode())

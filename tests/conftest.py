@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Triton kernels run in its interpreter where there is no GPU. That must be settled before anything
@@ -21,3 +24,19 @@ settings.register_profile(
     derandomize="CI" in os.environ,
 )
 settings.load_profile("accel")
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file of this process grows beyond some bytes, whatever writes it."""
+
+    @contextlib.contextmanager
+    def full(size=8):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from accel import zoo
+from accel.artifact import write_atomically
 from accel.loop import newest_checkpoint
 from accel.measure import hardware
 from accel.zoo.ship import MODELS, model, ship
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if args.resume:
         _check_same_run(args.out / SETTINGS, settings)
-    (args.out / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+    write_atomically(args.out / SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
     try:
         made.train(run)
     except LastStage:

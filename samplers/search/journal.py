@@ -55,15 +55,15 @@ class Journal:
     def _read(self, lines: list[bytes], head: dict[str, Any]) -> None:
         try:
             found = [json.loads(x) for x in lines]
-        except ValueError:
+            different = sorted(k for k in {*head, *found[0]} if head.get(k) != found[0].get(k))
+            self.units = {row["unit"]: row for row in found[1:]}
+        except (ValueError, AttributeError, LookupError, TypeError):
             raise ValueError(f"{self.folder / LINES} is damaged; remove the folder") from None
-        different = sorted(k for k in {*head, *found[0]} if head.get(k) != found[0].get(k))
         if different:
             raise ValueError(
                 f"{self.folder} holds the journal of another search (other {different[0]}); "
                 "give another folder, or remove it"
             )
-        self.units = {row["unit"]: row for row in found[1:]}
         self.resumed = bool(self.units)
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -94,9 +94,12 @@ class Journal:
         temporary.replace(target)
 
     def pictures(self, unit: str) -> np.ndarray | None:
-        """``None`` where none were kept."""
+        """``None`` where none were kept, or the disk lost them: they are not forced to it."""
         path = self.folder / "pictures" / f"{unit}.npy"
-        return np.load(path) if path.is_file() else None
+        try:
+            return np.load(path, allow_pickle=False) if path.is_file() else None
+        except (EOFError, ValueError):
+            return None
 
     def keep_states(
         self, number: int, unit: str, states: dict[str, tuple[State, Tensor | None]]
@@ -107,7 +110,7 @@ class Journal:
         One file, not forced to the disk: one that is lost or cut off is computed again. They count
         once the unit is in the journal: else the unit would cost less the second time.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors: dict[str, Tensor] = {}
         heads = {}
@@ -122,7 +125,8 @@ class Journal:
         target = folder / f"{unit}.safetensors"
         data = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         temporary = target.with_suffix(".tmp")
-        save_file(data, temporary, metadata={"states": json.dumps(heads)})
+        # not save_file, which says of a full disk that it cannot serialise
+        temporary.write_bytes(save(data, metadata={"states": json.dumps(heads)}))
         temporary.replace(target)
         self._places |= dict.fromkeys(states, target)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -310,3 +311,18 @@ def test_training_with_muon_resumes_to_the_bit(tmp_path):
         trained(tmp_path / "killed", 6)
     resumed = trained(tmp_path / "killed", 8, resume=True)
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_the_settings_of_a_training_survive_a_full_disk(tmp_path, full_disk, monkeypatch):
+    known = train.model("digits-judge")
+    seen = []
+    made = SimpleNamespace(stages=known.stages, presets=known.presets, train=seen.append)
+    monkeypatch.setattr(train, "model", lambda name: made)
+    monkeypatch.setattr(train, "ship", lambda *place: None)
+    train.main(arguments(tmp_path))
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        train.main(arguments(tmp_path, "--resume"))
+    train.main(arguments(tmp_path, "--resume"))
+    assert len(seen) == 2
+    with pytest.raises(SystemExit, match="begun with seed 0"):
+        train.main(arguments(tmp_path, "--resume", "--seed", "1"))

@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import accel
 from samplers.search.budget import Budget
 from samplers.search.conduct import SearchSettings
 from samplers.search.journal import Journal
+from samplers.search.leg import State
 from samplers.search.particles import Particles
 from samplers.search.random import Random
 from samplers.search.verifiers.pixels import Brightness, Contrast, Darkness, Sharpness
@@ -93,6 +95,25 @@ def test_a_line_cut_off_by_a_kill_is_dropped(pipe, tmp_path):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:4]) + lines[4][:-20])
     assert shown(run(pipe, tmp_path)) == first
+
+
+@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"\x80\x04K\x01."])
+def test_pictures_that_the_disk_lost_are_only_not_shown(pipe, tmp_path, data):
+    first = shown(run(pipe, tmp_path))
+    for path in (tmp_path / "pictures").glob("*.npy"):
+        path.write_bytes(data)
+    assert shown(run(pipe, tmp_path)) == first
+
+
+@pytest.mark.parametrize("line", [b"[]", b"3", b"{}", b"not JSON"])
+def test_a_damaged_journal_says_so(pipe, tmp_path, line):
+    run(pipe, tmp_path)
+    path = tmp_path / "journal.jsonl"
+    lines = path.read_bytes().splitlines()
+    for damaged in ([line, *lines[1:]], [*lines, line]):
+        path.write_bytes(b"\n".join(damaged) + b"\n")
+        with pytest.raises(ValueError, match=r"is damaged|of another search"):
+            run(pipe, tmp_path)
 
 
 def test_more_budget_goes_on(pipe, tmp_path, counting):
@@ -228,3 +249,13 @@ def test_what_was_rendered_alone_is_delivered_without_rendering_again(pipe, tmp_
     again = run(pipe, tmp_path, Random(), Budget(renders=1)).winners[0]
     assert again.ledger.by_purpose["delivery"].evaluations == 0
     assert np.array_equal(again.frames, found[0].frames)
+
+
+def test_a_full_disk_is_told_as_such_where_states_are_kept(tmp_path, full_disk):
+    journal = Journal(tmp_path, {"of": "this"})
+    states = {"x": (State(1, torch.zeros(1, 64)), None)}
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        journal.keep_states(0, "unit", states)
+    journal.keep_states(0, "unit", states)
+    assert journal.state("x", "cpu")[0].sample.shape == (1, 64)
+    journal.close()
