@@ -168,14 +168,13 @@ class Artifact:
                 raise ValueError(f"{path}: SHA-256 is {found[:12]}…, expected {ref.sha256[:12]}…")
         try:
             header = _read_header(data)
-            tensors = load(data)
-        except (SafetensorError, ValueError, KeyError) as error:
+            if header.pop("format", None) != FORMAT:
+                raise ValueError("it was written by another major version of accel")
+            fingerprint = Fingerprint.from_json(header.pop("fingerprint"))
+            header["grid"] = tuple(header["grid"])
+            return cls(fingerprint=fingerprint, tensors=load(data), **header)
+        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not an accel artifact: {error}") from error
-        if header.pop("format") != FORMAT:
-            raise ValueError(f"{path} was written by another major version of accel")
-        fingerprint = Fingerprint.from_json(header.pop("fingerprint"))
-        header["grid"] = tuple(header["grid"])
-        return cls(fingerprint=fingerprint, tensors=tensors, **header)
 
     def check_model(self, module: Any) -> None:
         """Raises ``ValueError`` saying why this artifact is not for ``module``."""

@@ -164,9 +164,11 @@ def measured(
         for i, path in enumerate(paths):
             name = f"{denoiser.slot}.{path}"
             file = folder.path / f"{name}.json"
-            if not file.is_file():
-                write_atomically(file, json.dumps(_costs_of(one, path, wanted)).encode())
-            found.append(_read_costs(name, json.loads(file.read_text("utf-8"))))
+            if (kept := _kept(name, file)) is None:
+                costs = json.dumps(_costs_of(one, path, wanted))
+                write_atomically(file, costs.encode())
+                kept = _read_costs(name, costs)
+            found.append(kept)
             spoils = ", ".join(f"{b} bits {found[-1].error[b] ** 0.5:.5f}" for b in FORMATS)
             say(f"{denoiser.slot} {i + 1}/{len(paths)} {path}: relative error {spoils}")
     return found
@@ -191,8 +193,17 @@ def _costs_of(one: OneDenoiser, path: str, wanted: list[list[Tensor]]) -> dict[s
     return found
 
 
-def _read_costs(name: str, record: dict[str, dict[str, Any]]) -> LayerCosts:
-    return LayerCosts(name, **{k: {int(b): x for b, x in v.items()} for k, v in record.items()})
+def _read_costs(name: str, text: str | bytes) -> LayerCosts:
+    costs = json.loads(text)
+    return LayerCosts(name, **{k: {int(b): x for b, x in v.items()} for k, v in costs.items()})
+
+
+def _kept(name: str, file: Path) -> LayerCosts | None:
+    """``None`` if the layer was not measured, or its file was damaged: then it is done again."""
+    try:
+        return _read_costs(name, file.read_bytes()) if file.is_file() else None
+    except (ValueError, AttributeError, TypeError):
+        return None
 
 
 def _spoils(one: OneDenoiser, own: Any, layer: Any, wanted: list[list[Tensor]]) -> float:

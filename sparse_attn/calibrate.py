@@ -188,7 +188,11 @@ def _sample(pipe: Any, arguments: dict[str, Any], at: int) -> Tensor:
 
 
 def _kept(file: Path | None) -> dict[str, Any] | None:
-    return json.loads(file.read_text("utf-8")) if file is not None and file.is_file() else None
+    """``None`` if there are no figures, or their file was damaged: then they are made again."""
+    try:
+        return json.loads(file.read_bytes()) if file is not None and file.is_file() else None
+    except ValueError:
+        return None
 
 
 def _key(pipe: Any, settings: CalibrationSettings) -> str:

@@ -113,8 +113,7 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     files = content.get("files")
     if not isinstance(content.get("identity"), str) or not isinstance(files, list):
         return None
-    good = all(isinstance(file, dict) and _is_plain_name(file.get("name")) for file in files)
-    return content if good else None
+    return content if all(_is_listed(file) for file in files) else None
 
 
 def is_complete(folder: Path, content: dict[str, Any], *, thorough: bool = False) -> bool:
@@ -144,6 +143,14 @@ def result_of(content: dict[str, Any]) -> dict[str, Any]:
 
 def _names(content: dict[str, Any]) -> set[str]:
     return {file["name"] for file in content["files"]}
+
+
+def _is_listed(file: Any) -> bool:
+    """Whether an entry of a sidecar's files is what `Medium.as_json` says of one."""
+    if not isinstance(file, dict) or not _is_plain_name(file.get("name")):
+        return False
+    digests = (file.get("sha256"), file.get("frames_sha256"))
+    return isinstance(file.get("bytes"), int) and all(isinstance(x, str) for x in digests)
 
 
 def _is_plain_name(name: Any) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apps.render.driver import RunOptions, Summary, submit
 from apps.render.environment import versions
@@ -20,16 +20,31 @@ from apps.render.plan import PlannedTask, recipe_sha256
 from apps.render.progress import Progress
 from samplers.search.path import read_path
 
-_PAYLOAD = {
-    "job",
-    "model",
-    "model_revision",
-    "recipe",
-    "recipe_sha256",
-    "threads",
-    "dtype",
-    "device",
-}
+
+class _Payload(BaseModel):
+    """What a payload must hold; what else it says, a worker knows or leaves alone."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["render"] = "render"
+    job: Job
+    model: str
+    model_revision: str
+    recipe: str | None
+    recipe_sha256: str | None
+    threads: int = Field(ge=1, le=1024)
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: str
+
+
+class _Record(BaseModel):
+    """What an output carries."""
+
+    model_config = ConfigDict(strict=True)
+
+    payload: _Payload
+    versions: dict[str, str] = {}
+    expected: list[str] = Field(min_length=1)
 
 
 @dataclass
@@ -89,15 +104,12 @@ def read_record(file: Path) -> dict[str, Any]:
         found = _from_sidecar(file)
     if found is None:
         raise ValueError(f"{file}: carries no record of how it was made, and has no sidecar")
-    payload = found.get("payload")
-    if not isinstance(payload, dict) or not payload.keys() >= _PAYLOAD:
-        raise ValueError(f"{file}: its record is incomplete")
     try:
-        Job.model_validate(payload["job"])
+        _Record.model_validate(found)
     except ValidationError as error:
-        raise ValueError(
-            f"{file}: its record holds no valid job: {error.error_count()} errors"
-        ) from None
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{file}: its record cannot be used: {place}: {first['msg']}") from None
     return found
 
 

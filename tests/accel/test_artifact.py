@@ -137,6 +137,15 @@ def test_plain_safetensors_and_other_formats(tmp_path, dit):
     save_file({"x": torch.ones(1)}, path, metadata={"accel": json.dumps({"format": 99})})
     with pytest.raises(ValueError, match="another major version"):
         Artifact.load(path)
+    for header in ("[]", "{}", '{"format": 1}', '{"format": 1, "fingerprint": 3}'):
+        save_file({"x": torch.ones(1)}, path, metadata={"accel": header})
+        with pytest.raises(ValueError, match="not an accel artifact"):
+            Artifact.load(path)
+    _artifact(dit).save(path)
+    data = path.read_bytes().replace(b'\\"guidance\\"', b'\\"guidanxe\\"')
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="guidanxe"):
+        Artifact.load(path)
     with pytest.raises(FileNotFoundError):
         Artifact.load(ArtifactRef(str(tmp_path / "none"), ""))
 

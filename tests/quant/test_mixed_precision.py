@@ -115,6 +115,16 @@ def test_layers_are_measured_alone(costs):
     }
 
 
+def test_a_layer_whose_file_is_damaged_is_measured_again(costs):
+    layers, folder, inputs = costs
+    files = sorted(folder.glob("transformer*.json"))[:2]
+    for file, data in zip(files, (file.read_bytes()[:20] for file in files), strict=True):
+        file.write_bytes(data)
+    files[1].write_bytes(b"[]")
+    again = measured(tiny("dit").pipe, inputs, HOW, str(folder), say=lambda _: None)
+    assert [layer.error for layer in again] == [layer.error for layer in layers]
+
+
 def test_a_calibration_follows_the_plan(costs, tmp_path, fit):
     layers, *_ = costs
     plan = within(layers, "bytes", 0.3)

@@ -166,6 +166,10 @@ def test_a_stopped_calibration_goes_on(host, tmp_path):
     runs.clear()
     SubblockLSE.calibrate(host.pipe, calls, SETTINGS, parts)
     assert not runs
+    damaged = max(tmp_path.glob("*.json"), key=lambda file: file.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    SubblockLSE.calibrate(host.pipe, calls, SETTINGS, parts)
+    assert runs.count("run") == 1 + SETTINGS.stages, "one input is measured again"
     for name, tensor in whole.tensors.items():
         assert torch.allclose(tensor, again.tensors[name], rtol=1e-6), name
     unsubscribe()

@@ -81,6 +81,8 @@ def test_damage_is_noticed(tmp_path):
         {"files": [{"name": "/etc/passwd.png"}]},
         {"files": [{"name": ".bashrc.png"}]},
         {"files": ["a.png"]},
+        {"files": [{"name": "a.png"}]},
+        {"files": [{"name": "a.png", "bytes": "7", "sha256": "0", "frames_sha256": "0"}]},
     ],
 )
 def test_foreign_sidecars_are_not_believed(tmp_path, change):

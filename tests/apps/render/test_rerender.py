@@ -59,10 +59,24 @@ def test_files_that_say_nothing(rendered, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_record(tmp_path / "none.png")
     content = json.loads((rendered / "a.json").read_text())
-    for change in ({"payload": {}}, {"payload": content["payload"] | {"job": {"sed": 1}}}):
+    payload = content["payload"]
+    for change, place in (
+        ({"payload": {}}, "payload.job"),
+        ({"payload": payload | {"job": {"sed": 1}}}, "payload.job.sed"),
+        ({"payload": payload | {"kind": "anything"}}, "payload.kind"),
+        ({"payload": payload | {"model": 3}}, "payload.model"),
+        ({"payload": payload | {"recipe": [1]}}, "payload.recipe"),
+        ({"payload": payload | {"threads": "many"}}, "payload.threads"),
+        ({"payload": payload | {"dtype": "load"}}, "payload.dtype"),
+        ({"versions": ["torch"]}, "versions"),
+    ):
         (tmp_path / "c.json").write_text(json.dumps(content | change))
-        with pytest.raises(ValueError, match="its record"):
+        with pytest.raises(ValueError, match=f"its record cannot be used: {place}"):
             read_record(tmp_path / "c.json")
+    del content["files"][0]["frames_sha256"]
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="carries no record"):
+        read_record(tmp_path / "c.json")
 
 
 def test_a_record_cannot_leave_the_folder(rendered, tmp_path):
