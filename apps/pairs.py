@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.render import strict_json
-from apps.render.outputs import is_complete, read_sidecar
+from apps.render.outputs import FIGURES, is_complete, read_sidecar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,9 @@ def finished(folder: Path) -> list[Rendered]:
     found = []
     for path in sorted(folder.glob("*.json")):
         content = read_sidecar(path)
-        if content is not None and is_complete(folder, content):
+        if content is None or FIGURES in content:
+            continue  # no output, or that of an evaluation
+        if is_complete(folder, content):
             found.append(Rendered(folder, content))
     if not found:
         raise ValueError(f"{folder} holds no finished render")

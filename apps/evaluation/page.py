@@ -94,6 +94,8 @@ def is_seen(figure: dict[str, Any]) -> bool:
 def verdict(row: dict[str, Any]) -> str:
     """One recipe in a sentence or two, from its figures alone."""
     parts = []
+    if row["fallbacks"]:
+        parts.append(f"{row['fallbacks']} calls came out broken, made again without it")
     if row["speedup"]:
         parts.append(f"{interval(row['speedup'], 'x')} as fast")
     figures = row["figures"]

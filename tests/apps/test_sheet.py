@@ -87,6 +87,13 @@ def test_nothing_in_common(tmp_path, folders):
         sheet.write_sheet([folders[0], tmp_path / "other"], tmp_path / "sheet.png")
 
 
+def test_an_evaluation_s_own_tasks_are_no_jobs(folders):
+    """`accel sheet` takes the renders below a report, too."""
+    record = {"identity": "0", "stem": "look", "payload": {"what": "look"}, "figures": {}}
+    commit(folders[0], "look", [], record)
+    assert len(finished(folders[0])) == 3
+
+
 def test_what_is_said_of_speed(folders):
     _, rows = sheet.build_rows(folders, {})
     assert rows[1].facts[0] == "500 ms each (median), 4.00x"

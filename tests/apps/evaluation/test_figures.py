@@ -8,7 +8,7 @@ import pytest
 from accel.metrics.distribution import frechet
 from apps.evaluation import figures as module
 from apps.evaluation.figures import Looked, by_label, by_word, figures, unrelated, worst
-from apps.evaluation.page import is_seen
+from apps.evaluation.page import is_seen, verdict
 from apps.evaluation.report import warnings
 from apps.evaluation.tasks import paired
 
@@ -177,3 +177,10 @@ def test_the_warning_of_a_missing_distance_says_how_many_samples_it_wants():
     (said,) = warnings(found, 64)
     assert "of 64 features it wants at least 128 samples" in said
     assert warnings(found, None) == []
+
+
+def test_calls_that_came_out_broken_lead_what_is_said_of_a_recipe():
+    same = {"estimate": 100.0, "low": 100.0, "high": 100.0}
+    row = {"fallbacks": 2, "speedup": None, "figures": {"psnr": {"value": same}}}
+    assert verdict(row).startswith("2 calls came out broken, made again without it; PSNR 100.0")
+    assert verdict(row | {"fallbacks": 0}).startswith("PSNR")
