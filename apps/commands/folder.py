@@ -27,7 +27,7 @@ def status(
     folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False
 ) -> None:
     """Say how far a render is, which jobs failed and why."""
-    with told(), _ledger(folder) as ledger:
+    with told(), _ledger(folder, to_read=True) as ledger:
         counts, tasks = ledger.counts(), ledger.tasks("running", "failed")
     if as_json:
         rows = [{"name": t.payload["stem"], "state": t.state, "error": t.error} for t in tasks]
@@ -79,12 +79,14 @@ def cancel(folder: Folder, jobs: Jobs = None) -> None:
     typer.echo(f"{now} cancelled, {asked} running asked to stop")
 
 
-def _ledger(folder: Path) -> Ledger:
-    from apps.render.ledger import Ledger, LedgerCorrupt
+def _ledger(folder: Path, *, to_read: bool = False) -> Ledger:
+    from apps.render.ledger import Ledger, LedgerCorrupt, is_writable
     from apps.render.recovery import LEDGER_FILE
 
     if not (folder / LEDGER_FILE).is_file():
         raise fail(f"{folder} holds no render (no {LEDGER_FILE})")
+    if to_read and not is_writable(folder):
+        return Ledger.look(folder / LEDGER_FILE)
     try:
         return Ledger.open(folder / LEDGER_FILE)
     except LedgerCorrupt as error:

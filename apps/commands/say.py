@@ -34,7 +34,7 @@ def told() -> Iterator[None]:
         yield
     except JobFileError as error:
         raise fail(error.problems) from None
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
         raise fail(f"the ledger cannot be used: {error}") from None
     except WorkersDie as error:
         raise fail(str(error), code=1) from None

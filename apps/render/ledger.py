@@ -12,6 +12,7 @@ ever held, or finished, twice. One host only (SQLite's locks do not work over NF
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,8 +132,15 @@ class Ledger:
 
     @classmethod
     def look(cls, path: Path) -> Ledger:
-        """Open an existing ledger to read only, without checking it: quick, however large it is."""
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
+        """Open an existing ledger to read only, without checking it: quick, however large it is.
+
+        In a folder that cannot be written SQLite cannot share a ledger; one that nobody has open
+        needs no sharing.
+        """
+        uri = f"{path.resolve().as_uri()}?mode=ro"
+        if not is_writable(path.parent) and not path.with_name(f"{path.name}-wal").exists():
+            uri += "&immutable=1"
+        connection = sqlite3.connect(uri, uri=True, timeout=5)
         connection.row_factory = sqlite3.Row
         return cls(connection, time.time)
 
@@ -349,6 +357,11 @@ class Ledger:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder: by its rights and its file system."""
+    return os.access(folder, os.W_OK)
 
 
 def integrity_problem(path: Path) -> str | None:

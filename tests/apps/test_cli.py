@@ -140,6 +140,28 @@ def test_a_damaged_ledger_is_explained(cli, tmp_path, tiny_model, job_file, rows
     assert "1 done" in cli("status", out).output
 
 
+def test_status_of_a_folder_that_cannot_be_written(
+    cli, tmp_path, monkeypatch, rows, job_file, tiny_model
+):
+    from apps.render import ledger
+
+    out = tmp_path / "out"
+    arguments = ("--model", tiny_model, "--out", out, "--device", "cpu", "--progress", "none")
+    assert cli("render", job_file(rows(1)), *arguments).exit_code == 0
+    monkeypatch.setattr(ledger, "is_writable", lambda folder: False)
+    written = []
+    connect = ledger.sqlite3.connect
+    monkeypatch.setattr(
+        ledger.sqlite3, "connect", lambda at, **how: written.append(at) or connect(at, **how)
+    )
+    assert "1 done" in cli("status", out).output
+    assert [at.endswith("?mode=ro&immutable=1") for at in written] == [True]
+    (out / "ledger.sqlite").write_bytes(b"x" * 5000)
+    told = cli("status", out)
+    assert (told.exit_code, len(told.stderr.splitlines())) == (2, 1)
+    assert "the ledger cannot be used: file is not a database" in told.stderr
+
+
 def test_schema_and_catalogue(cli):
     assert json.loads(cli("schema").output)["title"] == "Job"
     assert isinstance(json.loads(cli("methods", "--json").output), list)
