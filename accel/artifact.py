@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -214,9 +215,9 @@ def versions() -> dict[str, str]:
 
 
 def write_atomically(target: Path, data: bytes) -> None:
-    """Put ``data`` under ``target`` whole or not at all, and durably."""
+    """Put ``data`` under ``target`` whole or not at all, and durably; any thread may."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
+from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest, write_atomically
 from accel.patch import Patch
 from accel.testing import tiny
 
@@ -43,6 +44,13 @@ def test_round_trip(tmp_path, dit):
     assert "diffusers" in read.versions
     read.check_model(dit)
     assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "b.safetensors"]
+
+
+def test_threads_may_write_one_file(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_atomically(tmp_path / "a", bytes([i]) * 1000), range(64)))
+    assert len(set((tmp_path / "a").read_bytes())) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
