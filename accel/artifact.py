@@ -177,6 +177,11 @@ class Artifact:
         except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not an accel artifact: {error}") from error
 
+    def check_method(self, method: str) -> None:
+        """Raises ``ValueError`` if this artifact is not for the method of this name."""
+        if self.method != method:
+            raise ValueError(f"the artifact is for {self.method}, not for {method}")
+
     def check_model(self, module: Any) -> None:
         """Raises ``ValueError`` saying why this artifact is not for ``module``."""
         reason = self.fingerprint.mismatch(Fingerprint.of(module), self.match)

@@ -178,6 +178,7 @@ class MagCache(Method):
         live.ratios = self.ratios or (1.0,)
         artifact = Artifact.load(self.artifact) if self.artifact else None
         if artifact is not None:
+            artifact.check_method(self.name())
             live.ratios = tuple(artifact.tensors["ratios"].tolist())
         for denoiser in denoisers(pipe):
             if artifact is not None:

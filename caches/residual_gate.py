@@ -65,6 +65,7 @@ class ResidualGate(Method):
     def build(self, pipe: Any, live: Attached) -> None:
         assert isinstance(live, LiveGate)
         artifact = Artifact.load(self.artifact)
+        artifact.check_method(self.name())
         for denoiser in denoisers(pipe):
             artifact.check_model(denoiser.module)
         live.error = float(artifact.tensors["error"]) if self.error is None else self.error

@@ -53,11 +53,10 @@ class Distilled(Method):
     def build(self, pipe: Any, live: Attached) -> None:
         assert isinstance(live, _LiveStudent)
         artifact = Artifact.load(self.artifact)
+        artifact.check_method(self.name())
         live.denoiser = denoisers(pipe)[0]
         module = live.denoiser.module
         artifact.check_model(module)
-        if artifact.method != self.name():
-            raise ValueError(f"{self.artifact.path} is for {artifact.method}, not {self.name()}")
         live.steps = self.steps or len(artifact.grid)
         if live.steps > len(artifact.grid):
             raise ValueError(

@@ -71,8 +71,7 @@ class OneMoreStep(Method):
     def build(self, pipe: Any, live: Attached) -> None:
         assert isinstance(live, _LiveStep)
         live.artifact = Artifact.load(self.artifact)
-        if live.artifact.method != self.name():
-            raise ValueError(f"{self.artifact.path} is for {live.artifact.method}")
+        live.artifact.check_method(self.name())
         live.artifact.check_model(denoisers(pipe)[0].module)
         live.patch.around(pipe, "encode_prompt", live.encode_prompt)
         live.patch.around(pipe, "prepare_latents", live.prepare_latents)

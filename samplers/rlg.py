@@ -102,9 +102,8 @@ class _LiveRLG(Attached):
         """Raises ``ValueError`` where an artifact is not for this model or method."""
         assert artifact is not None
         found, module = Artifact.load(artifact), self.denoiser.module
+        found.check_method(RLG.name())
         found.check_model(module)
-        if found.method != RLG.name():
-            raise ValueError(f"{artifact.path} is for {found.method}, not {RLG.name()}")
         if compat.is_offloaded(module):
             raise ValueError(
                 "RLG: weights that are moved to and fro (offloading) cannot be exchanged; load the "

@@ -114,8 +114,8 @@ def compared(drafts: np.ndarray, renders: np.ndarray, *, price: float) -> Calibr
     """Scores (inputs, candidates) of drafts and renders of the same seeds."""
     inputs, n = drafts.shape
     rows = np.arange(inputs)
-    first = drafts.argmax(1)
-    got, best, mean = renders[rows, first], renders.max(1), renders.mean(1)
+    first = np.nan_to_num(drafts, nan=-np.inf).argmax(1)  # NaN: could not be scored
+    got, best, mean = renders[rows, first], np.nanmax(renders, 1), np.nanmean(renders, 1)
     ranks = np.array([_spearman(a, b) for a, b in zip(drafts, renders, strict=True)])
     cells = np.stack([ranks, (got == best).astype(float), got - mean, best - mean], 1)
 
@@ -132,11 +132,13 @@ def compared(drafts: np.ndarray, renders: np.ndarray, *, price: float) -> Calibr
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation, ties at their mean rank; NaN where one side does not vary."""
+    """Rank correlation of what both have, ties at their mean rank; NaN where one does not vary."""
+    known = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[known], b[known]
     first, second = (
         np.array([(v < x).sum() + ((v == x).sum() - 1) / 2 for x in v]) for v in (a, b)
     )
-    if min(first.std(), second.std()) == 0:
+    if len(a) < 2 or min(first.std(), second.std()) == 0:
         return float("nan")
     return float(np.corrcoef(first, second)[0, 1])
 

@@ -246,6 +246,10 @@ def test_mag_artifact_of_another_model_is_refused(tmp_path):
     assert Artifact.load(ref).method == "caches.native:MagCache"
     with pytest.raises(ValueError, match="DiTTransformer2DModel"):
         MagCache(artifact=ref).attach(other.pipe)
+    foreign = Artifact.load(ref)
+    foreign.method = "caches.router:RouterCache"
+    with pytest.raises(ValueError, match=r"is for caches\.router:RouterCache"):
+        MagCache(artifact=foreign.save(tmp_path / "other.safetensors")).attach(host.pipe)
 
 
 def test_mean_ratios():

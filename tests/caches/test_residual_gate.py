@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from accel.artifact import ArtifactRef
+from accel.denoiser import denoisers
 from accel.measure import mean_psnr, pipeline_samples
 from accel.method import attached
 from accel.testing import assert_equal, checks, conform
@@ -22,6 +23,7 @@ from caches._gating import (
     slopes,
 )
 from caches.residual_gate import ResidualGate
+from caches.schedule import constant, to_artifact
 
 # Gates so strict that nothing is skipped say so, and tiny runs are short.
 pytestmark = pytest.mark.filterwarnings("ignore::accel.method.NoEffectWarning")
@@ -192,7 +194,12 @@ def test_another_size_and_a_changed_batch_compute():
     assert report["computed"] == 12
 
 
-def test_refusals():
+def test_refusals(tmp_path):
+    columns, grid = ("transformer",), (1.0, 0.5)
+    (denoiser,) = denoisers(tiny("dit").pipe)
+    other = to_artifact(constant(columns, 2), denoiser, method="caches.router:R", grid=grid)
+    with pytest.raises(ValueError, match=r"is for caches\.router:R"):
+        ResidualGate(other.save(tmp_path / "r.safetensors")).attach(tiny("dit").pipe)
     with pytest.raises(ValueError, match="0 or more"):
         ResidualGate(ArtifactRef("x", "y"), -1.0)
     with pytest.raises(ValueError, match="IntervalCache"):

@@ -68,6 +68,16 @@ def test_captured_gain_by_hand():
     assert compared(-renders, renders, price=1.0).captured.estimate < 0
 
 
+def test_what_could_not_be_scored_is_not_drafts_best():
+    renders = np.array([[0.0, 1.0, 2.0, np.nan], [3.0, 0.0, 1.0, 2.0]])
+    drafts = np.array([[0.0, 1.0, np.nan, 0.5], [3.0, 0.0, 1.0, np.nan]])
+    found = compared(drafts, renders, price=0.25)
+    # input 1: 1.0, of best 2.0 and mean 1.0; input 2: 3.0 of 3.0 and mean 1.5
+    assert found.captured.estimate == pytest.approx((0 + 1.5) / (1 + 1.5))
+    assert found.top.estimate == 0.5
+    assert found.rank.estimate == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("bad", [(0, 1), (2, 3), (8, 0)])
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match="DraftCommit"):
