@@ -26,6 +26,7 @@ from accel.measure import load_average
 from accel.method import Method, Recipe
 from accel.settings import Settings
 from benchmarks.bench_native import here, kept_rows
+from benchmarks.density_rows import density
 from benchmarks.digits_study import BATCH, MODEL, SD, command_line, head, inputs, row, study
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import read, write
@@ -54,6 +55,7 @@ def transformer_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str,
     yield from learned(pipe, steps, folder)
     yield from gates(pipe, steps, folder)
     yield from exits(pipe, steps, folder)
+    yield from density(pipe, steps, folder, (0.1, 0.25, 0.5), 0.25)
     for interval in (3, 5, 6, 7, 8):
         yield f"interval, output: {interval}", IntervalCache(interval, 2, 0, "output", 1)
     for interval in (2, 3):

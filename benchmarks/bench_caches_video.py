@@ -29,6 +29,7 @@ from accel.method import Method, Recipe
 from accel.settings import Settings
 from apps.digits_referee import zoo_inputs
 from benchmarks.bench_native import here, kept_rows
+from benchmarks.density_rows import density
 from benchmarks.digits_study import head, loaded, row, study_of
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, add_fresh, read, write
@@ -77,6 +78,7 @@ def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
         yield f"cache-dit {name}: {setting}", partial(CacheDit, Settings(cache), min(most, 1))
     for until in (0.5, 1.0):
         yield f"token merge: first {until:.0%} of the steps", partial(TokenMerge, until)
+    yield from density(pipe, steps, folder, (0.25, 0.5), 0.5)
     calls = [{**call, "output_type": "np"} for call in videos(OTHER + 1, steps)[OTHER:]]
     for quality in QUALITIES:
         yield (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import accel
 from accel.artifact import Artifact
 from benchmarks import bench_caches
 from benchmarks.cache_tables import PEERS
+from benchmarks.density_rows import density
 from benchmarks.digits_study import MODEL, SD
 from caches.evolution import EvolutionCache
 from caches.schedule import of_artifact
@@ -49,6 +51,25 @@ def test_exits_are_controlled_by_their_own_depths(pipe, tmp_path):
         method.attach(pipe).detach()
     shares = [_schedule(rows[f"early exit, forecast: {q} dB asked"]).share() for q in (40, 35, 30)]
     assert shares == sorted(shares, reverse=True)
+
+
+def test_cells_are_controlled_by_tokens_from_anywhere_and_by_no_blocks(pipe, tmp_path):
+    rows = dict(density(pipe, 20, tmp_path, (0.25, 0.5), 0.25))
+    at = "first 25% of the steps"
+    ours, means = rows[f"token density, drawn: {at}"](), rows[f"token density, mean: {at}"]()
+    anywhere = rows[f"control: tokens drawn anywhere, {at}"]()
+    of, control, grid = ours.sparse((2, 3, 5), 7), anywhere.sparse((2, 3, 5), 7), (2, 3, 5)
+    assert control.members.shape == of.members.shape
+    assert not torch.equal(control.members, anywhere.sparse(grid, 8).members)
+    place = [torch.tensor([t // 15, t % 15 // 5, t % 5]) for t in range(30)]
+    chosen = control.members[:, 0].tolist()
+    for token, source in enumerate(control.source.tolist()):
+        far = [int((place[token] - place[other]).square().sum()) for other in chosen]
+        assert far[source] == min(far)
+    schedule = _schedule(rows[f"control: middle blocks left out, {at}"]())
+    assert schedule.rows == ("CSSSSC",) * 5 + ("CCCCCC",) * 15
+    for method in (ours, means, anywhere):
+        method.attach(pipe).detach()
 
 
 def test_bolder_settings_compute_less(pipe, tmp_path):
