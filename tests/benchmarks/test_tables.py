@@ -201,3 +201,16 @@ STUDY = {
     "batch": 2,
     "samples": 4,
 }
+
+
+def test_what_readme_leaves_out_is_no_better_than_its_control():
+    rows = tables.read("caches_20")["rows"]
+    at = "first 25% of the steps"
+    ours = rows[f"token density, drawn: {at}"]["psnr"]
+    control = rows[f"control: tokens drawn anywhere, {at}"]["psnr"]
+    assert ours["low"] < control["high"]
+    listed = [row["name"] for row in tables.index_rows("caches")]
+    assert set(tables.BELOW) <= set(listed)
+    page = (tables.ROOT / "README.md").read_text("utf-8")
+    assert not any(f"| `{name}`" in page for name in tables.BELOW)
+    assert all(f"`{name}`" in page for name in tables.BELOW)
