@@ -1,14 +1,12 @@
 """Spatial token density: run the middle of a transformer on fewer tokens in the noisy steps.
 
 SparseDiT (FlexDiT, arXiv 2412.06028) averages tokens over a coarser grid for a range of blocks and
-trains the model for it. Here without training: F, the blocks between the first and the last ones,
+trains the model for it. Here, without training, F, the blocks between the first and the last ones,
 sees one token for each cell of side x side of a frame, and the cell gets what changed:
-y + up(F(down(y)) - down(y)), which is y where F does nothing. Text stays as it is.
-A mean of tokens has less noise than the model expects at this time, so that it errs ("mean", as
-the paper trains it, is little better than leaving the blocks out); and with one token for all steps
-errors add up. So by default every cell is seen through one of its own tokens, drawn anew each step,
-the same in all samples and guidance branches. In joint attention text weighs more than it did.
-Caches keep more of the picture for as much work: a draft mode, for what they cannot go on.
+y + up(F(down(y)) - down(y)), which is y where F does nothing. Text stays, and weighs more in joint
+attention. Untrained, means do worse than tokens drawn at random: they have less noise than the
+model expects at this time. So a cell is seen through one of its own, drawn anew each step, lest
+errors add up, the same in all samples and guidance branches. Caches keep more for less work.
 Memory: two activations during a call. Waits for nothing; acts inside graphs of `torch.compile`.
 """
 

@@ -40,7 +40,7 @@ def test_conformance(check):
 @pytest.mark.parametrize("pipeline", MODELS)
 def test_conformance_matrix(check, pipeline):
     choose = "drawn" if pipeline == "ltx" else "mean"
-    conform(check, TokenDensity(0.7, 3, choose, first=0), pipeline)
+    conform(check, TokenDensity(0.7, 3, choose, 0, 0), pipeline)
 
 
 @pytest.mark.parametrize(
