@@ -52,7 +52,8 @@ def load(
         trust_remote_code: passed on; off by default.
 
     Raises:
-        ValueError: unknown zoo name, a device that is not here, or a recipe that does not fit.
+        ValueError: unknown zoo name, a device that is not here, a config that is none, or a
+            recipe that does not fit.
         OSError: nothing there that diffusers can load.
     """
     import torch
@@ -65,14 +66,18 @@ def load(
         raise ValueError(f"{folder} holds no diffusers pipeline (no model_index.json)")
     own = str(ref).startswith(ZOO_PREFIX)  # known to be whole: nothing to remark on
     with quiet_loading() if own else contextlib.nullcontext():
-        pipe = DiffusionPipeline.from_pretrained(
-            source,
-            dtype=dtype or torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=folder.is_dir(),
-            **kwargs,
-        )
+        try:
+            pipe = DiffusionPipeline.from_pretrained(
+                source,
+                dtype=dtype or torch.float32,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=folder.is_dir(),
+                **kwargs,
+            )
+        except (AttributeError, LookupError, TypeError) as error:  # a spoiled config
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{source} cannot be loaded by diffusers ({told})") from error
     if device is not None:
         pipe.to(device)
     if (folder / RECIPE_FILE).is_file():

@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed in a recipe")
+            raise yaml.YAMLError("aliases are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -64,6 +64,18 @@ class _Loader(yaml.SafeLoader):
             twice = next(key for key in keys if keys.count(key) > 1)
             raise yaml.YAMLError(f"key {twice!r} stands twice")
         return super().construct_mapping(node, deep)
+
+
+def read_yaml(data: bytes) -> Any:
+    """What a YAML file of one document says, by the loader above.
+
+    Raises:
+        ValueError: it cannot be read; says why in one line.
+    """
+    try:
+        return yaml.load(data.decode("utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def read_recipe(source: str | os.PathLike[str]) -> RecipeFile:
@@ -81,9 +93,9 @@ def read_recipe(source: str | os.PathLike[str]) -> RecipeFile:
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: {len(data)} bytes is too large for a recipe")
     try:
-        content = yaml.load(data.decode("utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from None
+        content = read_yaml(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable recipe: {error}") from None
     try:
         return _from_content(content, path)
     except ValueError as error:

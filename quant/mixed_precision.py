@@ -27,6 +27,7 @@ from accel.artifact import write_atomically
 from accel.denoiser import denoisers
 from accel.method import Recipe
 from accel.patch import Patch
+from accel.recipe_file import read_yaml
 from accel.settings import settings_json
 from quant._parts import Parts, conditions
 from quant._quantise import WHOLE, OneDenoiser, Say, refuse_adapters
@@ -263,8 +264,8 @@ def read_plan(path: Path) -> dict[str, int]:
         ValueError: the file is no plan; says where.
     """
     try:
-        record = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        record = read_yaml(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     layers = record.get("layers") if isinstance(record, dict) else None
     if not isinstance(layers, dict) or not layers:

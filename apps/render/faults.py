@@ -17,7 +17,7 @@ ATTEMPTS = {
     "lost": 3,  # its worker process died
 }
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-_STORAGE_WORDS = ("disk is full", "readonly database", "unable to open database")
+_STORAGE_WORDS = ("disk is full", "disk I/O error", "readonly database", "unable to open database")
 _MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_cpu")
 
 
@@ -99,6 +99,8 @@ def storage_reason(error: BaseException) -> str:
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(error):
         return "the disk is full"
+    if "disk I/O error" in str(error):  # SQLite's word for a full disk, too, where it shares memory
+        return "the disk is full, or fails (disk I/O error)"
     if number in _STORAGE:
         return f"cannot be written ({_one_line(error)})"
     return _one_line(error)

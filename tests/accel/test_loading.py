@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -104,6 +105,23 @@ def test_load_says_what_is_wrong(tmp_path):
         accel.load("zoo:nothing")
     with pytest.raises(ValueError, match="device 'abacus' cannot be used here"):
         accel.load("zoo:digits-dit", device="abacus")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model_index.json", "{}"),
+        ("model_index.json", "[]"),
+        ("model_index.json", '{"_class_name": "NoSuchPipeline"}'),
+        ("transformer/config.json", '{"_class_name": "DiTTransformer2DModel", "num_layers": "x"}'),
+    ],
+)
+def test_a_spoiled_config_is_told_with_its_folder(saved, tmp_path, name, text):
+    folder = tmp_path / "spoiled"
+    shutil.copytree(saved[1], folder)
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"^{folder} cannot be loaded by diffusers"):
+        accel.load(folder)
 
 
 def test_load_dtype_and_recipe_of_hostile_folder(saved):

@@ -21,6 +21,7 @@ CASES = [
     (RuntimeError("boom"), "unknown", True),
     (OSError(errno.ENOSPC, "No space left on device"), "storage", False),
     (sqlite3.OperationalError("database or disk is full"), "storage", False),
+    (sqlite3.OperationalError("disk I/O error"), "storage", False),
     (StorageFault("gone"), "storage", False),
 ]
 
@@ -37,5 +38,6 @@ def test_classes(error, expected, again):
 
 def test_what_a_person_is_told():
     assert storage_reason(OSError(errno.ENOSPC, "x")) == "the disk is full"
+    assert "the disk is full, or" in storage_reason(sqlite3.OperationalError("disk I/O error"))
     assert "cannot be written" in storage_reason(PermissionError(errno.EACCES, "denied"))
     assert "line one line two" in classify(RuntimeError("line one\n  line two")).message
