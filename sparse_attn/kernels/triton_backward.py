@@ -180,9 +180,14 @@ def backward_kv(
 
 
 def config_for(capability: tuple[int, int], width: int, dtype: torch.dtype) -> Config:
-    """Two accumulators and five operands: tiles of 64 x 64, 32 x 32 where they do not fit."""
-    small = dtype == torch.float32 or width > 128 or capability == (0, 0)
-    return Config(32, 32, 4, 1) if small else Config(64, 64, 8, 1)
+    """Two accumulators and five operands: tiles of 64 x 64, 32 x 32 where they do not fit. Loads
+    are ahead of their use (three stages, see `triton_forward.CONFIGS`) where nothing spills then.
+    """
+    if dtype == torch.float32 or width > 128 or capability == (0, 0):
+        return Config(32, 32, 4, 1)
+    part = triton_forward.SAME_AS.get(capability, capability)
+    ahead = part in ((8, 0), (10, 0)) or (part == (9, 0) and width <= 64)
+    return Config(64, 64, 8, 3 if ahead else 1)
 
 
 def constants(
