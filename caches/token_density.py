@@ -51,8 +51,13 @@ class Sparse(NamedTuple):
     source: Tensor
 
     def to(self, device: Any) -> Sparse:
-        inside = None if self.inside is None else self.inside.to(device)
-        return Sparse(self.members.to(device), inside, self.source.to(device))
+        """From host memory, without waiting for the device."""
+
+        def there(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=True)
+
+        inside = None if self.inside is None else there(self.inside)
+        return Sparse(there(self.members), inside, there(self.source))
 
 
 def cells(grid: Grid, side: int) -> Tensor:
@@ -178,7 +183,7 @@ class TokenDensity(Method):
                 f"{said} with means: its rotary tables turn by many radians from one token to the "
                 "next and have no middle; use choose='drawn'"
             )
-        found = blocks[self.first : len(blocks) - self.last]
+        found = blocks[self.first : max(0, len(blocks) - self.last)]
         if not found:
             raise ValueError(
                 f"{said}: first = {self.first} and last = {self.last} leave none of its "

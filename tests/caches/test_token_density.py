@@ -64,6 +64,7 @@ def test_bad_settings(make, words):
         ("ddpm", TokenDensity(), "UNet2DModel"),
         ("ltx", TokenDensity(choose="mean"), "choose='drawn'"),
         ("dit", TokenDensity(first=2), "first = 2 and last = 1 leave none of its 3 blocks"),
+        ("dit", TokenDensity(first=0, last=4), "last = 4 leave none"),
     ],
 )
 def test_refused_by_name(pipeline, method, words):
