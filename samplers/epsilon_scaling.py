@@ -7,13 +7,13 @@ costs nothing, and is what time-shift has to beat.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
+from samplers.predictions import with_sample
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -71,10 +71,7 @@ class _LiveScaling(Attached):
             if factor == 1:
                 return out
             self.count("changed")
-            predicted = self.rescaled(out[0], denoiser.sample(args, kwargs), factor)
-            if dataclasses.is_dataclass(out):
-                return dataclasses.replace(out, sample=predicted)  # type: ignore[type-var]
-            return (predicted, *out[1:])
+            return with_sample(out, self.rescaled(out[0], denoiser.sample(args, kwargs), factor))
 
         return layer
 

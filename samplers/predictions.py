@@ -5,6 +5,7 @@ A noisy sample is x = alpha x_0 + s e; diffusion has alpha^2 + s^2 = 1, a flow 1
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,13 @@ def renoise(x: Tensor, clean: tuple[Any, Any], noisy: tuple[Any, Any], fresh: Te
     rest = s1**2 - (shrunk * s0) ** 2
     added = rest.clamp(min=0).sqrt() if isinstance(rest, Tensor) else max(rest, 0.0) ** 0.5
     return shrunk * x + added * fresh
+
+
+def with_sample(output: Any, sample: Tensor) -> Any:
+    """A denoiser's output, tuple or dataclass, with another sample."""
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    return dataclasses.replace(output, sample=sample)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
 from accel.patch import Patch, exchanged
 from samplers.distillation import merge
+from samplers.predictions import with_sample
 
 BASE = "base"  # the branch of the second call
 
@@ -177,10 +178,3 @@ class _LiveRLG(Attached):
         held = [] if method.artifact is None else list(self.changed.values())
         host = sum(t.nbytes for t in held if t.device.type == "cpu")
         return {"bytes_device": sum(t.nbytes for t in held) - host, "bytes_host": host}
-
-
-def with_sample(output: Any, sample: Tensor) -> Any:
-    """A denoiser's output, tuple or dataclass, with another sample."""
-    if isinstance(output, tuple):
-        return (sample, *output[1:])
-    return dataclasses.replace(output, sample=sample)

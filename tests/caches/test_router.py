@@ -15,6 +15,7 @@ from accel.testing import assert_same_state, checks, conform, host_state, tiny
 from caches._router_training import LiveWalk, Mix, RouterTraining, _Walk, frozen
 from caches.router import RouterCache, RouterTrainer, routed
 from caches.schedule import Schedule, module_columns, of_artifact, to_artifact
+from samplers.swap import SwapScheduler
 
 STEPS = 4
 INPUTS = [
@@ -202,6 +203,17 @@ def test_proxies_are_changes_of_the_final_sample(proxy, reduce, tmp_path):
             want = change.sum() if reduce == "sum" else change.mean()
             assert float(found[t]) == pytest.approx(float(want), rel=1e-4)
             assert want > 0
+
+
+def test_what_is_kept_is_of_its_solver_stage():
+    """As in runs of the schedule: Heun's second stage blends with its own last output."""
+    host = tiny("sd")
+    columns = _columns(host.pipe)
+    with attached([SwapScheduler("HeunDiscreteScheduler"), _Walk(columns)], host.pipe) as live:
+        walk = live.members[1]
+        walk.scores = [torch.full((len(columns),), 0.5)] * STEPS
+        host.run(num_inference_steps=STEPS)
+        assert {stage for _, stage, _ in walk.kept} == {0, 1}
 
 
 def test_thresholding_and_bounds():
