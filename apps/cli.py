@@ -6,6 +6,8 @@ Nothing heavy is imported until a command runs, so that `accel --help` answers a
 from __future__ import annotations
 
 import importlib
+import io
+import sys
 
 import typer
 
@@ -26,6 +28,8 @@ for _name in COMMANDS:
 
 def main() -> None:
     """Entry point; errors a person can act on are one line on stderr (`commands/say.py`)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be UTF-8
     app()
 
 

@@ -162,3 +162,14 @@ def test_inputs_are_json():
     assert inputs_digest([{"a": 1, "b": 2}]) == inputs_digest([{"b": 2, "a": 1}])
     with pytest.raises(TypeError):
         inputs_digest([{"latents": torch.ones(1)}])
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_old_one(tmp_path, full_disk):
+    target = tmp_path / "kept.json"
+    write_atomically(target, b"old")
+    with full_disk(), pytest.raises(OSError, match="File too large") as caught:
+        write_atomically(target, b"longer than there is room for")
+    assert caught.value.filename == str(target)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+        ("kept.json", b"old")
+    ]

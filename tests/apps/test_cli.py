@@ -1,5 +1,6 @@
 """The program from outside: quick help, one-line errors, exit codes."""
 
+import io
 import json
 import os
 import resource
@@ -160,6 +161,16 @@ def test_status_of_a_folder_that_cannot_be_written(
     told = cli("status", out)
     assert (told.exit_code, len(told.stderr.splitlines())) == (2, 1)
     assert "the ledger cannot be used: file is not a database" in told.stderr
+
+
+def test_names_that_are_not_utf_8_are_printed_as_they_are(monkeypatch):
+    from apps import cli
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", write_through=True))
+    monkeypatch.setattr(cli, "app", lambda: print(os.fsdecode(b"out/\xff")))
+    cli.main()
+    assert written.getvalue() == b"out/\xff\n"
 
 
 def test_schema_and_catalogue(cli):
