@@ -204,6 +204,8 @@ def test_every_noise_level_counts_as_much():
         seen.rows.append((time, x))
     scheme, _ = activations("auto", torch.eye(4), seen, Groups(times, 1))
     assert scheme == "token"
+    seen.rows = []  # of a layer that ran in no call that was kept
+    assert activations("auto", torch.eye(4), seen, Groups(times, 1))[0] == "static"
 
 
 def test_layers_that_integers_make_slower_stay_whole(tmp_path, fit, monkeypatch):
