@@ -5,14 +5,16 @@ video transformer their tokens are averaged, and what it returns goes to both; n
 and residuals stay at full length. Half the frames cost half the projections and a quarter of the
 scores. Fast motion blurs: a draft mode. Unlike the official code, which takes even counts only,
 any number of frames works, the first one stays alone (causal autoencoders put one picture into it
-and several into each other one), and rotary tables are merged to the middle of a group. Frames are
-neighbours in memory, so nothing is gathered. Acts inside graphs of `torch.compile`, too.
+and several into each other one), and rotary tables are merged to the middle of a group (LTX's turn
+many times from frame to frame and have no middle: a group has those of one of its frames). Frames
+are neighbours in memory, so nothing is gathered. Acts inside graphs of `torch.compile`, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accel.denoiser import Denoiser, denoisers
@@ -27,6 +29,7 @@ VIDEO_CLASSES = (
     "HunyuanVideoTransformer3DModel",
     "LTXVideoTransformer3DModel",
 )
+MANY_TURNS = ("LTXVideoTransformer3DModel",)  # of rotary tables, from frame to frame
 
 
 class Groups(NamedTuple):
@@ -54,16 +57,17 @@ def grouped(grid: tuple[int, int, int], size: int, first_alone: bool) -> Groups:
     return Groups(alone * height * width, (frames - alone) // size, size, height * width)
 
 
-def merged(x: Tensor, of: Groups, axis: int = 1) -> Tensor:
-    """Means over the groups, along the axis of the tokens."""
+def merged(x: Tensor, of: Groups, axis: int = 1, *, one: bool = False) -> Tensor:
+    """Means over the groups, along the axis of the tokens; or `one` of each, next to its middle."""
     import torch
 
     def part(start: int, length: int) -> Tensor:
         return x.narrow(axis, start, length)
 
     middle = part(of.alone, of.end - of.alone).unflatten(axis, (of.groups, of.size, of.frame))
-    mean = middle.mean(axis + 1).flatten(axis, axis + 1)
-    return torch.cat((part(0, of.alone), mean, part(of.end, x.shape[axis] - of.end)), axis)
+    found = middle.select(axis + 1, (of.size - 1) // 2) if one else middle.mean(axis + 1)
+    found = found.flatten(axis, axis + 1)
+    return torch.cat((part(0, of.alone), found, part(of.end, x.shape[axis] - of.end)), axis)
 
 
 def unmerged(x: Tensor, of: Groups) -> Tensor:
@@ -77,14 +81,18 @@ def unmerged(x: Tensor, of: Groups) -> Tensor:
     return torch.cat((x.narrow(1, 0, of.alone), middle, rest), 1)
 
 
-def merged_rotary(tables: tuple[Tensor, Tensor], of: Groups, tokens: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines at the middle of every group.
+def merged_rotary(
+    tables: tuple[Tensor, Tensor], of: Groups, tokens: int, *, one: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines at the middle of every group, or those of `one` of its frames.
 
     The sum of unit vectors at evenly spaced angles points to the middle one, as long as a group
-    spans less than half a turn: neighbours are at most one radian apart.
+    spans less than half a turn: neighbours are at most one radian apart, but in LTX.
     """
     axis = next(i for i, n in enumerate(tables[0].shape) if n == tokens)
-    cos, sin = (merged(t, of, axis) for t in tables)
+    cos, sin = (merged(t, of, axis, one=one) for t in tables)
+    if one:
+        return cos, sin
     length = (cos.square() + sin.square()).sqrt()
     return cos / length, sin / length
 
@@ -147,8 +155,9 @@ class _LiveMerge(Attached):
 
     def adopt(self, denoiser: Denoiser, paths: list[str]) -> None:
         self.around_denoiser(denoiser.slot, self._grouping(denoiser))
+        layer = partial(self._layer, denoiser.cls in MANY_TURNS)
         for path in paths:
-            self.around_call(denoiser.module.get_submodule(path), self._layer, self._layer)
+            self.around_call(denoiser.module.get_submodule(path), layer, layer)
 
     def _grouping(self, denoiser: Denoiser) -> Callable:
         method = self.method
@@ -177,11 +186,11 @@ class _LiveMerge(Attached):
 
         return layer
 
-    def _layer(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _layer(self, turns: bool, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
         groups = self.groups
         if groups is None:
             return call_next(*args, **kwargs)
-        args, kwargs = _merged_call(args, kwargs, groups)
+        args, kwargs = _merged_call(args, kwargs, groups, turns)
         output = call_next(*args, **kwargs)
         if isinstance(output, tuple):
             return (unmerged(output[0], groups), *output[1:])
@@ -192,7 +201,9 @@ NAMES = ("hidden_states", "encoder_hidden_states", "attention_mask")  # of an at
 ROTARY = ("rotary_emb", "image_rotary_emb")
 
 
-def _merged_call(args: tuple, kwargs: dict[str, Any], of: Groups) -> tuple[tuple, dict[str, Any]]:
+def _merged_call(
+    args: tuple, kwargs: dict[str, Any], of: Groups, turns: bool
+) -> tuple[tuple, dict[str, Any]]:
     """An attention's arguments at the merged length; text stays as it is."""
     import torch
 
@@ -206,5 +217,5 @@ def _merged_call(args: tuple, kwargs: dict[str, Any], of: Groups) -> tuple[tuple
         given["attention_mask"] = torch.cat((mask[..., :shorter], mask[..., tokens:]), -1)
     for name in ROTARY:
         if given.get(name) is not None:
-            given[name] = merged_rotary(given[name], of, tokens)
+            given[name] = merged_rotary(given[name], of, tokens, one=turns)
     return tuple(given[name] for name in names), {k: given[k] for k in kwargs}

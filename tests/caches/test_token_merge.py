@@ -107,6 +107,31 @@ def test_rotary_tables_are_those_of_the_middle(layout):
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("size", "places"), [(2, [0, 1, 3, 5, 7]), (3, [0, 2, 5, 7, 8])])
+def test_tables_that_turn_many_times_are_those_of_a_frame(size, places):
+    """As LTX's: the mean of what is hundreds of radians apart is nowhere."""
+    frames, width = 9, 4
+    angles = torch.outer(torch.arange(frames).double(), torch.logspace(3, 0, 5).double())
+    tables = tuple(t.repeat_interleave(width, 0) for t in (angles.cos(), angles.sin()))
+    of = grouped((frames, 1, width), size, first_alone=True)
+    found = merged_rotary(tables, of, frames * width, one=True)
+    for ours, whole in zip(found, tables, strict=True):
+        assert torch.equal(ours, whole.view(frames, width, -1)[places].flatten(0, 1))
+
+
+def test_ltx_has_tables_that_turn_many_times():
+    host = tiny("ltx")
+    made = host.pipe.transformer.rope
+    tables = []
+    made.register_forward_hook(lambda _, __, output: tables.append(output))
+    host.run()
+    cos, sin = tables[0]
+    assert (cos.square() + sin.square() - 1).abs().max() < 1e-5
+    of = grouped((2, 1, cos.shape[1] // 2), 2, first_alone=False)
+    mean_cos, mean_sin = merged(cos, of), merged(sin, of)
+    assert (mean_cos.square() + mean_sin.square()).min() < 0.2, "there would be a middle"
+
+
 def test_a_still_video_is_attended_to_exactly():
     """Equal frames, no positions: doubling keys changes no softmax. What is left is rounding."""
     of = grouped((6, 2, 2), 2, first_alone=False)
