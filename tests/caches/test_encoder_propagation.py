@@ -96,7 +96,7 @@ def test_parity_with_the_algorithm_written_out(parallel):
         hidden, skips = _features(unet, x[0], times[0], states)
         for i, t in enumerate(times):  # the samples of steps 1 and 2 do not enter
             want = _decoded(unet, hidden, skips, t, states)
-            assert torch.allclose(got[i], want, atol=1e-6), f"step {i}"
+            assert torch.allclose(got[i], want, atol=1e-5), f"step {i}"
     columns = len(unet.down_blocks) + 2
     assert report["computed"] == columns
     assert report["reused"] == 2 * columns
