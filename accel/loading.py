@@ -97,18 +97,19 @@ def _require_device(device: Any) -> None:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence diffusers' progress bars and log lines below errors; what is wrong still raises."""
-    from diffusers.utils import logging
+    """Silence progress bars and log lines below errors of diffusers and transformers; what is wrong
+    still raises."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
+    with contextlib.ExitStack() as restored:
+        for logging in (diffusers.utils.logging, transformers.utils.logging):
+            restored.callback(logging.set_verbosity, logging.get_verbosity())
+            if logging.is_progress_bar_enabled():
+                restored.callback(logging.enable_progress_bar)
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def zoo_path(ref: str) -> Path:
