@@ -15,8 +15,8 @@ import argparse
 from typing import Any
 
 from accel import compat
-from accel.measure import environment, load_average
-from accel.method import Recipe
+from accel.measure import environment, load_average, pipeline_samples
+from accel.method import Recipe, attached
 from benchmarks.digits_study import head, row, study
 from benchmarks.results_file import DEVICES, write
 from sparse_attn.backend import AttentionBackend
@@ -24,16 +24,21 @@ from sparse_attn.backend import AttentionBackend
 OWN = "native"  # what the model's processors call; a row of it would be the same on both sides
 
 
-def usable(pipe: Any) -> tuple[list[str], dict[str, str]]:
-    """Names that attach to a pipeline, but its own, and why the others do not."""
+def usable(pipe: Any, call: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Names of what attends in a call of two steps, but the pipeline's own; why others do not."""
     works, refused = [], {}
     for name in sorted(compat.attention_kernels().keys() - {OWN}):
         try:
-            AttentionBackend((name,)).attach(pipe).detach()
+            with attached(AttentionBackend((name,)), pipe) as live:
+                pipeline_samples(pipe, {**call, "num_inference_steps": 2}, 0)
+                (run,) = live.report()["runs"]
         except ValueError as error:
             refused[name] = str(error)
-        else:
+            continue
+        if run["detail"]["attended"]:
             works.append(name)
+        else:
+            refused[name] = "; ".join(run["fallbacks"])
     return works, refused
 
 
@@ -45,11 +50,15 @@ def main() -> None:
     given = parser.parse_args()
     load = load_average()
     bench = study(given.samples, given.device)
-    works, refused = usable(bench.pipe)
+    works, refused = usable(bench.pipe, bench.inputs[0])
     rows = {}
     for name in works:
         recipe = Recipe((AttentionBackend((name,)),))
-        result = bench.compare(recipe, rounds=given.rounds)
+        try:
+            result = bench.compare(recipe, rounds=given.rounds)
+        except ValueError as error:  # flex, off accelerators: not while operations are counted
+            refused[name] = str(error)
+            continue
         rows[name] = row(recipe, result)
         rows[name]["kernels"] = kernels(result.report)
         print(name, rows[name]["speedup"], rows[name]["kernels"], flush=True)

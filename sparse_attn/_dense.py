@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
@@ -58,8 +59,8 @@ def refusal(kernel: Any, heads: int, width: int, like: Tensor) -> str | None:
 
 
 def in_a_line(error: BaseException) -> str:
-    """What an error says; compilers say pages."""
-    said = textwrap.shorten(str(error), 300, placeholder=" ...")
+    """What an error says, the same each time; compilers say pages, and where their objects are."""
+    said = textwrap.shorten(re.sub(r" at 0x[0-9a-f]+", "", str(error)), 300, placeholder=" ...")
     return said.rstrip(".") or type(error).__name__
 
 
