@@ -30,6 +30,7 @@ from benchmarks.density_rows import density
 from benchmarks.digits_study import BATCH, MODEL, SD, command_line, head, inputs, row, study
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import read, write
+from benchmarks.scheduled import scheduled
 from benchmarks.search_schedules import HEADS, SCHEDULES, front
 from caches.early_exit import EarlyExit
 from caches.encoder_propagation import EncoderPropagation
@@ -110,13 +111,9 @@ def searched(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]
     if not (SCHEDULES / f"evolution-{steps}").is_dir():
         return
     found = front(steps)
-    (denoiser,) = denoisers(pipe)
-    pipe.scheduler.set_timesteps(steps)
-    grid = sampling_grid(pipe.scheduler)[1]
 
     def method(schedule: Schedule, name: str) -> EvolutionCache:
-        made = to_artifact(schedule, denoiser, method=EvolutionCache.name(), grid=grid)
-        return EvolutionCache(made.save(folder / f"{name}.safetensors"))
+        return scheduled(schedule, pipe, folder / f"{name}.safetensors")
 
     rng = random.Random(0)
     for quality in QUALITIES:

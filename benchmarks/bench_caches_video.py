@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from accel.artifact import ArtifactRef
-from accel.clock import sampling_grid
-from accel.denoiser import denoisers
 from accel.measure import Study, load_average
 from accel.method import Method, Recipe
 from accel.settings import Settings
@@ -33,11 +31,12 @@ from benchmarks.density_rows import density
 from benchmarks.digits_study import head, loaded, row, study_of
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, add_fresh, read, write
+from benchmarks.scheduled import scheduled
 from caches.evolution import EvolutionCache, EvolutionSearch
 from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from caches.residual_gate import ResidualGate
-from caches.schedule import Schedule, causal, of_artifact, to_artifact
+from caches.schedule import causal
 from caches.token_merge import TokenMerge
 
 MODEL, RESULT = "zoo:digits-wan", "caches_wan"
@@ -105,16 +104,7 @@ def searched(
         later = list(schedule.rows[1:])
         random.Random(0).shuffle(later)
         schedule = causal(replace(schedule, rows=(schedule.rows[0], *later)))
-    return EvolutionCache(_saved(schedule, pipe, folder, f"{quality:g}-{shuffle}"))
-
-
-def _saved(schedule: Schedule, pipe: Any, folder: Path, name: str) -> ArtifactRef:
-    (denoiser,) = denoisers(pipe)
-    pipe.scheduler.set_timesteps(schedule.steps)
-    grid = sampling_grid(pipe.scheduler)[1]
-    made = to_artifact(schedule, denoiser, method=EvolutionCache.name(), grid=grid)
-    assert of_artifact(made) == schedule
-    return made.save(folder / f"{name}.safetensors")
+    return scheduled(schedule, pipe, folder / f"{quality:g}-{shuffle}.safetensors")
 
 
 def gate(pipe: Any, calls: list[dict[str, Any]], folder: Path, quality: float) -> ResidualGate:

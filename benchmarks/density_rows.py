@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from accel.clock import sampling_grid
 from accel.denoiser import Grid, denoisers
+from benchmarks.scheduled import scheduled
 from caches.evolution import EvolutionCache
-from caches.schedule import COMPUTE, SKIP, Schedule, block_columns, to_artifact
+from caches.schedule import COMPUTE, SKIP, Schedule, block_columns
 from caches.token_density import Sparse, TokenDensity, cells
 
 
@@ -50,7 +50,4 @@ def without_middle(pipe: Any, steps: int, folder: Path, like: TokenDensity) -> E
     sparse = "".join(SKIP if column in middle else COMPUTE for column in columns)
     first = round(like.until * steps)
     rows = (sparse,) * first + (COMPUTE * len(columns),) * (steps - first)
-    pipe.scheduler.set_timesteps(steps)
-    grid = sampling_grid(pipe.scheduler)[1]
-    made = to_artifact(Schedule(columns, rows), denoiser, method=EvolutionCache.name(), grid=grid)
-    return EvolutionCache(made.save(folder / f"without-middle-{first}.safetensors"))
+    return scheduled(Schedule(columns, rows), pipe, folder / f"without-middle-{first}.safetensors")

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel.patch import Patch, Trampoline, at_home, values_of
+from accel.testing import GraphKeeper
 
 
 class Doubler(torch.nn.Module):
@@ -186,18 +187,14 @@ def test_layer_follows_a_module_compiled_later():
 def test_modules_that_are_alike_share_a_graph_under_layers():
     """Dynamo would make one for each layered module if callable objects stood in `forward`."""
     torch._dynamo.reset()
-    graphs, patch = [], Patch()
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
+    keeper, patch = GraphKeeper(), Patch()
 
     outer = [torch.nn.Sequential(Doubler()) for _ in range(3)]
     for module in outer:
         patch.around(module[0], "forward", lambda call_next, *a, **k: call_next(*a, **k) + 100)
-        module.compile(fullgraph=True, backend=backend)
+        module.compile(fullgraph=True, backend=keeper)
     assert [float(module(torch.ones(1))) for module in outer] == [102.0] * 3
-    assert len(graphs) == 1
+    assert len(keeper.graphs) == 1
     patch.undo()
     torch._dynamo.reset()
 

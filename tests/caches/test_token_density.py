@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from accel.denoiser import denoisers
 from accel.method import FallbackWarning, attached
 from accel.patch import Patch
-from accel.testing import assert_equal, checks, conform, tiny
+from accel.testing import GraphKeeper, assert_equal, checks, conform, tiny
 from caches.interval import IntervalCache
 from caches.token_density import (
     ROTARY,
@@ -386,16 +386,12 @@ def test_beside_graphs(whole):
     """
     method = TokenDensity(0.5, choose="mean" if whole else "drawn")
     expected_host, host = tiny("wan"), tiny("wan")
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
+    keeper = GraphKeeper()
 
     torch._dynamo.reset()
     transformer = host.pipe.transformer
     for part in [transformer] if whole else transformer.blocks:
-        part.compile(fullgraph=True, backend=backend)
+        part.compile(fullgraph=True, backend=keeper)
     with attached(method, expected_host.pipe):
         expected = expected_host.run()
         longer = expected_host.run(num_inference_steps=6)
@@ -406,4 +402,4 @@ def test_beside_graphs(whole):
     torch._dynamo.reset()
     assert_equal(expected, found, "compiled")
     assert run["fallbacks"] == {}
-    assert len(graphs) == 2
+    assert len(keeper.graphs) == 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from accel.denoiser import denoisers
 from accel.method import FallbackWarning, NoEffectWarning, attached
-from accel.testing import assert_equal, checks, conform, tiny
+from accel.testing import GraphKeeper, assert_equal, checks, conform, tiny
 from caches.token_merge import (
     Groups,
     TokenMerge,
@@ -191,15 +191,11 @@ def test_attention_to_text_may_be_left_alone():
 
 def test_inside_graphs_of_blocks():
     expected_host, host = tiny("wan"), tiny("wan")
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
+    keeper = GraphKeeper()
 
     torch._dynamo.reset()
     for block in host.pipe.transformer.blocks:
-        block.compile(fullgraph=True, backend=backend)
+        block.compile(fullgraph=True, backend=keeper)
     with attached(TokenMerge(0.5), expected_host.pipe):
         expected = expected_host.run()
     with attached(TokenMerge(0.5), host.pipe) as live:
@@ -208,7 +204,7 @@ def test_inside_graphs_of_blocks():
     torch._dynamo.reset()
     assert_equal(expected, found, "compiled")
     assert run["fallbacks"] == {}
-    assert len(graphs) == 2  # with and without groups
+    assert len(keeper.graphs) == 2  # with and without groups
 
 
 def test_groups_are_told_in_tokens():
