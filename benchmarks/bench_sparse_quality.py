@@ -1,7 +1,7 @@
 """What each policy of sparse attention costs in quality, against density, on ``zoo:digits-wan``.
 
     python -m benchmarks.bench_sparse_quality [--videos 32] [--judged 32] [--densities 0.2 0.4]
-                                              [--fresh]
+                                              [--only WORD] [--fresh]
 
 Paired: the same prompts and seeds as the dense model, PSNR of whole videos. Controls keep as many
 blocks drawn at random, with and without means for the rest, and must lose. At one density the
@@ -9,7 +9,8 @@ default policy's parts are taken away one by one, and it, the calibrated one, th
 pattern and the control are judged by the referee (digit, colour, background, motion), on more
 videos. Blocks are small, since a video has 1,280 tokens: nothing here is a speed. Budgets are
 calibrated on other prompts and seeds. Some 700 videos of 6 seconds of one core. Videos are kept
-as they are made, so a stopped study goes on (after a change of code: ``--fresh``).
+as they are made, so a stopped study goes on (after a change of code: ``--fresh``). ``--only``
+measures the rows again that have a word in their names, and leaves the others in the file.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from accel.metrics.fidelity import psnr
 from accel.metrics.statistics import bootstrap
 from apps.digits_referee import digits_referee, zoo_inputs
 from benchmarks.digits_study import weights_sha256, without_folder
-from benchmarks.results_file import DEVICES, add_fresh, write
+from benchmarks.results_file import DEVICES, add_fresh, read, require_machine, write
 from sparse_attn._live import LiveSparse, Place, SparseAttention
 from sparse_attn.adaptive import Adaptive
 from sparse_attn.block_map import keep_share
@@ -88,7 +89,10 @@ def methods(density: float, budgets: Any, parts: bool = True) -> dict[str, Metho
     asked = {**shared, "density": density}
     found: dict[str, Method] = {
         "SubblockLSE": SubblockLSE(**asked, allocate="row"),
-        "SubblockLSE, calibrated": SubblockLSE(**asked, allocate="layer", artifact=budgets),
+        "SubblockLSE, calibrated": SubblockLSE(**asked, artifact=budgets),
+        "SubblockLSE, calibrated, by layer": SubblockLSE(
+            **asked, allocate="layer", artifact=budgets
+        ),
         "Adaptive": Adaptive(**shared, low=density, high=density),
         "TopK": TopK(**asked),
         "SpargePrediction": SpargePrediction(
@@ -102,9 +106,6 @@ def methods(density: float, budgets: Any, parts: bool = True) -> dict[str, Metho
     if parts:
         found |= {
             "SubblockLSE, by layer": SubblockLSE(**asked, allocate="layer"),
-            "SubblockLSE, calibrated, by head": SubblockLSE(
-                **asked, allocate="head", artifact=budgets
-            ),
             "SubblockLSE, no means": SubblockLSE(**asked, allocate="row", pooled=False),
             "control: random blocks, means": RandomMask(**asked, means=True),
         }
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=32)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2, 0.4])
     parser.add_argument("--judged-density", type=float, default=0.2)
+    parser.add_argument("--only", default="", metavar="WORD", help="rows to measure again")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/sparse_quality"))
@@ -183,28 +185,33 @@ def main() -> None:
     key = json.dumps(what, sort_keys=True)
     videos = _Videos(pipe, calls, args.out, key)
     plain, _ = videos.of(Recipe(()), count)
+    study = Study(
+        pipe, calls, seeds=[SEED + i for i in range(count)], timed=1,
+        model={"name": args.model, "weights_sha256": weights},
+    )  # fmt: skip
+    protocol = protocol_of(study, plain, args).as_json()
+    others = kept_figures(args, protocol) if args.only else {}
     budgets = calibrated(pipe, args.out, key)
     foretold = Budgets.load(budgets, pipe)
     rows = {}
     for density in args.densities:
         parts = density == args.judged_density
         for name, method in methods(density, budgets, parts).items():
+            if args.only not in name:
+                continue
             found = row(videos, method, plain, args.videos)
             if isinstance(method, SubblockLSE) and method.artifact is not None:
-                found["expected"] = foretold.at_density(density).quality
+                found |= promised(method, foretold)
             rows[f"{name} @ {density:g}"] = found
             print(
                 f"{name:34} {found['density']:.3f} {found['psnr']['estimate']:.2f} dB", flush=True
             )
+    rows = renewed(others.get("rows", {}), rows)
     judged = verdicts(videos, plain, rows, args, budgets) if args.judged else {}
-    study = Study(
-        pipe, calls, seeds=[SEED + i for i in range(count)], timed=1,
-        model={"name": args.model, "weights_sha256": weights},
-    )  # fmt: skip
-    protocol = protocol_of(study, plain, args)
+    judged = others.get("judged", {}) | judged
     content = {
         "environment": environment(args.device, load_before=before),
-        "protocol": protocol.as_json(),
+        "protocol": protocol,
         "model": args.model,
         "steps": STEPS,
         "guidance": GUIDANCE,
@@ -216,6 +223,33 @@ def main() -> None:
         write_atomically(args.out / "trial.json", json.dumps(content, indent=1).encode())
         return
     write("sparse_quality", args.device, content)
+
+
+def kept_figures(args: argparse.Namespace, protocol: dict[str, Any]) -> dict[str, Any]:
+    """What is in the file. Raises ``ValueError`` where it was measured otherwise."""
+    old = read("sparse_quality", args.device) or {}
+    if old:
+        require_machine(old["environment"], environment(args.device))
+        if (old["protocol"]["sha256"], old["videos"]) != (protocol["sha256"], args.videos):
+            raise ValueError("the rows in the file are of other videos; measure without --only")
+    return old
+
+
+def renewed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of before, but for those measured again, in their order; policies that are no more
+    have none."""
+    rows = old | new
+    densities = sorted({label.rpartition(" @ ")[2] for label in rows}, key=float)
+    labels = [f"{name} @ {asked}" for asked in densities for name in methods(float(asked), None)]
+    return {label: rows[label] for label in labels if label in rows}
+
+
+def promised(method: SubblockLSE, budgets: Budgets) -> dict[str, Any]:
+    """What a calibration expects of a policy that shares out as it did."""
+    if method.allocate not in (None, budgets.allocate):
+        return {}
+    found = budgets.at_density(method.density)
+    return {"expected": found.quality, "expected_extremes": found.extremes}
 
 
 def protocol_of(study: Study, plain: Tensor, args: argparse.Namespace) -> Any:
@@ -244,6 +278,7 @@ def verdicts(
     mean = {n: rows[f"{n} @ {density:g}"]["psnr"]["estimate"] for n in STATIC}
     best = max(mean, key=lambda name: mean[name])
     names = ("SubblockLSE", "SubblockLSE, calibrated", best, "control: random blocks")
+    names = tuple(name for name in names if args.only in name)
     calls = videos.calls[: args.judged]
     referee = digits_referee(calls)
     assert referee is not None

@@ -762,7 +762,7 @@ class QuantKernels(_Strict):
 
 class SparseQualityRow(_Strict):
     """A policy against dense attention. density: counted in the last video. expected: PSNR that its
-    calibration foretold, dB."""
+    calibration foretold, dB; expected_extremes: of its inputs that lose most and least."""
 
     methods: list[MethodRecord]
     density: Share
@@ -771,6 +771,7 @@ class SparseQualityRow(_Strict):
     output_error: Annotated[float, Field(ge=0)]
     fallbacks: dict[str, Count]
     expected: float | None = None
+    expected_extremes: tuple[float, float] | None = None
 
 
 class SparseVerdict(_Strict):

@@ -135,7 +135,10 @@ def _psnr(row: dict[str, Any] | None, asked: float) -> str:
         return "-"
     other = f" (kept {row['density']:.2f})" if abs(row["density"] - asked) > 0.02 else ""
     if row.get("expected") is not None:
-        other += f" (expected {row['expected']:.1f})"
+        other += f" (expected {row['expected']:.1f}"
+        if row.get("expected_extremes"):
+            other += ", {:.1f} to {:.1f} between inputs".format(*row["expected_extremes"])
+        other += ")"
     return span(row["psnr"], "{:.1f}") + other
 
 

@@ -3,10 +3,10 @@
 `accel calibrate sparse` measures the curves (``calibrate.py``); a policy asks for an allocation.
 The best use of a mean density is to go down the convex hulls of all curves at once, always where
 the loss falls fastest: whole layers or stages that need it attend densely, others to little. Within
-a layer the policy shares out by scores, which gains make comparable between heads. An allocation is
-asked for by density or by quality, from one artifact. Losses only rank what can be done: they were
-measured one by one and do not quite add up, so a quality is what runs with whole allocations had
-(`Checks`).
+a layer the policy shares out by scores, head by head, or over all heads, whose scores gains make
+comparable. An allocation is asked for by density or by quality, from one artifact. Losses only rank
+what can be done: they were measured one by one and do not quite add up, so a quality is what runs
+with whole allocations had (`Checks`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from accel.artifact import Artifact, ArtifactRef
 from accel.denoiser import denoisers
+from sparse_attn.block_map import Scope
 
 METHOD = "sparse_attn.subblock_lse:SubblockLSE"
 PARTS = ("losses", "gains", "sigmas", "steps")
@@ -45,9 +46,10 @@ class Curves:
 
 @dataclass(frozen=True, eq=False)
 class Checks:
-    """Qualities of a few allocations, (n,) in dB of PSNR: as losses sum up, and as they were seen.
+    """Qualities of a few allocations in dB of PSNR: as losses sum up, (n,), and as they were seen,
+    (inputs, n); of an artifact that does not tell its inputs apart, (1, n).
 
-    A line is drawn through them.
+    A line is drawn through their means.
     """
 
     summed: np.ndarray
@@ -56,14 +58,22 @@ class Checks:
     @property
     def line(self) -> tuple[float, float]:
         """Slope and offset; where all are alike, an offset alone."""
-        x, y = self.summed - self.summed.mean(), self.seen - self.seen.mean()
+        seen = self.seen.mean(0)
+        x, y = self.summed - self.summed.mean(), seen - seen.mean()
         slope = float((x @ y) / (x @ x)) if np.ptp(x) > 0.1 else 1.0
         slope = max(slope, 0.1)
-        return slope, float(self.seen.mean() - slope * self.summed.mean())
+        return slope, float(seen.mean() - slope * self.summed.mean())
 
     def quality(self, loss: float) -> float:
         slope, offset = self.line
         return math.inf if loss <= 0 else slope * decibels(loss) + offset
+
+    def extremes(self, loss: float) -> tuple[float, float] | None:
+        """Qualities of the inputs that lose most and least; None where they were not told apart."""
+        if len(self.seen) < 2:
+            return None
+        of_inputs = [Checks(self.summed, one[None]).quality(loss) for one in self.seen]
+        return min(of_inputs), max(of_inputs)
 
     def loss(self, quality: float) -> float:
         slope, offset = self.line
@@ -78,13 +88,17 @@ def decibels(loss: float) -> float:
 @dataclass(frozen=True, eq=False)
 class Allocation:
     """shares[slot]: (stages, layers) of blocks to keep. density: mean over calls and layers. loss:
-    sum of what its cells lose. quality: expected PSNR to the sample of dense attention, in dB."""
+    sum of what its cells lose. quality: expected PSNR to the sample of dense attention, in dB, the
+    mean of the inputs; extremes: of the worst and the best of them. allocate: within what a layer's
+    share holds."""
 
     curves: dict[str, Curves]
     shares: dict[str, np.ndarray]
     density: float
     loss: float
     quality: float
+    extremes: tuple[float, float] | None
+    allocate: Scope
 
     def of(self, slot: str, layer: int, sigma: float) -> tuple[float, np.ndarray]:
         """Share of blocks that a layer keeps, and (heads,) gains of its scores."""
@@ -99,6 +113,7 @@ class Budgets:
     ladder: np.ndarray
     curves: dict[str, Curves]
     checks: Checks
+    allocate: Scope
 
     @classmethod
     def load(cls, ref: ArtifactRef, pipe: Any, **wanted: Any) -> Budgets:
@@ -123,16 +138,19 @@ class Budgets:
         missing = [d.slot for d in found if f"{d.slot}/losses" not in tensors]
         if missing:
             raise ValueError(f"{ref.path} has no budgets for {missing[0]}; calibrate again")
-        return cls.of(tensors, [d.slot for d in found])
+        # the first artifacts do not say, and were of layers
+        allocate = artifact.settings.get("allocate", "layer")
+        return cls.of(tensors, [d.slot for d in found], allocate)
 
     @classmethod
-    def of(cls, tensors: dict[str, np.ndarray], slots: list[str]) -> Budgets:
+    def of(cls, tensors: dict[str, np.ndarray], slots: list[str], allocate: Scope) -> Budgets:
         """From an artifact's tensors; without checks losses are taken to add up."""
         exact = np.zeros(1)
         return cls(
             tensors["ladder"],
             {slot: Curves(*(tensors[f"{slot}/{part}"] for part in PARTS)) for slot in slots},
-            Checks(tensors.get("summed", exact), tensors.get("seen", exact)),
+            Checks(tensors.get("summed", exact), np.atleast_2d(tensors.get("seen", exact))),
+            allocate,
         )
 
     def at_density(self, density: float) -> Allocation:
@@ -160,8 +178,11 @@ class Budgets:
             shape = curves.losses.shape[:2]
             shares[slot] = cells.shares[at : at + math.prod(shape)].reshape(shape)
             at += math.prod(shape)
-        quality = self.checks.quality(cells.loss)
-        return Allocation(self.curves, shares, float(cells.density), float(cells.loss), quality)
+        loss = float(cells.loss)
+        return Allocation(
+            self.curves, shares, float(cells.density), loss, self.checks.quality(loss),
+            self.checks.extremes(loss), self.allocate,
+        )  # fmt: skip
 
 
 class _Cells:

@@ -10,8 +10,9 @@ A few inputs are run, and three things are measured of each, every one where it 
 
 Their product is what budgets are made of: the mean squared error of the sample, by stage, layer and
 density. At last the inputs are run with whole allocations of a few densities, whose quality tells
-how these errors sum up. An input takes as long as about two runs, one more for each stage and each
-density that is checked; what was measured is kept, so that a stopped calibration goes on.
+how these errors sum up, and how far inputs lie apart. An input takes as long as about two runs, one
+more for each stage and each density that is checked; what was measured is kept, so that a stopped
+calibration goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from sparse_attn._live import (
     first_of,
     with_text,
 )
-from sparse_attn.block_map import keep_share
+from sparse_attn.block_map import Scope, keep_share
 from sparse_attn.budgets import METHOD, Allocation, Budgets, decibels
 from sparse_attn.estimators import block_scores, complement, weighed
 from sparse_attn.kernels.reference import Pooled
@@ -55,8 +56,8 @@ class CalibrationSettings:
     ladder: densities, ascending, the last 1. tried: the one of them at which layers and stages are
     tried. stages: how many parts the steps are put together in. queries: blocks of queries that are
     attended again at an attention. checked: densities at which whole allocations are run. blocks,
-    pooled, dense: as the policy will have them. Raises ValueError for settings that measure
-    nothing.
+    pooled, dense, allocate: as the policy will have them. Raises ValueError for settings that
+    measure nothing.
     """
 
     ladder: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
@@ -67,6 +68,7 @@ class CalibrationSettings:
     blocks: tuple[int, int] = (256, 64)
     pooled: bool = True
     dense: float = 0.0  # share of the first steps that is left out, as the policy leaves it dense
+    allocate: Scope = "head"
 
     def __post_init__(self) -> None:
         if list(self.ladder) != sorted(set(self.ladder)) or not 0 < self.ladder[0] < 1:
@@ -79,6 +81,10 @@ class CalibrationSettings:
             raise ValueError(f"CalibrationSettings.checked = {self.checked}: within the ladder")
         if self.stages < 1 or self.queries < 1:
             raise ValueError("CalibrationSettings: stages and queries are at least 1")
+        if self.allocate not in get_args(Scope):
+            raise ValueError(
+                f"CalibrationSettings.allocate = {self.allocate!r}: one of {get_args(Scope)}"
+            )
 
 
 def measured_budgets(
@@ -132,22 +138,21 @@ def _check(
     inputs: list[dict[str, Any]],
     tensors: dict[str, Tensor],
     file: Path | None,
-) -> dict[str, list[float]]:
-    """What whole allocations do to the inputs: {"summed", "seen": dB of each checked density}."""
+) -> dict[str, list]:
+    """What whole allocations do to the inputs, in dB: {"summed": (checked,), "seen": (inputs,
+    checked)}."""
     arrays = {name: x.numpy() for name, x in tensors.items()}
-    budgets = Budgets.of(arrays, [d.slot for d in denoisers(pipe)])
+    slots = [d.slot for d in denoisers(pipe)]
+    budgets = Budgets.of(arrays, slots, live.settings.allocate)
     allocations = [budgets.at_density(density) for density in live.settings.checked]
-    seen: list[list[float]] = [[] for _ in allocations]
+    seen: list[list[float]] = []
     for i, arguments in enumerate(inputs):
         plain = _sample(pipe, arguments, i)
-        for allocation, values in zip(allocations, seen, strict=True):
-            live.allocation = allocation
-            values.append(_decibels(_sample(pipe, arguments, i), plain))
-            live.allocation = None
-    found = {
-        "summed": [a.quality for a in allocations],
-        "seen": [sum(values) / len(values) for values in seen],
-    }
+        seen.append([])
+        for live.allocation in allocations:
+            seen[-1].append(_decibels(_sample(pipe, arguments, i), plain))
+        live.allocation = None
+    found = {"summed": [a.quality for a in allocations], "seen": seen}
     if file is not None:
         write_atomically(file, json.dumps(found).encode())
     return found
@@ -236,7 +241,7 @@ class _Probe(SparseAttention, Method):
         if live.tries(place):
             share, gains = live.asks(place)
             scores = block_scores(q, k, live.values, place.blocks, self.pooled)
-            return keep_share(weighed(scores, gains), share, "layer")
+            return keep_share(weighed(scores, gains), share, live.settings.allocate)
         live.saw(q, k, place)
         nq, nk = (-(-x.shape[2] // n) for x, n in zip((q, k), place.blocks, strict=True))
         return torch.ones(*q.shape[:2], nq, nk, dtype=torch.bool, device=q.device)
@@ -428,7 +433,7 @@ def layer_errors(
     whole = _through(right, parts).sum(1).square().sum().clamp(min=1e-30)
     errors = []
     for density in settings.ladder[:-1]:
-        keep = keep_share(weighed(scores, gains), density, "layer")
+        keep = keep_share(weighed(scores, gains), density, settings.allocate)
         errors.append(_through(off(keep), parts).sum(1).square().sum() / whole)
     return torch.stack([*errors, torch.zeros_like(errors[0])]), gains
 

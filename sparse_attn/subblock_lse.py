@@ -6,15 +6,15 @@ over the means of 4x4 sub-blocks of a pair of blocks, normalised by row. With `p
 dropped takes part as one mean key and value a block, weighted by its tokens, in the same softmax
 (Video-BLADE's global branch, but without counting what is kept twice): density 1 is dense
 attention. Then what matters is not the mass but what the mean misses of it, so the mass is
-multiplied by the spread of the block's logits and values (`estimators.loss_by_means`; ours). Scores
-of heads compare once they are calibrated: then a layer's budget is spent where it counts.
+multiplied by the spread of the block's logits and values (`estimators.loss_by_means`; ours).
+Calibrated, each layer has a budget for each noise level.
 Costs no memory beyond the maps and the means, and no synchronisation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from accel.artifact import Artifact, ArtifactRef
 from accel.method import Method
 from sparse_attn._live import LiveSparse, Place, SparseAttention
-from sparse_attn.block_map import keep_share
+from sparse_attn.block_map import Scope, keep_share
 from sparse_attn.budgets import Budgets
 from sparse_attn.calibrate import CalibrationSettings, measured_budgets
 from sparse_attn.estimators import block_scores, complement, weighed
@@ -34,16 +34,16 @@ class SubblockLSE(SparseAttention, Method):
     """Attend to the blocks of keys with the largest estimated softmax mass.
 
     density: share of blocks kept; 1 is dense attention. allocate: within what the share holds, a
-    "row" of blocks, a "head" or a "layer"; None: a layer with an artifact, else a row. pooled: what
-    is dropped takes part as means. artifact: of `accel calibrate sparse`; then `density` is the
-    mean over layers and noise levels, spent where the sample gains most, and scores of heads are
-    weighed by what they were seen to miss.
+    "row" of blocks, a "head" or a "layer"; None: what the artifact was calibrated with (a head, as
+    it comes), without one a row. pooled: what is dropped takes part as means. artifact: of `accel
+    calibrate sparse`; then `density` is the mean over layers and noise levels, spent where the
+    sample gains most. Over a layer, scores of heads are weighed by what they were seen to miss.
     """
 
     PAPER = "SGLang sub-block selection; pooled branch after Video-BLADE, arXiv 2508.10774"
 
     density: float = 0.3
-    allocate: Literal["row", "head", "layer"] | None = None
+    allocate: Scope | None = None
     pooled: bool = True
     artifact: ArtifactRef | None = None
 
@@ -84,7 +84,8 @@ class SubblockLSE(SparseAttention, Method):
         if live.tables is None:
             return keep_share(score, self.density, self.allocate or "row")
         share, gains = live.tables.of(place.denoiser, place.layer, place.sigma)
-        return keep_share(weighed(score, torch.as_tensor(gains)), share, self.allocate or "layer")
+        allocate = self.allocate or live.tables.allocate
+        return keep_share(weighed(score, torch.as_tensor(gains)), share, allocate)
 
     def pool(self, k: Tensor, v: Tensor, keep: Tensor, place: Place) -> Pooled | None:
         return complement(k, v, keep, place.blocks[1]) if self.pooled else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from apps.commands.drafts import draft
 from apps.commands.say import told
 
 if TYPE_CHECKING:
+    from sparse_attn.budgets import Allocation
     from sparse_attn.subblock_lse import SubblockLSE
 
 commands = typer.Typer(no_args_is_help=True, help="Measure what a method needs to know of a model.")
@@ -82,7 +84,7 @@ def sparse(
         budgets = Budgets.load(ref, pipe)
         chosen = budgets.at_quality(quality) if density is None else budgets.at_density(density)
         method = SubblockLSE((dense, 0.0), blocks, density=min(1.0, chosen.density), artifact=ref)
-        typer.echo(f"density {chosen.density:.3f}, expected PSNR {chosen.quality:.1f} dB")
+        typer.echo(f"density {chosen.density:.3f}, expected PSNR {_expected(chosen)}")
         found = held_out(pipe, method, inputs[-1], seeds[-1])
         if found is not None:
             typer.echo(f"on an input held out: density {found[0]:.3f}, PSNR {found[1]:.1f} dB")
@@ -104,6 +106,13 @@ def held_out(
         sample = pipeline_samples(pipe, call, seed)
         detail = live.report()["runs"][0]["detail"]
     return (detail["density"], mean_psnr(sample, plain)) if "density" in detail else None
+
+
+def _expected(chosen: Allocation) -> str:
+    if chosen.extremes is None or math.isinf(chosen.quality):
+        return f"{chosen.quality:.1f} dB"
+    low, high = chosen.extremes
+    return f"{chosen.quality:.1f} dB ({low:.1f} to {high:.1f} between inputs)"
 
 
 def _pipeline(

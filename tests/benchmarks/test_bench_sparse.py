@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ from benchmarks import bench_sparse, bench_sparse_quality, sparse_tables, tables
 from benchmarks.bench_sparse import attention_rows, renewed, timed_in_turn
 from benchmarks.bench_sparse_quality import BLOCKS, RandomMask, methods
 from benchmarks.schema import SparseAttentionRow
+from sparse_attn.budgets import Budgets, Checks, Curves
+from sparse_attn.subblock_lse import SubblockLSE
 
 
 def test_every_round_takes_turns():
@@ -83,8 +88,6 @@ def test_every_policy_is_asked_for_the_same_density():
 
 
 def test_the_random_control_repeats():
-    from types import SimpleNamespace
-
     q = torch.zeros(1, 2, 256, 8)
     place = SimpleNamespace(layer=1, step=2, branch="cond", blocks=BLOCKS)
     one, two = (RandomMask(density=0.5).keep(q, q, place, None) for _ in "12")
@@ -101,11 +104,49 @@ def test_a_judged_density_that_is_not_measured_is_refused_at_once(monkeypatch, c
     assert "none of --densities" in capsys.readouterr().err
 
 
+def test_rows_that_are_not_measured_again_stay_where_they_are():
+    old = {"TopK @ 0.2": 1, "SubblockLSE @ 0.4": 2, "SubblockLSE, of old @ 0.2": 3}
+    new = {"SubblockLSE, calibrated @ 0.2": 4, "SubblockLSE @ 0.4": 5}
+    found = bench_sparse_quality.renewed(old, new)
+    assert list(found.items()) == [
+        ("SubblockLSE, calibrated @ 0.2", 4), ("TopK @ 0.2", 1), ("SubblockLSE @ 0.4", 5)
+    ]  # fmt: skip
+
+
+def test_rows_of_other_videos_or_machines_are_not_put_together(monkeypatch):
+    here = {"hardware": "h", "threads": 1}
+    old = {"environment": here, "protocol": {"sha256": "a"}, "videos": 8}
+    args = SimpleNamespace(device="cpu", videos=8)
+    monkeypatch.setattr(bench_sparse_quality, "read", lambda name, device: old)
+    monkeypatch.setattr(bench_sparse_quality, "environment", lambda device: here)
+    assert bench_sparse_quality.kept_figures(args, {"sha256": "a"}) is old
+    with pytest.raises(ValueError, match="other videos"):
+        bench_sparse_quality.kept_figures(args, {"sha256": "b"})
+    monkeypatch.setattr(bench_sparse_quality, "environment", lambda device: {**here, "threads": 2})
+    with pytest.raises(ValueError, match="threads 1"):
+        bench_sparse_quality.kept_figures(args, {"sha256": "a"})
+
+
+def test_a_promise_is_of_what_shares_out_as_the_calibration_did():
+    curves = Curves(np.array([[[0.1, 0.0]]]), np.ones((1, 1, 1)), np.ones(1), np.ones(1))
+    checks = Checks(np.array([10.0]), np.array([[9.0], [13.0]]))
+    budgets = Budgets(np.array([0.2, 1.0]), {"transformer": curves}, checks, "head")
+    found = [
+        bench_sparse_quality.promised(SubblockLSE(density=0.2, allocate=allocate), budgets)
+        for allocate in (None, "head", "layer")
+    ]
+    assert found[0] == found[1]
+    assert found[0]["expected"] == pytest.approx(11)
+    assert found[0]["expected_extremes"] == pytest.approx((9, 13))
+    assert found[2] == {}
+
+
 def test_the_table_and_the_list_of_methods(monkeypatch):
     """A row a policy, a column a density; what a policy lacks, or keeps otherwise, is said."""
     kept = {"psnr": {"estimate": 30.0, "low": 29.0, "high": 31.0}, "density": 0.2}
     kept["methods"] = [methods(0.2, None)["SubblockLSE"].to_json()]
     more = {**kept, "density": 0.35}
+    foretold = {**kept, "expected": 29.0, "expected_extremes": (25.0, 34.0)}
     judged = {
         "videos": 16,
         "psnr": kept["psnr"],
@@ -125,13 +166,20 @@ def test_the_table_and_the_list_of_methods(monkeypatch):
         "videos": 8,
         "environment": {"hardware": "h", "threads": 1},
         "protocol": {"sha256": "p"},
-        "rows": {"A @ 0.2": kept, "B @ 0.2": more, "A @ 0.4": {**kept, "density": 0.4}},
+        "rows": {
+            "A @ 0.2": kept,
+            "B @ 0.2": more,
+            "A @ 0.4": {**kept, "density": 0.4},
+            "C @ 0.2": foretold,
+        },
         "judged": {"A @ 0.2": judged},
     }
     lines = sparse_tables.quality(result).splitlines()
     assert "20 steps of which the first 20% are dense" in lines[0]
     assert "| A | 30.0 (29.0 to 31.0) | 30.0 (29.0 to 31.0) |" in lines
     assert "| B | 30.0 (29.0 to 31.0) (kept 0.35) | - |" in lines
+    said = "30.0 (29.0 to 31.0) (expected 29.0, 25.0 to 34.0 between inputs)"
+    assert f"| C | {said} | - |" in lines
     assert "| A @ 0.2 | 16 | 30.0 dB | 25.0% (dense 50.0%) | -50.0 to +12.5 |" in lines
 
     monkeypatch.setattr(sparse_tables, "read", lambda name: result)

@@ -21,7 +21,7 @@ def budgets(*curves, steps=(1,)):
     gains = np.ones((*losses.shape[:2], 2))
     sigmas = np.linspace(0.9, 0.1, len(steps))
     found = Curves(losses, gains, sigmas, np.array(steps))
-    return Budgets(LADDER, {"transformer": found}, Checks(np.zeros(1), np.zeros(1)))
+    return Budgets(LADDER, {"transformer": found}, Checks(np.zeros(1), np.zeros((1, 1))), "head")
 
 
 def test_the_hull_leaves_out_what_lies_above():
@@ -74,13 +74,18 @@ def test_stages_are_found_by_noise_level():
 
 
 def test_qualities_follow_what_was_seen():
-    checks = Checks(np.array([20.0, 30.0]), np.array([18.0, 23.0]))  # losses add up to more
+    seen = np.array([[17.0, 21.0], [19.0, 25.0]])
+    checks = Checks(np.array([20.0, 30.0]), seen)  # losses add up to more
     assert checks.quality(1e-2) == pytest.approx(18)
     assert checks.quality(1e-4) == pytest.approx(28)
     assert checks.loss(28) == pytest.approx(1e-4)
     b = dataclasses.replace(budgets([1e-2, 1e-3, 1e-4, 0.0]), checks=checks)
     assert b.at_quality(23).loss == pytest.approx(1e-3)
     assert b.at_density(0.25).quality == pytest.approx(23)
+    assert b.at_density(0.25).extremes == pytest.approx((21, 25))
+    assert b.at_density(0.1).extremes == pytest.approx((17, 19))
+    alone = dataclasses.replace(b, checks=Checks(checks.summed, seen[:1]))
+    assert alone.at_density(0.25).extremes is None
 
 
 def test_what_was_not_measured_is_refused():

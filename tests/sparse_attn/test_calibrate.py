@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,13 +46,16 @@ def answered(host, monkeypatch):
     return host
 
 
+@pytest.mark.parametrize("allocate", ["row", "head", "layer"])
 @pytest.mark.parametrize("pooled", [False, True])
-def test_errors_are_of_the_attention_through_the_projection(pooled):
+def test_errors_are_of_the_attention_through_the_projection(pooled, allocate):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 8, generator=g) for _ in "qkv")
     weight = torch.randn(16, 16, generator=g)
     place = Place((4, 4, 4), gilbert((4, 4, 4)), 0, (16, 16), "transformer", 0, 1, 0, 1, 0.5, "")
-    settings = CalibrationSettings((0.5, 1.0), 0.5, 1, 4, (0.5,), (16, 16), pooled)
+    settings = CalibrationSettings(
+        (0.5, 1.0), 0.5, 1, 4, (0.5,), (16, 16), pooled, allocate=allocate
+    )
     errors, gains = layer_errors(q, k, v, place, settings, weight)
     right = torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
@@ -63,7 +67,7 @@ def test_errors_are_of_the_attention_through_the_projection(pooled):
         return x.transpose(1, 2).flatten(2) @ weight.T
 
     scores = block_scores(q, k, v, (16, 16), pooled)
-    off = missed(keep_share(scores * gains[:, None, None], 0.5, "layer"))
+    off = missed(keep_share(scores * gains[:, None, None], 0.5, allocate))
     share = projected(off).square().sum() / projected(right).square().sum()
     assert errors.tolist() == pytest.approx([share.item(), 0.0], rel=1e-4)
     tried = keep_share(scores, 0.5, "head")
@@ -106,15 +110,44 @@ def test_a_denoiser_that_is_called_at_one_step_has_budgets(monkeypatch):
     assert all(artifact.tensors[f"{slot}/losses"][..., 0].sum() > 0 for slot in steps)
 
 
-def test_a_quality_is_what_a_run_with_the_allocation_had(host, tmp_path):
-    artifact = SubblockLSE.calibrate(host.pipe, [inputs(host)], SETTINGS)
+@pytest.mark.parametrize("allocate", ["head", "layer"])
+def test_a_quality_is_what_runs_with_the_allocation_had(host, tmp_path, allocate):
+    """By default they share out as the calibration did, to the inputs that it had."""
+    calls = [{**inputs(host), "height": 32, "guidance_scale": scale} for scale in (5.0, 3.0)]
+    artifact = SubblockLSE.calibrate(host.pipe, calls, replace(SETTINGS, allocate=allocate))
     ref = artifact.save(tmp_path / "budgets.safetensors")
     (density,) = SETTINGS.checked
-    expected = Budgets.load(ref, host.pipe).at_density(density).quality
-    plain = pipeline_samples(host.pipe, inputs(host), 0)
-    with attached(method(ref, density=density), host.pipe):
-        sample = pipeline_samples(host.pipe, inputs(host), 0)
-    assert mean_psnr(sample, plain) == pytest.approx(expected, abs=1e-3)
+    expected = Budgets.load(ref, host.pipe).at_density(density)
+    seen = runs_with(host, calls, method(ref, density=density))
+    assert expected.quality == pytest.approx(sum(seen) / 2, abs=1e-3)
+    assert expected.extremes == pytest.approx((min(seen), max(seen)), abs=1e-3)
+    other = {"head": "layer", "layer": "head"}[allocate]
+    asked = runs_with(host, calls, method(ref, density=density, allocate=other))
+    assert asked != pytest.approx(seen, abs=1e-2), "what the user asks for is done"
+
+
+def runs_with(host, calls, method):
+    """dB of each input."""
+    found = []
+    for i, call in enumerate(calls):
+        plain = pipeline_samples(host.pipe, call, i)
+        with attached(method, host.pipe):
+            found.append(mean_psnr(pipeline_samples(host.pipe, call, i), plain))
+    return found
+
+
+def test_the_first_artifacts_are_of_layers_and_of_no_inputs(host, tmp_path):
+    """They do not say what they share out within, and have only means of what was seen."""
+    calls = [inputs(host), {**inputs(host), "guidance_scale": 3.0}]
+    artifact = SubblockLSE.calibrate(host.pipe, calls, replace(SETTINGS, allocate="layer"))
+    new = artifact.save(tmp_path / "new.safetensors")
+    del artifact.settings["allocate"]
+    artifact.tensors["seen"] = artifact.tensors["seen"].mean(0)
+    old = artifact.save(tmp_path / "old.safetensors")
+    found, expected = (Budgets.load(ref, host.pipe).at_density(0.4) for ref in (old, new))
+    assert (found.quality, found.extremes) == (pytest.approx(expected.quality), None)
+    ours, theirs = (runs_with(host, calls[:1], method(ref, density=0.4)) for ref in (old, new))
+    assert ours == theirs
 
 
 def method(ref, **settings):
@@ -201,6 +234,7 @@ def test_other_artifacts_are_refused(host, tmp_path):
         {"checked": (0.01,)},
         {"stages": 0},
         {"queries": 0},
+        {"allocate": "block"},
     ],
 )
 def test_bad_settings(settings):

@@ -48,11 +48,13 @@ def calibrate(folder, *more: str):
 def test_writes_a_recipe_of_a_quality_and_goes_on(folder):
     result = calibrate(folder, "--quality", "45")
     assert result.exit_code == 0, result.output
-    expected = re.search(r"density (\S+), expected PSNR (\S+) dB", result.output)
+    said = r"density (\S+), expected PSNR (\S+) dB \((\S+) to (\S+) between inputs\)"
+    expected = re.search(said, result.output)
     held_out = re.search(r"held out: density (\S+), PSNR (\S+) dB", result.output)
     assert expected
     assert held_out
     assert float(expected[2]) >= 45
+    assert float(expected[3]) < float(expected[2]) < float(expected[4])
     assert float(held_out[2]) == pytest.approx(float(expected[2]), abs=10)
     assert 0 < float(held_out[1]) <= 1
     (method,) = read_recipe(folder / "sparse.yaml").recipe.methods
