@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accel.artifact import write_atomically
+from accel.files import write_atomically
 from accel.method import Recipe, live_on
 from accel.recipe_file import read_recipe, write_recipe
 

@@ -23,7 +23,9 @@ from typing import Any
 
 import yaml
 
-from accel.artifact import ArtifactRef, write_atomically
+from accel import strict_yaml
+from accel.artifact import ArtifactRef
+from accel.files import write_atomically
 from accel.method import Method, Recipe
 from accel.methods import resolve
 
@@ -47,37 +49,6 @@ class RecipeFile:
         return self.recipe.digest()
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (no exponential expansion) and without duplicate keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"key {key!r} is not a string")
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.YAMLError(f"key {twice!r} stands twice")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(data: bytes) -> Any:
-    """What a YAML file of one document says, by the loader above.
-
-    Raises:
-        ValueError: it cannot be read; says why in one line.
-    """
-    try:
-        return yaml.load(data.decode("utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
-
-
 def read_recipe(source: str | os.PathLike[str]) -> RecipeFile:
     """Read a recipe file. Artifact paths are relative to it, and must be there; whether their
     content is what the recipe says is checked where it is read, in ``attach``.
@@ -93,7 +64,7 @@ def read_recipe(source: str | os.PathLike[str]) -> RecipeFile:
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: {len(data)} bytes is too large for a recipe")
     try:
-        content = read_yaml(data)
+        content = strict_yaml.read(data)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable recipe: {error}") from None
     try:

@@ -87,9 +87,9 @@ def run(
 
 
 def _run(made: Plan, out: Path, options: RunOptions, progress: Progress | None) -> dict[str, Any]:
+    from accel.files import write_atomically
     from apps.evaluation.page import write_page
     from apps.evaluation.report import build
-    from apps.render.files import write_atomically
 
     folder = out / RENDERS
     files = [str(place) for place in (out, *out.parents) if place.is_file()]

@@ -16,7 +16,7 @@ def store_measured(path: Path, measured: dict[str, Any]) -> None:
     Raises:
         ValueError: the file is not laid out in lines (as JSON, say); it is left as it was.
     """
-    from accel.artifact import write_atomically
+    from accel.files import write_atomically
 
     text = path.read_text("utf-8")
     renewed = with_measured(text, measured)

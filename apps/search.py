@@ -171,7 +171,7 @@ def gains(result: SearchResult) -> dict[str, dict[str, float]]:
 
 def write_record(folder: Path, stem: str, result: SearchResult) -> list[Path]:
     """``STEM.search.json`` (every candidate), a contact sheet and a plot; returns the files."""
-    from apps.render.files import write_atomically
+    from accel.files import write_atomically
     from apps.search_pictures import candidates_png, curve_png
 
     record = json.dumps(result.as_json(), indent=1, sort_keys=True, allow_nan=False)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accel.files import write_atomically
 from apps.pairs import Pair, Rendered, finished, median_seconds, pair
-from apps.render.files import write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw

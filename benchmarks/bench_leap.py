@@ -24,7 +24,7 @@ from samplers.swap import SwapScheduler
 
 MODEL = "zoo:digits-wan"
 EULER = FlowMatchEulerDiscreteScheduler
-STEPS, GUIDANCE, BATCH, SEED = 30, 3.0, 4, 3000
+STEPS, GUIDANCE, BATCH, SEED = 30, 3.0, 2, 3000
 SHARES = (0.2, 0.3, 0.4, 16 / 30, 0.7, 0.85)  # 16 of 30: what the authors' app does
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import accel
-from accel.artifact import write_atomically
+from accel.files import write_atomically
 from accel.loading import zoo_path
 from accel.measure import PLAIN, PSNR_CAP, Study, environment, load_average, pipeline_samples
 from accel.method import Method, Recipe, attached

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from accel import zoo
-from accel.artifact import write_atomically
 from accel.clock import denoiser_modules
+from accel.files import write_atomically
 from accel.measure import environment
 from accel.metrics import judged, memorised
 from accel.metrics.distribution import frechet, kid

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from accel.artifact import write_atomically
+from accel.files import write_atomically
 from apps.evaluate import RENDERS, report
 from apps.evaluation.page import interval, number, verdict
 from apps.evaluation.pictures import difference, frame

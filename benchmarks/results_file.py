@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from accel.artifact import write_atomically
+from accel.files import write_atomically
 from benchmarks.schema import checked
 
 RESULTS = Path(__file__).parent / "results"

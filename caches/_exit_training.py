@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.artifact import write_atomically
 from accel.clock import Run
 from accel.denoiser import Block, denoisers
+from accel.files import write_atomically
 from accel.loop import LoopSettings, fit
 from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached

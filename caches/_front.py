@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accel.artifact import Artifact, ArtifactRef, write_atomically
+from accel.artifact import Artifact, ArtifactRef
+from accel.files import write_atomically
 from caches.schedule import Schedule
 
 FRONT = "front.json"

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.artifact import write_atomically
 from accel.clock import Run
 from accel.denoiser import denoisers
+from accel.files import write_atomically
 from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached
 from caches._outputs import first_leaf, map_tensors

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from accel.artifact import Fingerprint, inputs_digest, write_atomically
+from accel.artifact import Fingerprint, inputs_digest
 from accel.denoiser import denoisers
+from accel.files import write_atomically
 from accel.method import Recipe
 
 LONG = 60  # letters; beyond that a value says nothing to a person

@@ -23,11 +23,11 @@ import yaml
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from accel.artifact import write_atomically
+from accel import strict_yaml
 from accel.denoiser import denoisers
+from accel.files import write_atomically
 from accel.method import Recipe
 from accel.patch import Patch
-from accel.recipe_file import read_yaml
 from accel.settings import settings_json
 from quant._parts import Parts, conditions
 from quant._quantise import WHOLE, OneDenoiser, Say, refuse_adapters
@@ -264,9 +264,9 @@ def read_plan(path: Path) -> dict[str, int]:
         ValueError: the file is no plan; says where.
     """
     try:
-        record = read_yaml(path.read_bytes())
+        record = strict_yaml.read(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     layers = record.get("layers") if isinstance(record, dict) else None
     if not isinstance(layers, dict) or not layers:
         raise ValueError(f"{path} is no plan: it has no `layers`, each with 4, 8 or {WHOLE} bits")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from accel.artifact import write_atomically
 from accel.denoiser import Denoiser, denoisers
+from accel.files import write_atomically
 from accel.patch import Patch
 
 LOW, HIGH = ".lora_A", ".lora_B"  # behind a weight's name: its change is B @ A

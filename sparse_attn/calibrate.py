@@ -29,8 +29,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from accel.artifact import Artifact, Fingerprint, inputs_digest, write_atomically
+from accel.artifact import Artifact, Fingerprint, inputs_digest
 from accel.denoiser import Denoiser, denoisers
+from accel.files import write_atomically
 from accel.measure import pipeline_samples
 from accel.method import Attached, Method, attached
 from sparse_attn._live import (

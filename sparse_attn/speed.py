@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from accel.artifact import write_atomically
 from accel.counting import synchronize
+from accel.files import write_atomically
 from sparse_attn.block_map import BlockMap, keep_share
 from sparse_attn.estimators import subblock_mass
 from sparse_attn.kernels import dispatch

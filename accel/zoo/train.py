@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from accel import zoo
-from accel.artifact import write_atomically
+from accel.files import write_atomically
 from accel.loop import newest_checkpoint
 from accel.measure import hardware
 from accel.zoo.ship import MODELS, model, ship

@@ -29,7 +29,7 @@ Report = dict[str, Any]
 
 def write_page(found: Report, folder: Path, target: Path) -> None:
     """Write the page; `folder` holds the renders, for the pictures."""
-    from apps.render.files import write_atomically
+    from accel.files import write_atomically
 
     write_atomically(target, page(found, folder).encode())
 

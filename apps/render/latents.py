@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from apps.render.files import write_atomically
+from accel.files import write_atomically
 
 
 @dataclass(frozen=True)

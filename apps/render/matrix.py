@@ -18,32 +18,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
+from accel import strict_yaml
 from apps.render import strict_json
 
 MAX_JOBS = 1_000_000
 MAX_YAML_BYTES = 4 << 20
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, refusing aliases (a few of them can mean billions of values)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed")
-        return super().compose_node(parent, index)  # pyright: ignore[reportArgumentType]
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"the key {key!r} is no text; put quotes around it")
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"the key {twice!r} is there twice (mapping at line {line})")
-        return super().construct_mapping(node, deep)
 
 
 def expand(raw: bytes, name: str) -> Iterator[tuple[str, Any]]:
@@ -121,13 +100,9 @@ def _load(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_YAML_BYTES:
         raise ValueError(f"is {len(raw):,} bytes long; at most {MAX_YAML_BYTES:,} are allowed")
     try:
-        document = yaml.load(raw.decode("utf-8"), _Loader)  # _Loader is a SafeLoader
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not valid UTF-8 (byte {error.start + 1})") from None
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(f"is not valid YAML: {error}".split())) from None
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
+        document = strict_yaml.read(raw)
+    except ValueError as error:
+        raise ValueError(f"is {error}") from None
     if document is None:
         raise ValueError("the job file is empty: no job in it")
     if not isinstance(document, dict):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apps.render.files import remove, write_atomically
+from accel.files import remove, write_atomically
 from apps.render.media import encode_mp4, encode_png, encode_raw, frames_sha256
 from apps.render.naming import stem_problem
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accel.files import write_atomically
 from apps.render import strict_json
-from apps.render.files import write_atomically
 from apps.render.identity import identity, model_folder, model_revision
 from apps.render.jobs import JobFileError, PlacedJob
 from apps.render.naming import default_stem, folded, stem_problem

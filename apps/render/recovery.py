@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apps.render.files import clear_temporaries, remove
+from accel.files import clear_temporaries, remove
 from apps.render.ledger import Ledger, LedgerCorrupt, NewTask
 from apps.render.outputs import is_complete, read_sidecar, result_of
 from apps.render.plan import STAGES, PlannedTask

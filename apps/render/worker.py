@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 import accel
+from accel.files import remove
 from accel.loading import quiet_loading
 from apps.render import latents as latents_file
 from apps.render import stages
 from apps.render.environment import versions
 from apps.render.faults import InvalidJob, NotFinite, classify
-from apps.render.files import remove
 from apps.render.identity import model_revision
 from apps.render.outputs import commit, encode_all, result_of
 from apps.render.plan import recipe_sha256

@@ -80,8 +80,8 @@ class Evaluations:
         Raises:
             Refused, ValueError, OSError: it cannot be evaluated; nothing was started.
         """
+        from accel.files import write_atomically
         from apps.evaluate import REQUEST, Request, plan
-        from apps.render.files import write_atomically
         from apps.render.naming import stem_problem
 
         once()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest, write_atomically
+from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
 from accel.patch import Patch
 from accel.testing import tiny
 
@@ -44,13 +43,6 @@ def test_round_trip(tmp_path, dit):
     assert "diffusers" in read.versions
     read.check_model(dit)
     assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "b.safetensors"]
-
-
-def test_threads_may_write_one_file(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: write_atomically(tmp_path / "a", bytes([i]) * 1000), range(64)))
-    assert len(set((tmp_path / "a").read_bytes())) == 1
-    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -162,14 +154,3 @@ def test_inputs_are_json():
     assert inputs_digest([{"a": 1, "b": 2}]) == inputs_digest([{"b": 2, "a": 1}])
     with pytest.raises(TypeError):
         inputs_digest([{"latents": torch.ones(1)}])
-
-
-def test_a_full_disk_is_told_with_the_file_and_leaves_the_old_one(tmp_path, full_disk):
-    target = tmp_path / "kept.json"
-    write_atomically(target, b"old")
-    with full_disk(), pytest.raises(OSError, match="File too large") as caught:
-        write_atomically(target, b"longer than there is room for")
-    assert caught.value.filename == str(target)
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
-        ("kept.json", b"old")
-    ]

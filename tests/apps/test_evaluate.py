@@ -184,7 +184,7 @@ def test_a_report_that_cannot_be_written_is_told_in_one_line(tmp_path, request_o
 
 
 def test_a_full_disk_is_told_with_what_to_do_and_nothing_is_lost(tmp_path, request_of, monkeypatch):
-    from apps.render import files
+    from accel import files
 
     whole = files.write_atomically
 

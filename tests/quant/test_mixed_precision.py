@@ -162,9 +162,9 @@ def test_a_plan_of_another_model_is_refused(tmp_path, fit):
         ("layers: {a: true}", "bits are"),
         ("layers: []", "no plan"),
         ("- 1", "no plan"),
-        ("a: [", "not YAML"),
-        ("layers: " + "[" * 3000, "not YAML"),
-        ("a: &a [1, 1]\nb: &b [*a, *a]\nlayers: {x: *b}", "not YAML: aliases"),
+        ("a: [", "not valid YAML"),
+        ("layers: " + "[" * 3000, "nested too deeply"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nlayers: {x: *b}", "not valid YAML: aliases"),
     ],
 )
 def test_wrong_plans(text, problem, tmp_path):

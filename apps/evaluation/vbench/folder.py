@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accel.files import write_atomically
 from accel.metrics.protocol import Protocol, require_same
 from apps.evaluation.vbench import official
 from apps.evaluation.vbench.native import EXACT
@@ -31,7 +32,6 @@ from apps.evaluation.vbench.suite import (
     Video,
     read_suite,
 )  # fmt: skip
-from apps.render.files import write_atomically
 from apps.render.outputs import is_complete, read_sidecar
 
 if TYPE_CHECKING:
