@@ -99,12 +99,15 @@ class Fingerprint:
 
 
 def _sample_weights(module: Any) -> dict[str, list[tuple[int, float]]]:
+    from torch import nn
+
     from accel.patch import values_of
 
     parameters = {
         name.replace(".base_layer.", "."): p
         for name, p in module.named_parameters()
         if "lora_" not in name and p.is_floating_point() and p.numel() and p.device.type != "meta"
+        if type(p) is nn.Parameter  # torchao's say that they are floating-point, and are not
     }
     names = sorted(parameters)
     stride = max(1, len(names) // SAMPLED_PARAMETERS)

@@ -115,7 +115,8 @@ class Clock:
         self._held = self._deaf = False
         self.run: Run | None = None
         self.now: Now | None = None
-        self.step_tensor = torch.zeros((), dtype=torch.int64)  # for compiled graphs; on CPU
+        with torch.inference_mode(False):  # else it could be set in that mode only
+            self.step_tensor = torch.zeros((), dtype=torch.int64)  # for compiled graphs; on CPU
 
     # -- who uses it -------------------------------------------------------------------------
 

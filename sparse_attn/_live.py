@@ -308,6 +308,11 @@ class LiveSparse(Attached):
 
     def _attend(self, layer: int, layers: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (b, s, h, d) in the host's order, as the result is."""
+        device = q.device.type
+        if torch.is_autocast_enabled(device):  # attention is cast, selection is not
+            inputs = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+            with torch.autocast(device, enabled=False):
+                return self._attend(layer, layers, *inputs)
         geometry = self.geometry
         assert geometry is not None
         if geometry.sequence is not None:
@@ -430,6 +435,7 @@ ORDERS: dict[str, Callable[[Grid], TokenOrder]] = {"gilbert": gilbert, "raster":
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _joint_order(grid: Grid, order: str, text: int, text_last: bool) -> TokenOrder:
     """Of a joint sequence: the video in order, then the text."""
     video, tokens = ORDERS[order](grid).forward, math.prod(grid)

@@ -374,12 +374,15 @@ def _tensor(out: Any) -> Tensor:
 
 
 def _output_weights(denoiser: Denoiser) -> list[Tensor | None]:
-    """The output projection of each attention, (out, heads * d); None where there is none."""
+    """The output projection of each attention, (out, heads * d); None where there is none to be
+    read: it is quantised, or away until it is called."""
     found: list[Tensor | None] = []
     for path in attention_paths(denoiser):
         out = getattr(denoiser.module.get_submodule(path), "to_out", None)
         weight = None if out is None else getattr(out[0], "weight", None)
-        usable = weight is not None and weight.is_floating_point()
+        if type(weight) not in (Tensor, torch.nn.Parameter):  # as quantised layers have
+            weight = None
+        usable = weight is not None and weight.is_floating_point() and not weight.is_meta
         found.append(weight if usable else None)
     return found
 

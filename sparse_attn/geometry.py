@@ -2,7 +2,8 @@
 
 A static pattern is a score for every pair of blocks that depends on places alone; the best share of
 it is kept. So all patterns are compared at equal density, on any grid, and work for any number of
-text tokens. Scores are computed from the places of sub-blocks of tokens; maps are kept by grid.
+text tokens. Scores are computed from the places of sub-blocks of tokens; maps are kept by grid
+(not as inference tensors, wherever they are made first: then no run could have gradients).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def pattern(score: Score, density: float, order: str, q: Tensor, k: Tensor, plac
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _pattern(
     score: Score, density: float, grid: Grid, order: str, text: tuple[int, int],
     blocks: tuple[int, int], device: torch.device,

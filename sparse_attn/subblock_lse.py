@@ -85,7 +85,9 @@ class SubblockLSE(SparseAttention, Method):
             return keep_share(score, self.density, self.allocate or "row")
         share, gains = live.tables.of(place.denoiser, place.layer, place.sigma)
         allocate = self.allocate or live.tables.allocate
-        return keep_share(weighed(score, torch.as_tensor(gains)), share, allocate)
+        if allocate == "layer":  # else heads are not compared
+            score = weighed(score, torch.as_tensor(gains))
+        return keep_share(score, share, allocate)
 
     def pool(self, k: Tensor, v: Tensor, keep: Tensor, place: Place) -> Pooled | None:
         return complement(k, v, keep, place.blocks[1]) if self.pooled else None

@@ -3,7 +3,8 @@
 Blocks of consecutive tokens are what block-sparse attention keeps or drops, so they should be
 compact. The generalised Hilbert curve ("gilbert", J. Cerveny's algorithm for boxes of any size)
 makes them so without padding: blocks of 128 tokens of a 21x30x52 grid have a mean squared radius
-27 times smaller than rows of pixels have. Orders are computed once a grid and kept.
+27 times smaller than rows of pixels have. Orders are computed once a grid and kept (not as
+inference tensors, wherever that is: then no run could have gradients).
 """
 
 from __future__ import annotations
@@ -102,11 +103,13 @@ class TokenOrder:
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _on_device(order: TokenOrder, device: torch.device) -> TokenOrder:
     return TokenOrder(order.forward.to(device), order.back.to(device))
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def gilbert(grid: Grid) -> TokenOrder:
     """Along the generalised Hilbert curve. Raises ValueError for a grid without tokens."""
     frames, height, width = _checked(grid)
@@ -118,6 +121,7 @@ def gilbert(grid: Grid) -> TokenOrder:
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def raster(grid: Grid) -> TokenOrder:
     """As the host lays tokens."""
     frames, height, width = _checked(grid)

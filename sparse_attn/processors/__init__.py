@@ -8,9 +8,9 @@ makes them: these are the only copies of host code here, proved bit-equal by tes
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from sparse_attn.processors.cogvideox import CogVideoXProcessor
+from sparse_attn.processors.cogvideox import CogVideoXProcessor, FusedCogVideoXProcessor
 from sparse_attn.processors.flux import FluxProcessor
 from sparse_attn.processors.hunyuanvideo import HunyuanVideoProcessor
 from sparse_attn.processors.ltx import LTXProcessor
@@ -20,19 +20,17 @@ if TYPE_CHECKING:
     from sparse_attn.processors.site import Site
 
 
-class Family(NamedTuple):
-    """How a model class is served. stock: name of the only processor class that is replaced."""
-
-    processor: Any
-    stock: str
-
-
+# How a model class is served: the processor classes that are replaced, by name, and by what.
+Family = dict[str, Any]
 FAMILIES: dict[str, Family] = {
-    "WanTransformer3DModel": Family(WanProcessor, "WanAttnProcessor"),
-    "CogVideoXTransformer3DModel": Family(CogVideoXProcessor, "CogVideoXAttnProcessor2_0"),
-    "HunyuanVideoTransformer3DModel": Family(HunyuanVideoProcessor, "HunyuanVideoAttnProcessor2_0"),
-    "LTXVideoTransformer3DModel": Family(LTXProcessor, "LTXVideoAttnProcessor"),
-    "FluxTransformer2DModel": Family(FluxProcessor, "FluxAttnProcessor"),
+    "WanTransformer3DModel": {"WanAttnProcessor": WanProcessor},
+    "CogVideoXTransformer3DModel": {
+        "CogVideoXAttnProcessor2_0": CogVideoXProcessor,
+        "FusedCogVideoXAttnProcessor2_0": FusedCogVideoXProcessor,
+    },
+    "HunyuanVideoTransformer3DModel": {"HunyuanVideoAttnProcessor2_0": HunyuanVideoProcessor},
+    "LTXVideoTransformer3DModel": {"LTXVideoAttnProcessor": LTXProcessor},
+    "FluxTransformer2DModel": {"FluxAttnProcessor": FluxProcessor},
 }
 
 
@@ -52,9 +50,9 @@ def processor_for(cls: str, path: str, stock: Any, site: Site) -> Any:
     """
     family = family_of(cls)
     found = type(stock).__name__
-    if found != family.stock:
+    if found not in family:
         raise ValueError(
-            f"sparse attention: {path} of {cls} has a {found}; only {family.stock} can be "
+            f"sparse attention: {path} of {cls} has a {found}; only {' and '.join(family)} can be "
             "replaced. Attach before other processors are set, or set the stock one again"
         )
-    return family.processor(stock, site)
+    return family[found](stock, site)

@@ -30,14 +30,27 @@ class CogVideoXProcessor(SparseProcessor):
 
         text = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        projected = attn.to_q(joint), attn.to_k(joint), attn.to_v(joint)
+        projected = self.projected(attn, joint)
         q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         if image_rotary_emb is not None:
-            q[:, :, text:] = apply_rotary_emb(q[:, :, text:], image_rotary_emb)
-            k[:, :, text:] = apply_rotary_emb(k[:, :, text:], image_rotary_emb)
+            rotate: Any = apply_rotary_emb  # which is said to return pairs, and never does here
+            q[:, :, text:] = rotate(q[:, :, text:], image_rotary_emb)
+            k[:, :, text:] = rotate(k[:, :, text:], image_rotary_emb)
         out = attend(*(x.transpose(1, 2) for x in (q, k, v))).flatten(2, 3)
         out = attn.to_out[1](attn.to_out[0](out))
         said, shown = out.split([text, out.shape[1] - text], dim=1)
         return shown, said
+
+    @staticmethod
+    def projected(attn: Any, joint: Tensor) -> tuple[Tensor, ...]:
+        return attn.to_q(joint), attn.to_k(joint), attn.to_v(joint)
+
+
+class FusedCogVideoXProcessor(CogVideoXProcessor):
+    """For `FusedCogVideoXAttnProcessor2_0`."""
+
+    @staticmethod
+    def projected(attn: Any, joint: Tensor) -> tuple[Tensor, ...]:
+        return attn.to_qkv(joint).chunk(3, dim=-1)

@@ -154,6 +154,31 @@ def method(ref, **settings):
     return SubblockLSE((0.0, 0.0), (16, 16), False, canary=1, artifact=ref, **settings)
 
 
+def test_weights_that_are_away_until_they_are_called(host):
+    """Sequential offloading: errors are of heads apart, not through the projection."""
+    from accelerate import cpu_offload
+
+    for part in host.pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, execution_device=torch.device("cpu"))
+    artifact = SubblockLSE.calibrate(host.pipe, [inputs(host)], SETTINGS)
+    assert (artifact.tensors["transformer/losses"][..., 0] > 0).all()
+
+
+def test_weights_of_a_quantised_model_are_no_reason_to_stop(host, tmp_path):
+    """torchao's say that they are floating-point numbers, and cannot be looked at."""
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(host.pipe.transformer, torchao.Int8WeightOnlyConfig())
+    artifact = SubblockLSE.calibrate(host.pipe, [inputs(host)], SETTINGS)
+    assert (artifact.tensors["transformer/losses"][..., 0] > 0).all()
+    ref = artifact.save(tmp_path / "budgets.safetensors")
+    with attached(method(ref, density=0.4), host.pipe) as live:
+        pipeline_samples(host.pipe, inputs(host), 0)
+        assert live.report()["effect"] == "some"
+    with attached(method(ref, density=0.4), tiny("wan").pipe):
+        pass  # of the same architecture
+
+
 def test_budgets_are_used(host, tmp_path):
     artifact = SubblockLSE.calibrate(host.pipe, [inputs(host)], SETTINGS)
     ref = artifact.save(tmp_path / "budgets.safetensors")

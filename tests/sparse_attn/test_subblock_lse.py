@@ -11,6 +11,7 @@ import torch
 from accel.denoiser import denoisers
 from accel.method import FallbackWarning, Recipe, attached
 from accel.testing import assert_equal, assert_same_state, checks, conform, host_state, tiny
+from sparse_attn import token_order
 from sparse_attn._live import first_of
 from sparse_attn.block_map import BlockMap, block_sizes
 from sparse_attn.estimators import exact_mass, subblock_mass
@@ -231,6 +232,33 @@ def test_a_timestep_for_each_token():
                 kept = transformer(x, timestep, text).sample
             live.clock.end()
     assert (kept - plain).abs().max().item() < 1e-4
+
+
+def test_autocast_casts_what_attends_as_the_host_does():
+    """HunyuanVideo's queries come out of their norms in float32, its values do not."""
+    host = tiny("hunyuanvideo")
+    exact = host.run()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = host.run()
+        with attached(sparse(0.9999), host.pipe):
+            kept = host.run()
+    # no further from the host's than that is from the truth, as everywhere in low precision
+    assert (kept - plain).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+def test_a_run_in_inference_mode_leaves_nothing_that_has_no_gradients():
+    token_order.gilbert.cache_clear()
+    host = tiny("wan")
+    transformer = host.pipe.transformer
+    x, text = torch.randn(1, 4, 3, 4, 8), torch.randn(1, 7, 24)
+    with torch.inference_mode():
+        live = sparse().attach(host.pipe)  # its clock is of this mode
+        host.run()
+    host.pipe.scheduler.set_timesteps(2)
+    with live.clock.at(0):
+        transformer(x, torch.ones(1), text).sample.square().mean().backward()
+    live.detach()
+    assert transformer.blocks[0].attn1.to_q.weight.grad.abs().sum() > 0
 
 
 def test_another_processor_is_refused_by_name():

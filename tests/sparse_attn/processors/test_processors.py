@@ -29,6 +29,7 @@ PIPELINES = {
 SOURCES = {
     "WanAttnProcessor": "13c09feedcfe814a",
     "CogVideoXAttnProcessor2_0": "a1ecc57eaf6a958b",
+    "FusedCogVideoXAttnProcessor2_0": "5a1c50f8bf400f0e",
     "HunyuanVideoAttnProcessor2_0": "9d2e9a44e1dc2bf7",
     "LTXVideoAttnProcessor": "cac2aabbea3a63db",
     "FluxAttnProcessor": "d5b36134887ebe45",
@@ -65,9 +66,7 @@ def replaced(host, patch):
 @pytest.mark.parametrize("fused", [False, True])
 def test_bit_equal_to_the_stock_processor(pipeline, fused):
     host = tiny(pipeline)
-    if fused:
-        if pipeline not in ("wan", "flux"):
-            pytest.skip("fused projections take a processor of their own in this family")
+    if fused:  # HunyuanVideo and LTX go on with the single ones
         host.pipe.transformer.fuse_qkv_projections()
     if pipeline == "hunyuanvideo":  # no padding: a mask of ones, which has a kernel of its own
         host.inputs["negative_prompt_attention_mask"] = torch.ones(1, 7)
@@ -100,8 +99,8 @@ def test_bit_equal_whatever_the_default_of_the_process_is(pipeline):
     assert torch.equal(plain, native) == (pipeline == "cogvideox")
 
 
-@pytest.mark.parametrize("cls", list(FAMILIES))
-def test_the_hosts_source_is_the_one_that_was_copied(cls):
+@pytest.mark.parametrize("name", [name for family in FAMILIES.values() for name in family])
+def test_the_hosts_source_is_the_one_that_was_copied(name):
     import diffusers.models.attention_processor as shared
     from diffusers.models.transformers import (
         transformer_flux,
@@ -110,7 +109,6 @@ def test_the_hosts_source_is_the_one_that_was_copied(cls):
         transformer_wan,
     )
 
-    name = FAMILIES[cls].stock
     modules = (shared, transformer_wan, transformer_ltx, transformer_flux)
     found = next(vars(m)[name] for m in (*modules, transformer_hunyuan_video) if name in vars(m))
     source = inspect.getsource(found.__call__)
