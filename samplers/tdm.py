@@ -9,6 +9,10 @@ student, which runs without.
 Where this leaves the paper (each measured on a ring of Gaussians, where the paper's own settings do
 not converge): several updates of the fake for each of the student, a warm-up of the fake alone, no
 importance weights.
+
+A student that is to run under a recipe is trained under it, such as one with block-sparse
+attention (Video-BLADE, Gu et al. 2025): so is the fake, which is a copy of it, and the teacher is
+not.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from accel.artifact import Artifact, Fingerprint, inputs_digest
-from accel.clock import clock_of
+from accel.clock import Clock, clock_of
 from accel.loop import LoopSettings, fit, step_generator
 from accel.method import Recipe, Trainer, attached
 from accel.settings import Settings
@@ -181,7 +186,8 @@ class TDM(Trainer):
 
         `inputs`: pipeline calls, each a batch of the training; they are made without guidance
         (``guidance_scale=1``, unless they say otherwise). The pipeline is float32 and stays as it
-        is. The student's forwards run `student_recipe`. The artifact is for ``Distilled``.
+        is. The forwards of student and fake run `student_recipe`, of methods that keep nothing from
+        step to step. The artifact is for ``Distilled``.
 
         Raises:
             ValueError: no inputs, a pipeline in half precision, anchors beyond its times, or `out`
@@ -208,7 +214,8 @@ class TDM(Trainer):
             torch.manual_seed(self.seed)
             pair = _Pair(network, self)
         with attached(student_recipe, pipe):
-            losses = _Losses(self, pipe, process, list(zip(calls, bare, strict=True)))
+            pairs = list(zip(calls, bare, strict=True))
+            losses = _Losses(self, clock_of(pipe), process, pairs, bool(student_recipe.methods))
             averages, _ = fit(
                 "tdm",
                 pair,
@@ -284,9 +291,15 @@ class _Pair(nn.Module):
 class _Losses:
     """Loss of a step: `fake_updates` of the fake, then one of the student, on one walk."""
 
-    def __init__(self, settings: TDM, pipe: Any, process: Process, calls: list):
-        self.settings, self.process, self.calls = settings, process, calls
-        self.clock = clock_of(pipe)
+    def __init__(
+        self, settings: TDM, clock: Clock, process: Process, calls: list, under_recipe: bool
+    ):
+        self.settings, self.clock, self.process = settings, clock, process
+        self.calls, self.under_recipe = calls, under_recipe
+        times = torch.tensor(settings.anchors, dtype=torch.float32)
+        alpha, s = process.levels(times, times)
+        sigmas = s if process.alphas is None else s / alpha.clamp(min=1e-6)
+        self.grid = SimpleNamespace(timesteps=times, sigmas=sigmas)
         self._walk: tuple[int, list[State]] = (-1, [])
 
     def __call__(self, model: _Pair, step: int) -> Tensor:
@@ -301,23 +314,24 @@ class _Losses:
         return self._student(model, call, bare, states, generator)
 
     def _roll_out(self, model: _Pair, call: Call, generator: torch.Generator) -> list[State]:
-        self.clock.end()  # a walk is a run
+        self.clock.end()
+        self.clock.begin(self.grid)  # a walk, and what is learned on it, is a run
         device = next(model.parameters()).device
         x = torch.randn(call.shape, generator=generator).to(device)
         weights = model.student.merged()
 
         def student(x: Tensor, times: Tensor, index: int) -> Tensor:
-            return self._student_output(call, weights, x, times, index)
+            return self._trained(call, weights, x, times, index)
 
         s = self.settings
         return roll_out(student, self.process, s.anchors, x, s.eta, generator)
 
-    def _student_output(
-        self, call: Call, weights: Mapping[str, Tensor], x: Tensor, times: Tensor, index: int
-    ) -> Tensor:
-        level = self.process.levels(times[:1], x[:1])
-        sigma = float(level[1] / level[0].clamp(min=1e-6))
-        with self.clock.at(index, branch="cond", sigma=sigma):
+    def _trained(
+        self, call: Call, weights: Mapping[str, Tensor], x: Tensor, times: Tensor, index: int,
+        branch: str = "cond",
+    ) -> Tensor:  # fmt: skip
+        """Output under the recipe, as in step `index` of the student."""
+        with self.clock.at(index, branch=branch, sigma=float(self.grid.sigmas[index])):
             return call(x, times, weights)
 
     def _noised(self, clean: Tensor, noise: Tensor, steps: Tensor, generator: torch.Generator):
@@ -338,13 +352,14 @@ class _Losses:
         self, model: _Pair, call: Call, states: list[State], generator: torch.Generator
     ) -> Tensor:
         count = call.shape[0]
-        steps = torch.randint(len(states), (count,), generator=generator)
+        # the clock knows one step a forward
+        drawn = 1 if self.under_recipe else count
+        steps = torch.randint(len(states), (drawn,), generator=generator).expand(count)
         rows = torch.arange(count)
         clean = torch.stack([state.clean for state in states])[steps, rows]
         noise = torch.stack([state.noise for state in states])[steps, rows]
         x, times = self._noised(clean, noise, steps, generator)
-        with self.clock.unheard():
-            out = call(x, times, model.fake.merged())
+        out = self._trained(call, model.fake.merged(), x, times, int(steps[0]), "fake")
         return fake_loss(self.process, out, x, clean, times)
 
     def _student(
@@ -358,17 +373,19 @@ class _Losses:
         index = int(torch.randint(len(states), (1,), generator=generator))
         start = states[index].x
         at = torch.full((len(start),), float(self.settings.anchors[index]))
-        out = self._student_output(call, model.student.merged(), start, at, index)
+        out = self._trained(call, model.student.merged(), start, at, index)
         clean, noise = self.process.split(out, start, at)
-        with torch.no_grad(), self.clock.unheard():
+        with torch.no_grad():
             steps = torch.full((len(start),), index)
             x, times = self._noised(clean, noise, steps, generator)
 
-            def seen(call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-                return self.process.split(call(x, times, weights), x, times)[0]
+            def seen(out: Tensor) -> Tensor:
+                return self.process.split(out, x, times)[0]
 
-            teacher, fake = seen(call), seen(call, model.fake.merged())
-            unconditional = None if bare is None else seen(bare)
+            fake = seen(self._trained(call, model.fake.merged(), x, times, index, "fake"))
+            with self.clock.unheard():
+                teacher = seen(call(x, times))
+                unconditional = None if bare is None else seen(bare(x, times))
             target, distance = student_target(
                 clean, teacher, unconditional, fake, self.settings.guidance
             )

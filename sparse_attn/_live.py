@@ -321,7 +321,8 @@ class LiveSparse(Attached):
         q, k, v = (x.transpose(1, 2) for x in (q, k[:, :keys], v[:, :keys]))
         place = self._place(layer, layers)
         self.values = v
-        keep = self.policy.keep(q, k, place, self)
+        with torch.no_grad():  # what is kept is chosen, not learned
+            keep = self.policy.keep(q, k, place, self)
         if geometry.text:
             keep = with_text(keep, math.prod(geometry.grid), self.policy.blocks)
         pooled = self.policy.pool(k, v, keep, place)

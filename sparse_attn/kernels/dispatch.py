@@ -7,20 +7,20 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from sparse_attn.block_map import BlockMap
-from sparse_attn.kernels import cpu, reference
+from sparse_attn.kernels import cpu, cpu_backward
 from sparse_attn.kernels.reference import Attention, Pooled
 
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name, too
 
 
-def kernel_for(device_type: str, gradients: bool = False) -> str:
-    """ "cpu", "triton" or, where gradients are wanted on a CPU, "reference".
+def kernel_for(device_type: str) -> str:
+    """ "cpu" or "triton".
 
     Raises:
         ValueError: there is none for this device; says why.
     """
     if device_type == "cpu":
-        return "reference" if gradients else "cpu"
+        return "cpu"
     if device_type not in TRITON_DEVICES:
         raise ValueError(
             f"sparse attention: no kernel for {device_type!r}; there are some for cpu, "
@@ -37,10 +37,10 @@ def attend(
 ) -> Attention:  # fmt: skip
     """``reference.attend`` by the kernel for where q is."""
     gradients = any(x.requires_grad for x in (q, k, v))
-    name = kernel_for(q.device.type, gradients)
-    if name == "triton":
+    if kernel_for(q.device.type) == "triton":
         from sparse_attn.kernels import triton_backward, triton_forward
 
         kernel = triton_backward.attend if gradients else triton_forward.attend
-        return kernel(q, k, v, blocks, pooled, scale=scale)
-    return {"cpu": cpu, "reference": reference}[name].attend(q, k, v, blocks, pooled, scale=scale)
+    else:
+        kernel = cpu_backward.attend if gradients else cpu.attend
+    return kernel(q, k, v, blocks, pooled, scale=scale)

@@ -56,7 +56,8 @@ def attend(
         bias = bias.repeat_interleave(blocks.query_block, dim=2)
         logits = torch.cat([logits, more + bias[:, :, : q.shape[2]]], dim=-1)
         values = torch.cat([values, heads(pooled.v)], dim=2)
+    empty = (logits == -math.inf).all(-1, keepdim=True)
+    logits = logits.masked_fill(empty, 0)  # not nan, of which the gradients would be nan, too
     lse = logits.logsumexp(-1)
-    finite = lse.masked_fill(lse == -math.inf, 0)  # 0, not nan, of an empty row
-    weights = (logits - finite[..., None]).exp()
-    return Attention((weights @ values).to(q.dtype), lse)
+    weights = (logits - lse[..., None]).exp().masked_fill(empty, 0)
+    return Attention((weights @ values).to(q.dtype), lse.masked_fill(empty[..., 0], -math.inf))
