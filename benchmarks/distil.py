@@ -22,7 +22,7 @@ from accel.settings import Settings
 from accel.zoo.wan import SHORT
 from accel.zoo.world import NULL_CLASS, VIDEO_CANVAS, DigitWorld
 from samplers.distilled import Distilled
-from samplers.tdm import TDM, even_anchors
+from samplers.tdm import NO_RECIPE, TDM, even_anchors
 from sparse_attn.subblock_lse import SubblockLSE
 
 LONG = 512  # text tokens, the pipeline's own
@@ -70,7 +70,7 @@ class Student:
     trainer: TDM
     batch: int = 64
     batches: int = 64
-    recipe: Recipe = Recipe(())
+    recipe: Recipe = NO_RECIPE
 
 
 NO_CLASS, NO_TEXT = Settings(class_labels=NULL_CLASS), Settings(prompt="")

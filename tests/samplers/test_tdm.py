@@ -4,6 +4,7 @@ The ring is small enough to see whether the method works: a teacher of 50 steps 
 four steps it smears them, and its student of four steps has to be better than that by far.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ from samplers.tdm import (
     student_loss,
     student_target,
 )
+from sparse_attn.kernels import dispatch
+from sparse_attn.subblock_lse import SubblockLSE
 
 DIFFUSION = Process.of(FewStepScheduler())
 FLOW = Process.of(FewStepFlowScheduler())
@@ -170,7 +173,7 @@ def _saves_every_step(stock):
     return init
 
 
-def test_the_recipe_runs_in_the_student_s_forwards_and_no_others(tmp_path):
+def test_the_recipe_runs_in_forwards_of_student_and_fake_and_no_others(tmp_path):
     host, calls = tiny("dit"), []
 
     @dataclass(frozen=True)
@@ -183,18 +186,63 @@ def test_the_recipe_runs_in_the_student_s_forwards_and_no_others(tmp_path):
         def build(self, pipe, live):
             def layer(call_next, *args, **kwargs):
                 live.count("changed")
-                calls.append(live.now.step)
+                calls.append((live.now.branch, live.now.step, round(live.now.sigma, 3)))
                 return call_next(*args, **kwargs)
 
             live.around_denoiser("transformer", layer)
 
     trainer = TDM(**SHORT, guidance=2.0, unconditional=Settings(class_labels=10))
     trainer.fit(host.pipe, INPUTS, str(tmp_path), Recipe((Listens(),)))
-    walks = [0, 1] * 3  # one warm-up, two updates
-    assert calls[:2] == [0, 1]
-    assert len(calls) == len(walks) + SHORT["updates"]
+    bar = DIFFUSION.alphas[[899, 449]]
+    sigmas = [round(x, 3) for x in ((1 - bar) / bar).sqrt().tolist()]
+    assert calls[:2] == [("cond", 0, sigmas[0]), ("cond", 1, sigmas[1])]
+    branches = [branch for branch, _, _ in calls]
+    updates = SHORT["updates"]
+    walks = 2 * (1 + updates)  # two steps; one warm-up
+    assert branches.count("cond") == walks + updates
+    seen = SHORT["fake_updates"] + 1  # of the warm-up's steps none is the student's
+    assert branches.count("fake") == seen * (1 + updates)
+    assert len(calls) == branches.count("cond") + branches.count("fake")
     host.run()
-    assert len(calls) == len(walks) + SHORT["updates"], "the recipe is gone"
+    assert len(calls) == len(branches), "the recipe is gone"
+
+
+class _Attentions:
+    """How many self-attentions of each forward of a transformer were sparse."""
+
+    def __init__(self, transformer, monkeypatch):
+        self.sparse, self.learned = [], []
+        transformer.register_forward_pre_hook(lambda *args: self.sparse.append(0))
+        monkeypatch.setattr(dispatch, "attend", functools.partial(self._attend, dispatch.attend))
+
+    def _attend(self, attend, q, *args, **kwargs):
+        self.sparse[-1] += 1
+        self.learned.append(q.requires_grad)
+        return attend(q, *args, **kwargs)
+
+
+def test_a_student_with_sparse_attention_learns_so_from_a_dense_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(tdm, "inputs_digest", lambda inputs: "")
+    host = tiny("wan")
+    plain = host.run()
+    inside = (host.pipe.scheduler, *(b.attn1.processor for b in host.pipe.transformer.blocks))
+    seen = _Attentions(host.pipe.transformer, monkeypatch)
+    recipe = Recipe((SubblockLSE(density=0.3, dense=(0.0, 0.0), blocks=(16, 16), guard=False),))
+    trainer = TDM((900, 500), updates=1, fake_updates=1, warmup=0, rank=2)
+    artifact = trainer.fit(host.pipe, [host.inputs], str(tmp_path), recipe)
+    layers = len(host.pipe.transformer.blocks)
+    # the call is looked at; two steps of a walk; a fake's update; a student's: it, fake, teacher
+    assert seen.sparse[-6:] == [layers] * 5 + [0]
+    assert seen.learned == [False] * 2 * layers + [True] * 2 * layers + [False] * layers
+    assert (
+        host.pipe.scheduler,
+        *(b.attn1.processor for b in host.pipe.transformer.blocks),
+    ) == inside
+    assert torch.equal(plain, host.run())
+    student = Distilled(artifact.save(tmp_path / "student"))
+    with accel.attached(Recipe((student, *recipe.methods)), host.pipe) as live:
+        host.pipe(**host.inputs | {"guidance_scale": 1.0})
+        assert live.report()["runs"][0]["steps"] == 2
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
