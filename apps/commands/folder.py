@@ -27,7 +27,7 @@ def status(
     folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False
 ) -> None:
     """Say how far a render is, which jobs failed and why."""
-    with told(), _ledger(folder, to_read=True) as ledger:
+    with told(folder), _ledger(folder, to_read=True) as ledger:
         counts, tasks = ledger.counts(), ledger.tasks("running", "failed")
     if as_json:
         rows = [{"name": t.payload["stem"], "state": t.state, "error": t.error} for t in tasks]
@@ -48,7 +48,7 @@ def resume(
     trust_remote_code: Trust = False,
 ) -> None:
     """Render what is left; failed and cancelled jobs stay as they are."""
-    with told():
+    with told(folder):
         run(folder, None, workers, progress.value, wait=wait, trust=trust_remote_code)
 
 
@@ -61,7 +61,7 @@ def retry(
     trust_remote_code: Trust = False,
 ) -> None:
     """Render failed jobs again: all of them, or the named ones (also if they were cancelled)."""
-    with told():
+    with told(folder):
         with _ledger(folder) as ledger:
             if jobs:
                 ids = [task.id for task in _find(ledger, jobs)]
@@ -73,7 +73,7 @@ def retry(
 
 def cancel(folder: Folder, jobs: Jobs = None) -> None:
     """Cancel jobs that wait, and ask running ones to stop: all of them, or the named ones."""
-    with told(), _ledger(folder) as ledger:
+    with told(folder), _ledger(folder) as ledger:
         ids = [task.id for task in _find(ledger, jobs)] if jobs else None
         now, asked = ledger.cancel(ids)
     typer.echo(f"{now} cancelled, {asked} running asked to stop")

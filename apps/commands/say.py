@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import typer
 
@@ -21,8 +22,8 @@ def fail(lines: str | Sequence[str], code: int = 2) -> typer.Exit:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Turn the errors that a person can act on into one line and exit code 2."""
+def told(folder: Path | None = None) -> Iterator[None]:
+    """Turn the errors that a person can act on into one line and exit code 2; names `folder`."""
     import sqlite3
 
     from apps.render.faults import StorageFault, WorkersDie
@@ -35,7 +36,8 @@ def told() -> Iterator[None]:
     except JobFileError as error:
         raise fail(error.problems) from None
     except sqlite3.DatabaseError as error:
-        raise fail(f"the ledger cannot be used: {error}") from None
+        where = f" in {folder}" if folder else ""
+        raise fail(f"the ledger{where} cannot be used: {error}") from None
     except WorkersDie as error:
         raise fail(str(error), code=1) from None
     except StorageFault as error:

@@ -160,7 +160,7 @@ def test_status_of_a_folder_that_cannot_be_written(
     (out / "ledger.sqlite").write_bytes(b"x" * 5000)
     told = cli("status", out)
     assert (told.exit_code, len(told.stderr.splitlines())) == (2, 1)
-    assert "the ledger cannot be used: file is not a database" in told.stderr
+    assert f"the ledger in {out} cannot be used: file is not a database" in told.stderr
 
 
 def test_names_that_are_not_utf_8_are_printed_as_they_are(monkeypatch):
