@@ -44,8 +44,12 @@ class Distilled(Method):
         return {**artifact.settings["call"], "num_inference_steps": steps}
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        slot = denoisers(pipe)[0].slot
-        return frozenset({("scheduler", frozenset({"scheduler"})), ("weights", frozenset({slot}))})
+        slots = frozenset(d.slot for d in denoisers(pipe))
+        if len(slots) > 1:
+            raise ValueError(
+                f"Distilled: {type(pipe).__name__} has {len(slots)} denoisers; a student is of one"
+            )
+        return frozenset({("scheduler", frozenset({"scheduler"})), ("weights", slots)})
 
     def new_live(self, pipe: Any) -> Attached:
         return _LiveStudent(self, pipe)

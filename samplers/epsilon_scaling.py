@@ -16,6 +16,7 @@ from accel.method import Attached, Claim, Method
 from samplers.predictions import with_sample
 
 PREDICTIONS = ("epsilon", "v_prediction")
+PURE_NOISE = 1e3  # a noise level above this has no signal (zero terminal SNR): noise is x itself
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class EpsilonScaling(Method):
                 f"EpsilonScaling: {type(pipe).__name__} holds a model of {kind}; it is defined "
                 f"for {' and '.join(PREDICTIONS)}"
             )
+        if not hasattr(pipe.scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"EpsilonScaling: {type(pipe.scheduler).__name__} scales what the network returns "
+                "on its own account; it is defined for schedulers with alphas_cumprod"
+            )
         return frozenset({("denoiser.call", frozenset(d.slot for d in denoisers(pipe)))})
 
     def new_live(self, pipe: Any) -> Attached:
@@ -76,19 +82,25 @@ class _LiveScaling(Attached):
         return layer
 
     def factor(self) -> float:
-        """What the noise of this call is multiplied by."""
-        method, run = self.method, self.clock.run
+        """What the noise of this call is multiplied by; 1 where it is known, not predicted."""
+        method, run, now = self.method, self.clock.run, self.now
         assert isinstance(method, EpsilonScaling)
         assert run is not None
+        assert now is not None
+        if now.sigma > PURE_NOISE:
+            return 1.0
         time = run.timesteps[run.position] / self.config["num_train_timesteps"]
         return 1 / (method.scale + method.slope * time)
 
     def rescaled(self, predicted: Any, x: Any, factor: float) -> Any:
-        """(n, c or 2c, ...) with the noise in its first c channels scaled; x (n, c, ...)."""
+        """The prediction with the noise in the channels it shares with x scaled, all (n, c, ...).
+
+        Further ones of the prediction are a variance, further ones of x a mask or another picture.
+        """
         import torch
 
-        channels = x.shape[1]  # further ones are a predicted variance
-        mean = predicted[:, :channels]
+        channels = min(x.shape[1], predicted.shape[1])
+        mean, x = predicted[:, :channels], x[:, :channels]
         if self.config["prediction_type"] == "v_prediction":
             now = self.now
             assert now is not None

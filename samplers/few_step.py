@@ -134,9 +134,12 @@ class FewStepScheduler(FewStep, DDIMScheduler):
     """Of diffusion models with discrete times: epsilon, v or sample prediction."""
 
     def check_stock(self) -> None:
-        """Raises ValueError for a model of another kind."""
+        """Raises ValueError for a model of another kind, or anchors that are no times of it."""
+        times = range(self.config.num_train_timesteps)
         if self.config.prediction_type not in DIFFUSION:
             refuse(self, "prediction_type", f"one of {', '.join(DIFFUSION)}")
+        if not all(anchor in times for anchor in self.config.anchors or ()):
+            refuse(self, "anchors", f"whole times from 0 to {times[-1]}")
 
     def set_timesteps(
         self,
@@ -152,7 +155,8 @@ class FewStepScheduler(FewStep, DDIMScheduler):
             raise ValueError("FewStepScheduler: give num_inference_steps or timesteps")
         if timesteps is None and self.config.anchors is not None:
             timesteps = choose(list(self.config.anchors), num_inference_steps)  # type: ignore
-        super().set_timesteps(len(timesteps) if timesteps else num_inference_steps, device)  # type: ignore
+        count = num_inference_steps if timesteps is None else len(timesteps)
+        super().set_timesteps(count, device)  # type: ignore
         if timesteps is not None:
             self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
         abar = self.alphas_cumprod[self.timesteps.cpu()].double()
@@ -202,9 +206,12 @@ class FewStepFlowScheduler(FewStep, FlowMatchEulerDiscreteScheduler):
     """Of flow models: v = e - x_0. Grids, shifts and sigmas are those of the stock scheduler."""
 
     def check_stock(self) -> None:
-        """Raises ValueError for a flow whose time runs the other way."""
+        """Raises ValueError for a flow whose time runs the other way, or anchors beyond its own."""
+        last = self.config.num_train_timesteps
         if self.config.invert_sigmas:
             refuse(self, "invert_sigmas", "noise has to be at sigma 1")
+        if not all(0 < anchor <= last for anchor in self.config.anchors or ()):
+            refuse(self, "anchors", f"times above 0, up to {last}")
 
     def set_timesteps(
         self,

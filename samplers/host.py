@@ -9,13 +9,17 @@ import textwrap
 from functools import cache
 from typing import Any
 
-GRID_FOR_SCALE = 10  # steps; any number tells unit noise from sigma-space noise
-
 
 @cache
 def step_keywords(pipeline_class: type) -> frozenset[str]:
-    """Keywords that a pipeline class writes out in its calls of ``self.scheduler.step``."""
-    source = textwrap.dedent(inspect.getsource(pipeline_class.__call__))  # type: ignore[attr-defined]
+    """Keywords that a pipeline class writes out in its calls of ``self.scheduler.step``.
+
+    None are known of a class without source, such as one that was typed in.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(pipeline_class.__call__))  # type: ignore
+    except OSError:
+        return frozenset()
     calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
     steps = (c for c in calls if ast.unparse(c.func) == "self.scheduler.step")
     return frozenset(k.arg for call in steps for k in call.keywords if k.arg)
@@ -55,10 +59,7 @@ def check_steps_asked(pipe: Any, asked: Any, steps: int) -> None:
 
 def noise_scale(scheduler: Any) -> float:
     """Standard deviation of the noise a scheduler wants to start from (flow: 1)."""
-    if not hasattr(scheduler, "init_noise_sigma"):
-        return 1.0
-    scheduler.set_timesteps(GRID_FOR_SCALE)
-    return float(scheduler.init_noise_sigma)
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 def carried(scheduler: Any, cls: type) -> dict[str, Any]:

@@ -133,6 +133,11 @@ def check_pipeline(pipe: Any) -> None:
     name, scheduler = type(pipe).__name__, pipe.scheduler
     if is_flow(scheduler):
         raise ValueError(f"OneMoreStep: {name} holds a flow model, which starts from pure noise")
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"OneMoreStep: {type(scheduler).__name__} does not say how much signal its first step "
+            "keeps (alphas_cumprod); choose one that does"
+        )
     if scheduler.config.get("rescale_betas_zero_snr"):
         raise ValueError(
             f"OneMoreStep: {name} was trained to start from pure noise (rescale_betas_zero_snr)"

@@ -45,7 +45,7 @@ class RewardTuning(Trainer):
     updates: int = 200
     lr: float = 1e-3
     keep: float = 1.0
-    most: float = float("inf")
+    most: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -138,7 +138,8 @@ class _Losses:
         seeds = [0] * len(x)
         frames = forward(self.player, State(s.steps, clean), seeds, PLAIN, Cost())
         with torch.enable_grad():
-            score = self.verifier.differentiable(frames, prompts).clamp(max=s.most).mean()
+            scores = self.verifier.differentiable(frames, prompts)
+            score = (scores if s.most is None else scores.clamp(max=s.most)).mean()
         return s.keep * (out - base).square().mean() - score
 
     def _step(self, call: Call, x: Tensor, k: int, weights: dict[str, Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ The paper and its two official codes shift different things at different moments
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -104,6 +104,7 @@ class ShiftedTime(Extension):
     conditioning: Tensor | None = None  # times (n,) that the next network call should be told
     reads_conditioning = False
     shifts = 0  # steps of this run that were shifted
+    _grid: Sequence[int] = ()
 
     @classmethod
     def check(cls, settings: Mapping[str, Any]) -> None:
@@ -159,8 +160,10 @@ class ShiftedTime(Extension):
         """As the stock scheduler's, with shifted times."""
         if not self.config.window:
             return super().step(model_output, timestep, sample, *args, **kwargs)  # type: ignore[misc]
+        if not self._grid:
+            raise ValueError(f"{type(self).__name__} has no grid yet; call set_timesteps first")
         first = self._at < 0
-        at = self._grid.index(int(timestep)) if first else self._at + 1
+        at = self._first_step(timestep) if first else self._at + 1
         self._at = at
         self.timesteps[at] = self._grid[at]  # as it was before it was shifted
         move = self._move(at)
@@ -176,6 +179,10 @@ class ShiftedTime(Extension):
             out = super().step(model_output, self._grid[at], sample, *args, **kwargs)  # type: ignore[misc]
         self._tell_next(move, out[0])
         return _in_precision(out, kind) if wide else out
+
+    def _first_step(self, timestep: Any) -> int:
+        """Where in the grid a run begins."""
+        return self._grid.index(int(timestep))
 
     def _move(self, at: int) -> Move:
         """The move between two noise levels that step `at` belongs to."""
@@ -285,6 +292,17 @@ class TimeShiftPNDMScheduler(ShiftedTime, PNDMScheduler):
         if self.counter != 1:  # then it would add none
             self.ets = self.ets[1 - self.config.history :]
         return super().step_plms(*args, **kwargs)
+
+    def _first_step(self, timestep: Any) -> int:
+        """Raises ValueError inside the grid: the stock scheduler takes any first step for the
+        grid's first, and is a level ahead of its samples from the second on."""
+        if int(timestep) != self._grid[0]:
+            raise ValueError(
+                f"{type(self).__name__} counts its moves from the first time of its grid "
+                f"({self._grid[0]}), and is begun at {int(timestep)}; for image to image use "
+                "TimeShiftDDIMScheduler"
+            )
+        return 0
 
     def _move(self, at: int) -> Move:
         time, stride = self._grid[at], stride_of(self)

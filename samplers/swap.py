@@ -28,6 +28,8 @@ from samplers.host import (
     scales_initial_noise,
 )
 
+# What diffusers raises for settings that it does not check.
+UNCHECKED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
 OWN = {"FewStepScheduler": "samplers.few_step", "FewStepFlowScheduler": "samplers.few_step"}
 
 
@@ -94,7 +96,11 @@ class SwapScheduler(Method):
 
     def _made_for(self, pipe: Any) -> Any:
         cls = _scheduler_class(self.scheduler)
-        return cls.from_config(carried(pipe.scheduler, cls), **self.config)
+        try:
+            return cls.from_config(carried(pipe.scheduler, cls), **self.config)
+        except UNCHECKED as error:
+            said = f"{self.scheduler} cannot be made with {self.config}: {error}"
+            raise ValueError(said) from error
 
 
 class _LiveSwap(Attached):
@@ -136,13 +142,12 @@ class _LiveSwap(Attached):
         return call_next(**{**given, "num_inference_steps": method.steps})
 
     def step(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Around ``scheduler.step(model_output, t, sample)``: counts, and gives every sample a
-        generator if none came."""
+        """Around ``scheduler.step``: counts, and gives every sample a generator if none came."""
         if self._in_run and (self.differs or self.steps_asked is not None):
             self.count("changed")
         if self.takes_generator and kwargs.get("generator") is None:
-            sample = args[2] if len(args) > 2 else kwargs["sample"]
-            kwargs["generator"] = self._own_generators(sample)
+            given = inspect.signature(call_next).bind(*args, **kwargs).arguments
+            kwargs["generator"] = self._own_generators(given["sample"])
         return call_next(*args, **kwargs)
 
     def _own_generators(self, sample: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from accel.artifact import Artifact, Fingerprint, inputs_digest
+from accel.artifact import Artifact, fingerprints, inputs_digest
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method, attached
@@ -116,7 +116,7 @@ class TimeShift(Method):
         chosen = int(table.sum(dim=1).where(better, torch.inf).argmin())
         return Artifact(
             method=TimeShift.name(),
-            fingerprint=Fingerprint.of(denoisers(pipe)[0].module),
+            **fingerprints(pipe),
             tensors={"scores": table},
             inputs_sha256=inputs_digest(inputs),
             settings={
@@ -129,7 +129,7 @@ class TimeShift(Method):
     @classmethod
     def calibrated(cls, artifact: Artifact, pipe: Any) -> TimeShift:
         """The choice in an artifact. Raises ValueError where it is not for the model of `pipe`."""
-        artifact.check_model(denoisers(pipe)[0].module)
+        artifact.check_pipeline(pipe)
         return cls.from_settings(artifact.settings["chosen"])
 
     def _settings(self) -> dict[str, Any]:

@@ -112,6 +112,12 @@ def test_an_artifact_of_another_kind_or_model_is_refused(tmp_path):
         student(tmp_path, "pixart").attach(host.pipe)
 
 
+def test_a_pair_of_denoisers_is_refused(tmp_path):
+    """A student of the first alone would be followed by a teacher that wants many steps."""
+    with pytest.raises(ValueError, match="2 denoisers"):
+        student(tmp_path).attach(tiny("wan22").pipe)
+
+
 def test_two_students_collide(tmp_path):
     host, method = tiny("dit"), student(tmp_path)
     with accel.attached(method, host.pipe), pytest.raises(ValueError, match="both claim"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler
 
 import accel
 from accel.testing import assert_equal, checks, conform, tiny
@@ -88,6 +89,45 @@ def test_predicted_variance_is_left_alone():
 def test_bad_settings(settings):
     with pytest.raises(ValueError, match="EpsilonScaling"):
         EpsilonScaling(**settings)
+
+
+def test_noise_that_is_known_is_not_scaled():
+    """At zero terminal SNR the first sample is the noise; x_0 would be off by sigma times 0.1."""
+    host = tiny("sd")
+    host.pipe.scheduler = DDIMScheduler.from_config(
+        host.pipe.scheduler.config,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+    plain, size = host.run(output_type="latent"), host.pipe.scheduler.alphas_cumprod[-1]
+    assert size == 0
+    with accel.attached(EpsilonScaling(1.1), host.pipe):
+        scaled = host.run(output_type="latent")
+    assert 0 < (scaled - plain).abs().max() < plain.abs().max()
+
+
+def test_a_mask_beside_the_sample_is_left_alone():
+    """Inpainting gives the network more channels than it returns."""
+    host = tiny("sd")
+    host.pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    live = EpsilonScaling(1.1).attach(host.pipe)
+    try:
+        host.pipe.scheduler.set_timesteps(4)
+        x, v = torch.randn(1, 9, 4, 4), torch.randn(1, 4, 4, 4)
+        with live.clock.at(0, sigma=2.0):
+            found = live.rescaled(v, x, 0.9)
+            assert torch.equal(found, live.rescaled(v, x[:, :4], 0.9))
+    finally:
+        live.clock.end()
+        live.detach()
+
+
+def test_networks_whose_output_is_no_noise_are_refused():
+    host = tiny("sd")
+    host.pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(ValueError, match="alphas_cumprod"):
+        EpsilonScaling().attach(host.pipe)
 
 
 def test_flow_models_are_refused():

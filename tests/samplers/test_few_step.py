@@ -211,6 +211,8 @@ def test_image_to_image_starts_inside_the_grid():
         ({"gamma": -0.1}, "gamma = -0.1"),
         ({"anchors": [1, 2]}, "falling"),
         ({"anchors": []}, "falling"),
+        ({"anchors": [900, -5]}, "times"),
+        ({"anchors": [5000, 10]}, "times"),
     ],
 )
 def test_bad_settings(settings, words):

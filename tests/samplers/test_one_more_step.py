@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 
 import accel
 from accel.artifact import Artifact, Fingerprint
@@ -205,6 +206,13 @@ def test_zero_terminal_snr_is_refused(artifacts):
         pipe.scheduler.config, rescale_betas_zero_snr=True
     )
     with pytest.raises(ValueError, match="pure noise"):
+        OneMoreStep(artifacts[1]["mean"][1]).attach(pipe)
+
+
+def test_a_scheduler_that_does_not_tell_its_signal_is_refused(artifacts):
+    pipe = accel.load("zoo:digits-sd")
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(ValueError, match="how much signal"):
         OneMoreStep(artifacts[1]["mean"][1]).attach(pipe)
 
 

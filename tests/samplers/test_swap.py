@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
@@ -150,8 +151,64 @@ def test_host_defect_dit_ignores_the_noise_scale():
     assert noise_scale(tiny("sd3").pipe.scheduler) == 1
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "config"),
+    [
+        ("FewStepScheduler", Settings(anchors=[999, 749, 499, 249])),
+        ("LCMScheduler", Settings(original_inference_steps=4)),
+    ],
+)
+def test_schedulers_of_few_steps_go_on_pipelines_that_scale_no_noise(scheduler, config):
+    host = tiny("dit")
+    with accel.attached(SwapScheduler(scheduler, config, steps=4), host.pipe) as live:
+        host.run()
+        assert live.report()["runs"][0]["steps"] == 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in KDPM2
+def test_every_scheduler_tells_its_noise_before_its_grid():
+    """Read at attach, when the number of steps is not known."""
+    names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
+    made = 0
+    for name in names:
+        cls = getattr(diffusers, name)
+        try:
+            scheduler = cls()
+        except (ImportError, TypeError, ValueError, NotImplementedError):
+            continue  # wants packages or settings
+        made += 1
+        assert noise_scale(scheduler) > 0, name
+    assert made > 40
+
+
+def test_a_setting_of_the_wrong_type_is_named():
+    with pytest.raises(ValueError, match=r"DDPMScheduler cannot be made with .*beta_start"):
+        SwapScheduler("DDPMScheduler", Settings(beta_start="low")).attach(tiny("dit").pipe)
+
+
 def test_step_keywords_are_read_from_the_pipeline():
     assert "eta" in step_keywords(type(tiny("ddim").pipe))
+
+
+def test_a_pipeline_without_source_is_served():
+    host = tiny("dit")
+    scope = {"Base": type(host.pipe)}
+    call = "def __call__(self, *args, **kwargs): return super().__call__(*args, **kwargs)"
+    exec(f"class Typed(Base):\n    {call}", scope)
+    host.pipe.__class__ = scope["Typed"]
+    with accel.attached(DPM, host.pipe, strict=True):
+        host.run()
+
+
+def test_a_step_with_other_arguments_gets_generators():
+    """CogVideoX's own solver takes the last prediction and two times before the sample."""
+    host = tiny("cogvideox")
+    results = []
+    with accel.attached(SwapScheduler("CogVideoXDPMScheduler"), host.pipe):
+        for _ in range(2):
+            latents = torch.ones(1, 3, 4, 4, 8)
+            results.append(host.run(generator=None, latents=latents, output_type="latent"))
+    assert_equal(*results, "the noise follows from the latents")
 
 
 def test_same_scheduler_has_no_effect():
