@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from accel.loading import save as save
     from accel.method import Attached as Attached
     from accel.method import FallbackWarning as FallbackWarning
+    from accel.method import GuidanceWarning as GuidanceWarning
     from accel.method import Method as Method
     from accel.method import NoEffectError as NoEffectError
     from accel.method import NoEffectWarning as NoEffectWarning
@@ -34,6 +35,7 @@ _HOME = {
     "save": "loading",
     "Attached": "method",
     "FallbackWarning": "method",
+    "GuidanceWarning": "method",
     "Method": "method",
     "NoEffectError": "method",
     "NoEffectWarning": "method",

@@ -98,6 +98,15 @@ class Fingerprint:
         return cls(value["model_class"], value["config_sha256"], weights)
 
 
+def fingerprints(pipe: Any) -> dict[str, Any]:
+    """``fingerprint`` and ``others`` of an artifact that is for all denoisers of ``pipe``."""
+    from accel.denoiser import denoisers
+
+    first, *rest = denoisers(pipe)
+    others = {denoiser.slot: Fingerprint.of(denoiser.module) for denoiser in rest}
+    return {"fingerprint": Fingerprint.of(first.module), "others": others}
+
+
 def _sample_weights(module: Any) -> dict[str, list[tuple[int, float]]]:
     from torch import nn
 
@@ -123,9 +132,10 @@ def _sample_weights(module: Any) -> dict[str, list[tuple[int, float]]]:
 class Artifact:
     """Tensors with the conditions under which they hold.
 
+    ``fingerprint`` of the pipeline's first denoiser, ``others`` of further ones by component name.
     ``match``: "architecture" for schedules (fine-tunes welcome), "weights" for tables tied to
-    weights. ``grid``: the sampler's noise levels, high to low. ``inputs_sha256``: of the
-    calibration inputs.
+    weights. ``grid``: the sampler's noise levels, high to low. ``guidance``: whether it was made
+    with guidance; None if it is not known. ``inputs_sha256``: of the calibration inputs.
     """
 
     method: str
@@ -138,14 +148,18 @@ class Artifact:
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    others: dict[str, Fingerprint] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> ArtifactRef:
         """Write atomically (temporary name, fsync, rename); returns the reference to it."""
         from safetensors.torch import save
 
         target = Path(path)
-        header = {k: v for k, v in vars(self).items() if k not in ("tensors", "fingerprint")}
+        apart = ("tensors", "fingerprint", "others")
+        header = {k: v for k, v in vars(self).items() if k not in apart}
         header |= {"format": FORMAT, "fingerprint": asdict(self.fingerprint)}
+        if self.others:
+            header["others"] = {slot: asdict(other) for slot, other in self.others.items()}
         header["versions"] = self.versions or versions()
         data = save(
             {k: v.contiguous().cpu() for k, v in self.tensors.items()},
@@ -176,8 +190,10 @@ class Artifact:
             if header.pop("format", None) != FORMAT:
                 raise ValueError("it was written by another major version of accel")
             fingerprint = Fingerprint.from_json(header.pop("fingerprint"))
+            others = header.pop("others", {})
+            others = {slot: Fingerprint.from_json(value) for slot, value in others.items()}
             header["grid"] = tuple(header["grid"])
-            return cls(fingerprint=fingerprint, tensors=load(data), **header)
+            return cls(fingerprint=fingerprint, tensors=load(data), others=others, **header)
         except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not an accel artifact: {error}") from error
 
@@ -188,7 +204,26 @@ class Artifact:
 
     def check_model(self, module: Any) -> None:
         """Raises ``ValueError`` saying why this artifact is not for ``module``."""
-        reason = self.fingerprint.mismatch(Fingerprint.of(module), self.match)
+        self._check(self.fingerprint.mismatch(Fingerprint.of(module), self.match))
+
+    def check_pipeline(self, pipe: Any) -> None:
+        """Raises ``ValueError`` saying why this artifact is not for the denoisers of ``pipe``.
+
+        One that it has no fingerprint of has to be built as the first is.
+        """
+        from accel.denoiser import denoisers
+
+        first, *rest = denoisers(pipe)
+        self.check_model(first.module)
+        for denoiser in rest:
+            found, known = Fingerprint.of(denoiser.module), self.others.get(denoiser.slot)
+            if known is None:
+                reason = self.fingerprint.mismatch(found, "architecture")
+            else:
+                reason = known.mismatch(found, self.match)
+            self._check(reason and f"{denoiser.slot}: {reason}")
+
+    def _check(self, reason: str | None) -> None:
         if reason is not None:
             raise ValueError(f"artifact of {self.method} does not fit: {reason}; calibrate again")
 

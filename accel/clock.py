@@ -4,7 +4,8 @@ One clock per pipeline, shared by everything attached to it. It listens to three
 no tensors: ``scheduler.set_timesteps`` begins a run, a denoiser call is one guidance branch of a
 solver stage, ``scheduler.step`` ends the stage. So Heun's two calls at one timestep are told apart,
 and nothing waits for the device, with one exception: a run that may start in mid-schedule under a
-scheduler that keeps no begin index (DDIM, PNDM: image-to-image) reads its first timestep once.
+scheduler that keeps no begin index (DDIM, PNDM: image-to-image) reads its first timestep once, if
+the denoiser is not given a view of the grid itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 from accel import compat
@@ -59,6 +61,12 @@ class Run:
     syncs: int = 0
     finished: bool = False
     thread: int | None = None  # of the pipeline call that it is of; None if it was begun otherwise
+    guidance: float | None = None  # guidance_scale of that call; None if it has none
+
+    @property
+    def guided(self) -> bool | None:
+        """Whether the call asked for guidance; ``None`` if it does not say."""
+        return None if self.guidance is None else self.guidance > 1
 
     @property
     def steps(self) -> int:
@@ -177,20 +185,32 @@ class Clock:
         return result
 
     def begin(self, scheduler: Any) -> Run:
-        """Begin a run over ``scheduler``'s grid; an open run is closed, an unused one replaced."""
+        """Begin a run over ``scheduler``'s grid; an open run is closed, an unused one replaced.
+
+        Raises ``ValueError`` for a grid without steps, of which some schedulers make no remark.
+        """
         unused = self.run is not None and self.run.calls == 0
         if unused:
             self._runs_begun -= 1
         else:
             self._close_run()
         timesteps, sigmas = sampling_grid(scheduler)
+        if not timesteps:
+            self.run = None
+            raise ValueError(
+                f"{type(scheduler).__name__} has laid a grid of no steps; ask for 1 or more "
+                "(num_inference_steps)"
+            )
         self.run = Run(self._runs_begun, timesteps, sigmas, order=getattr(scheduler, "order", 1))
         self._runs_begun += 1
         self._call = 0
         self.now = None
         pipe = self._pipe()
-        if _is_called(pipe):
+        call = _call_of(pipe)
+        if call is not None:
             self.run.thread = get_ident()
+            scale = call.f_locals.get("guidance_scale")
+            self.run.guidance = scale if isinstance(scale, (int, float)) else None
         if pipe is not None and denoiser_modules(pipe) != self._homes:
             self.follow()  # a denoiser was replaced, for example by torch.compile(denoiser)
         for user in list(self._users):
@@ -213,7 +233,7 @@ class Clock:
             self.follow()  # the user assigned another scheduler; its run began unheard
             self.begin(self._scheduler)
         run = self.run
-        if run is not None and run.thread == get_ident() and not _is_called(pipe):
+        if run is not None and run.thread == get_ident() and _call_of(pipe) is None:
             self._close_run()  # its call was cut off; this one is of somebody who shares the module
             run = None
         if run is None or run.finished:
@@ -290,8 +310,11 @@ class Clock:
         begin = getattr(self._scheduler, "begin_index", None)
         if begin is None:
             first = _timestep(module, args, kwargs)
-            begin = run.timesteps.index(first) if first in run.timesteps else 0
-            run.syncs += 1
+            begin = place_of_view(first, self._scheduler.timesteps)
+            if begin is None:
+                time = _number(first)
+                begin = run.timesteps.index(time) if time in run.timesteps else 0
+                run.syncs += 1
         run.begin = run.position = begin
 
     # -- without a pipeline ------------------------------------------------------------------
@@ -382,13 +405,13 @@ def sampling_grid(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]
     return timesteps, tuple(float(s) for s in np.sqrt((1 - grid) / np.maximum(grid, 1e-12)))
 
 
-def _is_called(pipe: Any) -> bool:
-    """Whether this thread is inside a call of the pipeline."""
+def _call_of(pipe: Any) -> FrameType | None:
+    """The call of the pipeline that this thread is inside, if it is."""
     code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
     frame = sys._getframe(1)
     while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is pipe):
         frame = frame.f_back
-    return frame is not None
+    return frame
 
 
 def _rows(args: tuple, kwargs: dict) -> int:
@@ -397,14 +420,29 @@ def _rows(args: tuple, kwargs: dict) -> int:
     return int(sample.shape[0]) if sample is not None else 1
 
 
-def _timestep(module: Any, args: tuple, kwargs: dict) -> float | None:
-    """The timestep a denoiser is called with; waits for the device."""
-    if "timestep" in kwargs:
-        value = kwargs["timestep"]
-    else:
-        names = list(inspect.signature(type(compat.compiled_entry(module)).forward).parameters)[1:]
-        index = names.index("timestep") if "timestep" in names else len(args)
-        value = args[index] if index < len(args) else None
-    if value is None:
+def place_of_view(timestep: Any, grid: Any) -> int | None:
+    """Which element of a grid (a tensor) a timestep is, if it is a view of one; else ``None``.
+
+    Pipelines walk over the scheduler's own tensor. Its numbers are not looked at, so nothing waits
+    for the device, and a time that the grid has twice (PNDM) is told apart.
+    """
+    storage = getattr(timestep, "untyped_storage", None)
+    if storage is None or storage().data_ptr() != grid.untyped_storage().data_ptr():
         return None
-    return float(value.flatten()[0]) if hasattr(value, "flatten") else float(value)
+    return (timestep.storage_offset() - grid.storage_offset()) // grid.stride(0)
+
+
+def _timestep(module: Any, args: tuple, kwargs: dict) -> Any:
+    """The timestep a denoiser is called with."""
+    if "timestep" in kwargs:
+        return kwargs["timestep"]
+    names = list(inspect.signature(type(compat.compiled_entry(module)).forward).parameters)[1:]
+    index = names.index("timestep") if "timestep" in names else len(args)
+    return args[index] if index < len(args) else None
+
+
+def _number(timestep: Any) -> float | None:
+    """The value of a timestep; waits for the device."""
+    if timestep is None:
+        return None
+    return float(timestep.flatten()[0]) if hasattr(timestep, "flatten") else float(timestep)

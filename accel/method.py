@@ -50,6 +50,10 @@ class FallbackWarning(UserWarning):
     """Something unexpected inside a run; it was computed without the method."""
 
 
+class GuidanceWarning(UserWarning):
+    """A run with guidance of what was calibrated without, or the other way round."""
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """One way to change how a pipeline computes. Subclasses are frozen dataclasses.
@@ -151,8 +155,11 @@ class Attached:
     """The live state of one method on one pipeline.
 
     Counters: call ``count("computed" | "reused" | "skipped" | "changed", n)``, ``fallback(reason)``
-    and ``detail[...]`` from layers. Subclasses override ``on_run`` to reset their per-run state.
+    and ``detail[...]`` from layers. Subclasses override ``on_run`` to reset their per-run state,
+    and set ``made_with`` to their artifact's ``guidance``.
     """
+
+    made_with: bool | None = None
 
     def __init__(self, method: Method, pipe: Any) -> None:
         self.method = method
@@ -180,11 +187,18 @@ class Attached:
         """The denoiser call being computed; ``None`` outside a run this method has seen begin."""
         return self.clock.now if self._in_run else None
 
-    def around_call(self, module: Any, layer: Layer, in_graph: Layer | None = None) -> None:
+    def around_call(
+        self,
+        module: Any,
+        layer: Layer,
+        in_graph: Layer | None = None,
+        find: Callable[[], Any] | None = None,
+    ) -> None:
         """Run ``layer(call_next, *args, **kwargs)`` around calls of ``module`` within runs.
 
         Calls outside a run go straight through. So do calls being traced by ``torch.compile``,
         which come to ``in_graph`` where it is given: it becomes part of the graph, in runs or not.
+        ``find`` tells, at the start of a run, what is in the place of ``module`` by then.
         """
 
         def guarded(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +209,7 @@ class Attached:
                 return call_next(*args, **kwargs)
             return layer(call_next, *args, **kwargs)
 
-        self.patch.around_call(module, guarded)
+        self.patch.around_call(module, guarded, find=find)
         if in_graph is None:
             self._layered.add(id(compat.compiled_entry(module)))
 
@@ -220,10 +234,12 @@ class Attached:
         self.fallbacks[reason] += 1
         if self.strict:
             raise RuntimeError(f"{type(self.method).__name__}: {reason}")
-        if reason not in self._warned:
-            self._warned.add(reason)
-            text = f"{type(self.method).__name__}: {reason}; computed in full"
-            warnings.warn(text, FallbackWarning, stacklevel=3)
+        self._warn_once(reason, f"{type(self.method).__name__}: {reason}; computed in full")
+
+    def _warn_once(self, what: str, text: str, category: type[Warning] = FallbackWarning) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(text, category, stacklevel=4)
 
     def on_run(self, run: Run) -> None:
         """A run begins: forget everything about the last one."""
@@ -247,9 +263,20 @@ class Attached:
     def run_began(self, run: Run) -> None:
         self.counts, self.fallbacks, self.detail = Counter(), Counter(), {}
         self._in_run = True
+        self._compare_guidance(run)
         self.on_run(run)
         if self._hidden_by_compile() and self.method != self.method.neutral():
             self.fallback("the denoiser is compiled as one graph, which hides its blocks")
+
+    def _compare_guidance(self, run: Run) -> None:
+        """Says where what was made with guidance runs without, or the other way round."""
+        if self.made_with is None or run.guided in (None, self.made_with):
+            return
+        made, runs = ("with", "without") if self.made_with else ("without", "with")
+        said = f"made {made} guidance, run {runs}"
+        self.detail["guidance"] = said
+        text = f"{type(self.method).__name__}: its artifact was {said}; its quality is not known"
+        self._warn_once(said, text, GuidanceWarning)
 
     def _hidden_by_compile(self) -> bool:
         """Whether layers lie inside a graph; compiling block by block leaves them outside."""
@@ -283,9 +310,7 @@ class Attached:
             text += f" ({', '.join(self.fallbacks)})"
         if self.strict:
             raise NoEffectError(text)
-        if "no effect" not in self._warned:
-            self._warned.add("no effect")
-            warnings.warn(text, NoEffectWarning, stacklevel=2)
+        self._warn_once("no effect", text, NoEffectWarning)
 
     def _run_report(self, run: Run) -> dict[str, Any]:
         return {

@@ -151,11 +151,11 @@ def _itself(owner: Any) -> Any:
 
 @dataclass
 class _Placed:
-    """A layer of one patch and where it is; ``module`` if it follows that module's calls."""
+    """A layer of one patch and where it is; ``find`` tells the module whose calls it follows."""
 
     trampoline: Trampoline
     entry: _Entry
-    module: Any = None
+    find: Callable[[], Any] | None = None
 
     def take_off(self) -> None:
         self.trampoline.entries.remove(self.entry)
@@ -206,13 +206,21 @@ class Patch:
         """
         self._placed.append(_place(owner, name, _Entry(layer, outer)))
 
-    def around_call(self, module: Any, layer: Layer, *, outer: bool = False) -> None:
+    def around_call(
+        self,
+        module: Any,
+        layer: Layer,
+        *,
+        outer: bool = False,
+        find: Callable[[], Any] | None = None,
+    ) -> None:
         """``around`` for calls of a ``torch.nn.Module``, outside its compiled graph if it has one.
 
-        Compiling the module later moves the layer along (at the next ``ensure``).
+        Compiling the module later moves the layer along (at the next ``ensure``), and so does
+        replacing it (loading a LoRA does) where ``find`` tells what is in its place.
         """
         placed = _place(*compat.call_point(module), _Entry(layer, outer))
-        placed.module = module
+        placed.find = find or (lambda: module)
         self._placed.append(placed)
 
     def swap(self, owner: Any, name: str, value: Any) -> None:
@@ -246,12 +254,12 @@ class Patch:
         stand_in(tensor)
 
     def ensure(self) -> None:
-        """Put back what the host threw away, and follow modules that were compiled since."""
+        """Put back what the host threw away, and follow modules compiled or replaced since."""
         for placed in self._placed:
             trampoline = placed.trampoline
-            if placed.module is not None:
-                owner, name = compat.call_point(placed.module)
-                if name != trampoline.name:
+            if placed.find is not None:
+                owner, name = compat.call_point(placed.find())
+                if owner is not trampoline.owner_ref() or name != trampoline.name:
                     placed.take_off()
                     placed.trampoline = _place(owner, name, placed.entry).trampoline
                     continue

@@ -18,7 +18,7 @@ class Settings(Mapping[str, Any]):
     def __init__(
         self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any
     ) -> None:
-        self._json = json.dumps({**dict(values), **more}, sort_keys=True)
+        self._json = json.dumps({**dict(values), **more}, sort_keys=True, allow_nan=False)
 
     def __getitem__(self, key: str) -> Any:
         return json.loads(self._json)[key]
@@ -49,7 +49,7 @@ def _field_adapters(cls: type) -> dict[str, Any]:
     from pydantic import ConfigDict, TypeAdapter
 
     hints = _hints(cls)
-    config = ConfigDict(arbitrary_types_allowed=True)
+    config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)  # JSON has no NaN
     adapters = {}
     for f in dataclasses.fields(cls):
         plain = dataclasses.is_dataclass(hints[f.name])

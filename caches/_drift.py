@@ -42,6 +42,7 @@ class Drift:
     products: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     rest: float = 0.0  # seconds outside of all columns, for each call of the denoiser
+    guided: bool | None = None  # whether the run was
 
     def save(self, path: Path, digest: str) -> None:
         """Write it, with the digest of what it was measured for."""
@@ -108,10 +109,10 @@ class _LiveProbe(Attached):
         self.samples: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
         self.times: dict[str, list[float]] = defaultdict(list)
         self.sigmas: tuple[float, ...] = ()
-        self.calls = 0
+        self.calls, self.guided = 0, None
 
     def on_run_end(self, run: Run) -> None:
-        self.sigmas, self.calls = run.step_sigmas, run.calls
+        self.sigmas, self.calls, self.guided = run.step_sigmas, run.calls, run.guided
 
     def watch(self, column: str) -> Callable:
         """The layer of one column."""
@@ -137,7 +138,7 @@ class _LiveProbe(Attached):
 
     def drift(self, seconds: float) -> Drift:
         """What was seen in a run of so many seconds."""
-        found = Drift(noise_share(self.sigmas), self.sigmas)
+        found = Drift(noise_share(self.sigmas), self.sigmas, guided=self.guided)
         steps = len(self.sigmas)
         for column, by_step in self.samples.items():
             table = np.stack([by_step[i] for i in sorted(by_step)])

@@ -91,9 +91,10 @@ class FromArtifact(Scheduled):
     on_grid: OnGrid
 
     def columns(self, pipe: Any) -> tuple[str, ...]:
+        assert isinstance(self, Method)
         artifact = Artifact.load(self.artifact)
-        for denoiser in denoisers(pipe):
-            artifact.check_model(denoiser.module)
+        artifact.check_method(self.name())
+        artifact.check_pipeline(pipe)
         columns = of_artifact(artifact).columns
         known = {d.slot: dict(d.module.named_modules()) for d in denoisers(pipe)}
         for column in columns:
@@ -106,6 +107,7 @@ class FromArtifact(Scheduled):
         assert isinstance(live, LiveSchedule)
         artifact = Artifact.load(self.artifact)
         live.found, live.grid = of_artifact(artifact), artifact.grid
+        live.made_with = artifact.guidance
         super().build(pipe, live)
         for j, column in enumerate(live.found.columns):
             skips = any(row[j] == SKIP for rows in live.found.tables() for row in rows)
@@ -180,7 +182,8 @@ class LiveSchedule(Attached):
             if not path:
                 self.around_denoiser(denoiser.slot, self._layer(column, _no_skip))
                 continue
-            module = denoiser.module.get_submodule(path)
+            find = functools.partial(denoiser.module.get_submodule, path)
+            module = find()
             if chunked_feed_forward(module):
                 raise ValueError(
                     f"{type(self.method).__name__}: {column} runs its feed-forward in chunks; "
@@ -191,7 +194,7 @@ class LiveSchedule(Attached):
                 self.skippable.add(column)
                 skip = functools.partial(passed, block.output_layout)
             port = self.ports[column] = Port()
-            self.around_call(module, self._layer(column, skip), layer_in_graph(port, skip))
+            self.around_call(module, self._layer(column, skip), layer_in_graph(port, skip), find)
 
     def _layer(self, column: str, skip: Callable) -> Callable:
         def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:

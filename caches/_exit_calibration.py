@@ -96,12 +96,13 @@ def chosen_depths_of_kept(
 
 
 class Found(NamedTuple):
-    """A calibrated schedule with the noise levels, exits and heads' tensors it is for."""
+    """A calibrated schedule with the noise levels, exits, heads' tensors and guidance it is for."""
 
     schedule: Schedule
     grid: tuple[float, ...]
     exits: tuple[int, ...]
     tensors: dict[str, Tensor]
+    guided: bool | None
 
 
 def calibrated(
@@ -117,7 +118,7 @@ def calibrated(
         trial = _Trial(pipe, inputs, live, trained)
         quality, speed = asked
         schedule = trial.as_fast(speed or 1.0) if quality is None else trial.as_good(quality)
-    return Found(schedule, live.grid, trial.exits, trial.tensors)
+    return Found(schedule, live.grid, trial.exits, trial.tensors, live.guided)
 
 
 @dataclass(frozen=True)

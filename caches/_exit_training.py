@@ -59,6 +59,7 @@ class LiveWalk(Attached):
     learn: Callable[[LiveWalk, float, Tensor, Callable[[Tensor], Tensor]], None] | None = None
     given: Tensor | None = None
     sigmas: tuple[float, ...] = ()
+    guided: bool | None = None
 
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
@@ -67,7 +68,7 @@ class LiveWalk(Attached):
         self.tokens: dict[int, Tensor] = {}
 
     def on_run(self, run: Run) -> None:
-        self.sigmas = run.step_sigmas
+        self.sigmas, self.guided = run.step_sigmas, run.guided
 
     def around_block(self, depth: int, block: Block, is_last: bool) -> Callable:
         """The layer of one block: notes the tokens, or passes by with those given."""
@@ -111,8 +112,10 @@ def trained_heads(
     out: Path,
     exits: tuple[int, ...],
     digest: str,
-) -> tuple[ExitHeads, tuple[float, ...]]:
-    """Heads for the exits, and the noise levels of a run. One update a run, all its steps in it.
+) -> tuple[ExitHeads, tuple[float, ...], bool | None]:
+    """Heads for the exits, and of a run the noise levels and whether it was guided.
+
+    One update a run, all its steps in it.
 
     digest: of what is trained, which `out` holds or will.
     """
@@ -153,7 +156,7 @@ def trained_heads(
         on_cpu = tokens.device.type == "cpu"
         weights, _ = fit("exit heads", heads, loss_of, settings, out, cpu=on_cpu, resume=True)
         heads.load_state_dict(weights)
-        return heads, live.sigmas
+        return heads, live.sigmas, live.guided
 
 
 def _check_same(out: Path, digest: str) -> None:

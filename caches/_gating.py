@@ -144,6 +144,7 @@ class LiveGate(Attached):
     shares: Sequence[float] = ()
     responses: Sequence[float] = ()
     only: int | None = None  # calibration: the one step that skips, -1 for none
+    guided: bool | None = None  # the newest run
 
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
@@ -166,7 +167,7 @@ class LiveGate(Attached):
 
     def on_run(self, run: Run) -> None:
         self._forget()
-        self.peak, self.grid = 0, run.step_sigmas
+        self.peak, self.grid, self.guided = 0, run.step_sigmas, run.guided
         self.places = noise_share(self.grid)
         self.lengths = [a - b for a, b in itertools.pairwise((*self.places, 0.0))]
         if self.shares:
@@ -260,7 +261,8 @@ class LiveGate(Attached):
             self.gaps.append(gap)
             self.count("reused", rows)
             return gap.nonzero().flatten()[:0]
-        compute = (gap * self.response[now.step] > self.error).nonzero().flatten()
+        small = gap * self.response[now.step] <= self.error  # of what is no number: not
+        compute = (~small).nonzero().flatten()
         self.count("syncs")
         self.count("computed", len(compute))
         self.count("reused", rows - len(compute))

@@ -78,7 +78,7 @@ class LiveWalk(Attached):
     def on_run(self, run: Run) -> None:
         self.kept.clear()
         self.calls.clear()
-        self.sigmas = run.step_sigmas
+        self.sigmas, self.guided = run.step_sigmas, run.guided
 
     def blending(self, place: int) -> Callable:
         """The layer of one module."""
@@ -205,9 +205,12 @@ class RouterTraining:
         steps = {x.get("num_inference_steps") for x in inputs}
         if len(steps) != 1:
             raise ValueError(f"RouterTrainer: inputs of {sorted(map(str, steps))} steps; want one")
+        scales = {x.get("guidance_scale") for x in inputs}
+        if len(scales) != 1:
+            raise ValueError(f"RouterTrainer: inputs of guidance_scale {scales}; want one")
         self.curve: list[tuple[int, float, float]] = []  # trajectory, loss, computed share
-        self.trajectory, self.guided = 0, False
-        self.sigmas = self._look_once()
+        self.trajectory = 0
+        self.sigmas, self.guided = self._look_once()
         generator = torch.Generator().manual_seed(trainer.seed)
         rows = torch.randn(len(self.sigmas), len(columns), generator=generator)
         rows[0] = FIRST_LOGIT
@@ -236,12 +239,12 @@ class RouterTraining:
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save()
                     saved = time.monotonic()
-            self.guided = live.mix is not None and live.mix.plain != live.mix.toward
         self._save()
 
     def _walk(self, live: LiveWalk) -> None:
-        """One trajectory of the student, an update of every row."""
+        """One trajectory of the student, an update of every row (and solver stage)."""
         trainer, losses = self.trainer, []
+        several = self.pipe.scheduler.order > 1
         live.scores = [row.sigmoid() for row in self.rows]
 
         def learn(step: int, student: Tensor, teacher: Tensor) -> None:
@@ -249,7 +252,7 @@ class RouterTraining:
                 return
             error = (student - teacher).square().mean()
             loss = self.weights[step] * error + trainer.beta * live.scores[step].sum()
-            loss.backward()
+            loss.backward(retain_graph=several)  # the scores of a step are those of all its stages
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
@@ -298,12 +301,12 @@ class RouterTraining:
         default = inspect.signature(type(self.pipe).__call__).parameters.get("guidance_scale")
         return float(self.inputs[0].get("guidance_scale", default.default if default else 1.0))
 
-    def _look_once(self) -> tuple[float, ...]:
-        """The noise levels of a run."""
+    def _look_once(self) -> tuple[tuple[float, ...], bool | None]:
+        """The noise levels of a run, and whether it is guided."""
         with attached(_Walk(self.columns), self.pipe) as live:
             assert isinstance(live, LiveWalk)
             pipeline_samples(self.pipe, self.inputs[0], self.trainer.seed)
-            return live.sigmas
+            return live.sigmas, live.guided
 
     # -- on disk -----------------------------------------------------------------------------
 
@@ -315,7 +318,6 @@ class RouterTraining:
             "weights": self.weights,
             "optimizer": self.optimizer.state_dict(),
             "curve": self.curve,
-            "guided": self.guided,
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -334,7 +336,7 @@ class RouterTraining:
                 row.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.weights, self.trajectory = state["weights"], state["trajectory"]
-        self.curve, self.guided = [tuple(point) for point in state["curve"]], state["guided"]
+        self.curve = [tuple(point) for point in state["curve"]]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from accel.artifact import Artifact, ArtifactRef, inputs_digest
+from accel.artifact import Artifact, ArtifactRef, fingerprints, inputs_digest
 from accel.denoiser import denoisers
 from accel.method import Attached, Method, Recipe, Trainer, attached
 from caches._executor import FromArtifact, OnGrid
@@ -49,8 +49,6 @@ class EarlyExit(FromArtifact, Method):
         super().build(pipe, live)
         artifact, found = Artifact.load(self.artifact), live.found
         assert found is not None
-        if "rest" not in artifact.settings:
-            raise ValueError(f"{self.artifact.path}: a schedule of {artifact.method}, not of exits")
         used = {d for slot in live.slots() for d in depths_of(found, slot) if d < live.blocks(slot)}
         live.rest = artifact.settings["rest"]
         if live.rest == "heads":
@@ -133,10 +131,12 @@ class ExitTraining(Trainer):
         recipe = student_recipe or Recipe(())
         digest = work_digest(pipe, inputs, self, recipe)
         with attached(recipe, pipe):
-            heads, sigmas = trained_heads(self, pipe, inputs, Path(out), exits, digest)
+            heads, sigmas, guided = trained_heads(self, pipe, inputs, Path(out), exits, digest)
         settings = {"rest": "heads", "training": asdict(self)}
         schedule = constant(columns, len(sigmas))
-        return _artifact(pipe, Found(schedule, sigmas, exits, heads.tensors()), settings, inputs)
+        return _artifact(
+            pipe, Found(schedule, sigmas, exits, heads.tensors(), guided), settings, inputs
+        )
 
 
 def _artifact(
@@ -147,6 +147,8 @@ def _artifact(
         denoisers(pipe)[0],
         method=EarlyExit.name(),
         grid=found.grid,
+        guidance=found.guided,
+        others=fingerprints(pipe)["others"],
         inputs_sha256=inputs_digest(inputs),
         settings={**settings, "exits": list(found.exits)},
     )

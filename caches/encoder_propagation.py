@@ -48,6 +48,10 @@ class EncoderPropagation(Scheduled, Method):
                 f"EncoderPropagation(keys={self.keys}, every={self.every}): the first step must be "
                 "a key step"
             )
+        if not all(0 <= key < PAPER_STEPS for key in self.keys):
+            raise ValueError(
+                f"EncoderPropagation.keys = {self.keys}: steps of a run of {PAPER_STEPS}"
+            )
         if self.noise < 0 or not 0 <= self.noise_below <= 1:
             raise ValueError(f"{self}: noise >= 0 and noise_below in [0, 1] wanted")
 

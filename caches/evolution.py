@@ -50,6 +50,7 @@ Quality = Callable[[Any, Any], float]  # (samples, uncached samples), both (n, .
 Parts = Literal["output", "blocks", "modules", "output+blocks", "output+modules"]
 
 LEDGER, TRIAL = "evaluations.jsonl", "trial.safetensors"
+RUINED = -1e6  # quality of what is no number: nothing is better than NaN, nor worse
 
 
 @dataclass(frozen=True)
@@ -250,14 +251,15 @@ class _Trial:
         return predicted_cost(schedule, *self._costs) / self.full
 
     def measured(self, schedule: Schedule, inputs: Sequence[dict[str, Any]]) -> float:
-        """Mean quality over some inputs, run as a user would run the artifact."""
+        """Mean quality over some inputs, run as a user would run the artifact, or `RUINED`."""
         references = [self._reference(i) for i in range(len(inputs))]
         outputs = references
         if not schedule.is_neutral():
             with attached(self._method(schedule), self.pipe):
                 outputs = [pipeline_samples(self.pipe, x, i) for i, x in enumerate(inputs)]
         pairs = zip(outputs, references, strict=True)
-        return float(np.mean([self.quality(*pair) for pair in pairs]))
+        found = float(np.mean([self.quality(*pair) for pair in pairs]))
+        return found if found > -np.inf else RUINED
 
     def _reference(self, i: int) -> Any:
         if i not in self.references:
@@ -273,6 +275,7 @@ class _Trial:
             self.denoiser,
             method=EvolutionCache.name(),
             grid=self.drift.sigmas,
+            guidance=self.drift.guided,
             inputs_sha256=inputs_digest(self.inputs),
             seed=self.search.seed,
         )
@@ -303,7 +306,7 @@ class _Trial:
         ]
         full = [Candidate(s, 1 / self.cost(s), self.measured(s, self.inputs)) for s in kept]
         (self.folder / TRIAL).unlink(missing_ok=True)
-        front = Front.of(full, self.folder)
+        front = Front.of([c for c in full if c.quality > RUINED], self.folder)
         record = {"search": asdict(self.search), "evaluated": len(self.known)}
         front.write(self._artifact, record, [(1 / cost, -loss) for cost, loss in goals])
         return front

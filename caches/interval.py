@@ -55,7 +55,10 @@ class IntervalCache(Scheduled, Method):
     def columns(self, pipe: Any) -> tuple[str, ...]:
         found = tuple(c for denoiser in denoisers(pipe) for c in self._columns(denoiser))
         if not found:
-            raise ValueError(f"IntervalCache finds no attention or feed-forward in {pipe}")
+            raise ValueError(
+                f"IntervalCache finds no attention or feed-forward in this {type(pipe).__name__}; "
+                "use parts='deep' or 'output'"
+            )
         return found
 
     def _columns(self, denoiser: Denoiser) -> tuple[str, ...]:
@@ -73,9 +76,13 @@ class IntervalCache(Scheduled, Method):
         return deep_columns(columns) if self.parts == "deep" else columns
 
     def plan(self, live: LiveSchedule, sigmas: tuple[float, ...]) -> Schedule:
-        steps = len(sigmas)
-        computed = set(range(self.warmup)) | set(range(steps - self.tail, steps))
-        computed |= set(range(self.warmup - 1, steps, self.interval))
+        steps, last_of_warmup = len(sigmas), self.warmup - 1
+
+        def computes(step: int) -> bool:
+            after = step - last_of_warmup
+            return after <= 0 or after % self.interval == 0 or step >= steps - self.tail
+
+        computed = filter(computes, range(steps))
         letter = FORECAST if self.order else REUSE
         return from_steps(live.columns, steps, computed, letter, self.order)
 

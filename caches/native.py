@@ -5,9 +5,9 @@ unchanged as diffusers 0.42 has them, but as layers of our patch instead of its 
 model without hookable modules is refused; TaylorSeer's modules come from the table of denoisers
 (its own patterns match nothing in DiT, PixArt, Wan, CogVideoX, LTX, and its "lite" ones give noise
 on DiT); pipelines that name no guidance branch work (they raise there, or mix branches); state is
-cleared when a run starts; MagCache knows the run's true length and place. Left as it is:
-FirstBlockCache decides on a mean over the batch, so samples depend on batch mates, and waits for
-the device every call.
+cleared when a run starts or the batch changes (guidance that ends early); MagCache knows the run's
+true length and place. Left as it is: FirstBlockCache decides on a mean over the batch, so samples
+depend on batch mates, and waits for the device every call.
 Memory: two to three activations a branch; TaylorSeer (max_order + 1) for every cached module.
 """
 
@@ -23,6 +23,7 @@ from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method, attached
+from caches._hookable import block_claims, call_claim, last_projection
 
 
 def mean_ratios(curves: Sequence[Sequence[float]]) -> list[float]:
@@ -51,7 +52,7 @@ class FirstBlockCache(Method):
         return FirstBlockCache(threshold=0.0)
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        return _block_claims(pipe, "FirstBlockCache")
+        return block_claims(pipe, "FirstBlockCache")
 
     def new_live(self, pipe: Any) -> Attached:
         return _LiveHooks(self, pipe)
@@ -96,9 +97,9 @@ class TaylorSeer(Method):
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
         if self.modules == "lite":
-            return _block_claims(pipe, "TaylorSeer(modules='lite')")
+            return block_claims(pipe, "TaylorSeer(modules='lite')")
         paths = [f"{d.slot}.{p}" for d in denoisers(pipe) for p in self._paths(d)]
-        return frozenset({("block.skip", frozenset(paths)), _call_claim(pipe)})
+        return frozenset({("block.skip", frozenset(paths)), call_claim(pipe)})
 
     def _paths(self, denoiser: Denoiser) -> list[str]:
         paths: list[str] = []
@@ -168,7 +169,7 @@ class MagCache(Method):
         return MagCache(self.threshold, 0, self.retention, self.ratios, self.artifact)
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        return _block_claims(pipe, "MagCache")
+        return block_claims(pipe, "MagCache")
 
     def new_live(self, pipe: Any) -> Attached:
         return _LiveMag(self, pipe)
@@ -179,10 +180,10 @@ class MagCache(Method):
         artifact = Artifact.load(self.artifact) if self.artifact else None
         if artifact is not None:
             artifact.check_method(self.name())
+            artifact.check_pipeline(pipe)
             live.ratios = tuple(artifact.tensors["ratios"].tolist())
+            live.made_with = artifact.guidance
         for denoiser in denoisers(pipe):
-            if artifact is not None:
-                artifact.check_model(denoiser.module)
             live.adopt(denoiser, "MagCache", live.config(len(live.ratios)))
 
     @staticmethod
@@ -210,7 +211,7 @@ class MagCache(Method):
             tensors={"ratios": torch.tensor(mean_ratios(live.curves))},
             match="architecture",
             grid=run.sigmas,
-            guidance=run.nfe > run.calls or len(run.branches) > 1,
+            guidance=run.guided,
             inputs_sha256=inputs_digest(inputs),
         )
 
@@ -219,7 +220,7 @@ class _MagCalibration(Method):
     """Only measures: computes everything and keeps the ratios."""
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        return _block_claims(pipe, "MagCache")
+        return block_claims(pipe, "MagCache")
 
     def neutral(self) -> Method:
         return self
@@ -244,6 +245,7 @@ class _LiveHooks(Attached):
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
         self.hooks: list[tuple[Any, Any]] = []
+        self.shapes: dict[tuple[str, str], Any] = {}  # of the newest call, by denoiser and branch
 
     def adopt(self, denoiser: Denoiser, technique: str, config: Any) -> None:
         """Take the hooks that ``technique`` would put on ``denoiser``.
@@ -271,6 +273,11 @@ class _LiveHooks(Attached):
             assert now is not None
             if not now.first:
                 self.count("syncs", self.syncs_per_call)
+            key, shape = (now.denoiser, now.branch), denoiser.sample(args, kwargs).shape
+            if self.shapes.setdefault(key, shape) != shape:
+                self.shapes[key] = shape
+                self.detail["cleared"] = self.detail.get("cleared", 0) + 1
+                self._clear()
             with compat.branch_context(managers, now.branch):
                 self.place(managers)
                 return call_next(*args, **kwargs)
@@ -296,13 +303,17 @@ class _LiveHooks(Attached):
         """Tell the states of a branch which call of the run this is."""
 
     def on_run(self, run: Run) -> None:
-        for module, hook in self.hooks:
-            if hook._is_stateful:
-                hook.reset_state(module)
+        self.shapes.clear()
+        self._clear()
 
     def on_run_end(self, run: Run) -> None:
         self._bytes = compat.state_bytes(compat.state_managers(self.hooks))
-        self.on_run(run)  # let the tensors go
+        self._clear()
+
+    def _clear(self) -> None:
+        for module, hook in self.hooks:
+            if hook._is_stateful:
+                hook.reset_state(module)
 
     def memory(self) -> dict[str, int]:
         return dict(zip(("bytes_device", "bytes_host"), self._bytes, strict=True))
@@ -351,50 +362,3 @@ class _LiveMagCalibration(_LiveMag):
         for state in compat.branch_states(compat.state_managers(self.hooks)):
             self.curves.append(list(state.calibration_ratios))
         super().on_run_end(run)
-
-
-# -- what can be cached ----------------------------------------------------------------------
-
-
-def last_projection(denoiser: Denoiser) -> str:
-    """Path of the linear layer behind the last block.
-
-    diffusers' own "lite" mode looks for "proj_out" alone: on DiT it then skips every block and
-    extrapolates nothing.
-    """
-    for name in ("proj_out", "proj_out_2"):
-        if hasattr(denoiser.module, name):
-            return name
-    raise ValueError(
-        f"TaylorSeer(modules='lite') knows no last projection of {denoiser.cls}; "
-        "use modules='attention+ff'"
-    )
-
-
-def _call_claim(pipe: Any) -> Claim:
-    return ("denoiser.call", frozenset(d.slot for d in denoisers(pipe)))
-
-
-def _block_claims(pipe: Any, method: str) -> frozenset[Claim]:
-    """Claims on whole blocks, or ``ValueError`` where diffusers' block caches cannot work."""
-    paths: set[str] = set()
-    for denoiser in denoisers(pipe):
-        top = compat.hooked_blocks(denoiser.module)
-        if not top:
-            raise ValueError(
-                f"{method} needs a list of transformer blocks; {denoiser.cls} has none. "
-                "Choose a transformer pipeline, or a cache made for UNets"
-            )
-        for path, block in top:
-            if not compat.has_block_metadata(block):
-                raise ValueError(
-                    f"{method}: diffusers does not know {type(block).__name__} of {denoiser.cls}; "
-                    "use TaylorSeer(modules='attention+ff')"
-                )
-            paths.add(f"{denoiser.slot}.{path}")
-        if method != "MagCache" and getattr(top[-1][1], "context_pre_only", False):
-            raise ValueError(
-                f"{method}: the last block of {denoiser.cls} returns no text stream, which "
-                "diffusers' implementation cannot handle; use MagCache or TaylorSeer"
-            )
-    return frozenset({("block.skip", frozenset(paths)), _call_claim(pipe)})

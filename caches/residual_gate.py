@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
+from accel.artifact import Artifact, ArtifactRef, fingerprints, inputs_digest
 from accel.denoiser import denoisers
 from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Attached, Claim, Method, attached
@@ -66,8 +66,8 @@ class ResidualGate(Method):
         assert isinstance(live, LiveGate)
         artifact = Artifact.load(self.artifact)
         artifact.check_method(self.name())
-        for denoiser in denoisers(pipe):
-            artifact.check_model(denoiser.module)
+        artifact.check_pipeline(pipe)
+        live.made_with = artifact.guidance
         live.error = float(artifact.tensors["error"]) if self.error is None else self.error
         live.shares = artifact.tensors["shares"].tolist()
         live.responses = artifact.tensors["responses"].tolist()
@@ -94,14 +94,13 @@ class ResidualGate(Method):
             responses = _responses(pipe, inputs, plain, live)
             live.shares, live.responses = list(responses), list(responses.values())
             error = _largest_error(pipe, inputs, plain, live, quality)
-            grid = live.grid
-        (first, *_) = denoisers(pipe)
         return Artifact(
             method=ResidualGate.name(),
-            fingerprint=Fingerprint.of(first.module),
+            **fingerprints(pipe),
             match="architecture",
             tensors=_as_tensors(responses, error),
-            grid=grid,
+            grid=live.grid,
+            guidance=live.guided,
             inputs_sha256=inputs_digest(inputs),
             settings={"quality": quality},
         )

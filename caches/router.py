@@ -107,8 +107,8 @@ class RouterTrainer(Trainer):
         `seed` + n. `student_recipe` is attached all the while.
 
         Raises:
-            ValueError: no inputs, not all of the same steps, two denoisers, or `out` holds another
-                training.
+            ValueError: no inputs, not all of the same steps and guidance, two denoisers, or `out`
+                holds another training.
         """
         if not inputs or len(denoisers(pipe)) != 1:
             raise ValueError("RouterTrainer wants inputs and a pipeline with one denoiser")

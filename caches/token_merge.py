@@ -169,7 +169,11 @@ class _LiveMerge(Attached):
             assert run is not None
             if now.step >= round(method.until * run.steps):
                 return call_next(*args, **kwargs)
-            grid = denoiser.grid(args, kwargs)
+            try:
+                grid = denoiser.grid(args, kwargs)
+            except ValueError as error:
+                self.fallback(str(error))
+                return call_next(*args, **kwargs)
             groups = grouped(grid, method.frames, method.first_alone)
             if not groups.groups:
                 self.fallback(f"a video of {grid[0]} latent frames has no groups to merge")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from accel.artifact import Artifact, Fingerprint, inputs_digest
+from accel.artifact import Artifact, fingerprints, inputs_digest
 from accel.clock import sampling_grid
 from accel.denoiser import denoisers
 from accel.method import Recipe, Trainer
@@ -106,7 +106,7 @@ class TFMQCalibration(Trainer):
         say(f"{len(layers)} layers in {seconds:.0f} s")
         return Artifact(
             method=METHOD,
-            fingerprint=Fingerprint.of(denoisers(pipe)[0].module),
+            **fingerprints(pipe),
             tensors=tensors,
             grid=sampling_grid(pipe.scheduler)[1],
             inputs_sha256=inputs_digest(inputs),

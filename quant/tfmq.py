@@ -73,7 +73,7 @@ class TFMQ(Method):
         asked = {path.partition(".")[0] for path in artifact.settings["layers"]}
         if not asked <= found.keys():
             raise ValueError(f"{self.artifact.path} is for {sorted(asked)}, here are {list(found)}")
-        artifact.check_model(denoisers(pipe)[0].module)
+        artifact.check_pipeline(pipe)
         for slot in sorted(asked):
             live.put_on(found[slot], artifact)
 

@@ -129,7 +129,7 @@ class Budgets:
                 "make one with `accel calibrate sparse`"
             )
         found = denoisers(pipe)
-        artifact.check_model(found[0].module)
+        artifact.check_pipeline(pipe)
         for name, value in wanted.items():
             had = artifact.settings.get(name)
             if (list(value) if isinstance(value, tuple) else value) != had:

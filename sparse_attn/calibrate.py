@@ -29,7 +29,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from accel.artifact import Artifact, Fingerprint, inputs_digest
+from accel.artifact import Artifact, Fingerprint, fingerprints, inputs_digest
 from accel.denoiser import Denoiser, denoisers
 from accel.files import write_atomically
 from accel.measure import pipeline_samples
@@ -125,7 +125,7 @@ def measured_budgets(
     tensors |= {name: torch.tensor(x, dtype=torch.float64) for name, x in checks.items()}
     return Artifact(
         method=METHOD,
-        fingerprint=Fingerprint.of(denoisers(pipe)[0].module),
+        **fingerprints(pipe),
         tensors=tensors,
         match="architecture",
         inputs_sha256=inputs_digest([_plain(x) for x in inputs]),

@@ -92,6 +92,9 @@ class Job(BaseModel):
                 raise ValueError(f"{key!r} cannot be given here: {RESERVED_INPUTS[key]}")
             if _has_object(value):
                 raise ValueError(f"{key!r} holds an object; numbers, text and lists only")
+        steps = inputs.get("num_inference_steps")
+        if steps is not None and (type(steps) is not int or steps < 1):
+            raise ValueError(f"num_inference_steps is {_short(steps)}; a whole number from 1 on")
         strict_json.check(inputs)
         return inputs
 

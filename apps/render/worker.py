@@ -394,4 +394,5 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _is_ours(caught: warnings.WarningMessage) -> bool:
-    return issubclass(caught.category, (accel.NoEffectWarning, accel.FallbackWarning))
+    ours = (accel.NoEffectWarning, accel.FallbackWarning, accel.GuidanceWarning)
+    return issubclass(caught.category, ours)

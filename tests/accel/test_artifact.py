@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
+from accel.artifact import Artifact, ArtifactRef, Fingerprint, fingerprints, inputs_digest
 from accel.patch import Patch
 from accel.testing import tiny
 
@@ -16,7 +16,7 @@ from accel.testing import tiny
 def _artifact(module, **changes) -> Artifact:
     fields = {
         "method": "caches.native:MagCache",
-        "fingerprint": Fingerprint.of(module),
+        "fingerprint": changes.get("fingerprint") or Fingerprint.of(module),
         "tensors": {"ratios": torch.arange(5.0), "table": torch.eye(3, dtype=torch.int8)},
         "grid": (1.0, 0.5),
         "guidance": True,
@@ -110,6 +110,28 @@ def test_other_class_and_configuration(dit):
     fresh = tiny("dit").pipe.transformer
     with pytest.raises(ValueError, match="another configuration"):
         _artifact(dit, match="architecture").check_model(fresh)
+
+
+def test_both_denoisers_of_a_pair_are_told_apart_from_others(tmp_path):
+    pipe = tiny("wan22").pipe
+    made = _artifact(None, **fingerprints(pipe))
+    read = Artifact.load(made.save(tmp_path / "pair.safetensors"))
+    read.check_pipeline(pipe)
+    pipe.transformer_2, pipe.transformer = pipe.transformer, pipe.transformer_2
+    with pytest.raises(ValueError, match="does not fit: weight"):
+        read.check_pipeline(pipe)
+    pipe.transformer = pipe.transformer_2
+    with pytest.raises(ValueError, match="does not fit: transformer_2: weight"):
+        read.check_pipeline(pipe)
+
+
+def test_a_second_denoiser_of_no_fingerprint_is_built_as_the_first():
+    pipe = tiny("wan22").pipe
+    made = _artifact(pipe.transformer)
+    made.check_pipeline(pipe)
+    pipe.transformer_2 = tiny("ltx").pipe.transformer
+    with pytest.raises(ValueError, match="transformer_2: it is for Wan"):
+        made.check_pipeline(pipe)
 
 
 def test_changed_file_is_noticed(tmp_path, dit):

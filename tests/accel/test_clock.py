@@ -10,12 +10,17 @@ import weakref
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, KDPM2DiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 
 import accel
 from accel.clock import clock_of, denoiser_modules, sampling_grid
 from accel.method import Recipe
-from accel.testing import TINY_NAMES, assert_same_state, host_state, spy, tiny
+from accel.testing import TINY_NAMES, assert_equal, assert_same_state, host_state, spy, tiny
 from caches.native import FirstBlockCache
 from samplers.swap import SwapScheduler
 
@@ -86,6 +91,32 @@ def test_second_order_solvers_call_twice_a_step(scheduler, strength):
     full = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
     assert places == (full if strength is None else full[4:])
     assert listener.live.report()["runs"][0]["steps"] == (4 if strength is None else 2)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.8, 0.6, 0.4])
+def test_a_grid_that_has_a_time_twice(strength):
+    """PNDM's second time; image to image may begin with either of the two."""
+    host = tiny("sd-img2img")
+    config = host.pipe.scheduler.config
+    host.pipe.scheduler = PNDMScheduler.from_config(config, skip_prk_steps=True)
+    listener = Listener(host)
+    host.run(strength=strength, num_inference_steps=5)
+    begin = round(5 * (1 - strength))
+    assert [h.step for h in listener.take()] == list(range(begin, 6))
+    (run,) = listener.live.report()["runs"]
+    assert (run["finished"], run["syncs"]) == (True, 0)
+
+
+@pytest.mark.parametrize("name", ["dit", "wan"])
+def test_a_run_of_no_steps_is_refused(name):
+    """Of -4 steps DDIM lays an empty grid, and the pipeline decodes noise."""
+    host = tiny(name)
+    plain = host.run()
+    with accel.attached(Recipe(()), host.pipe) as live:
+        with pytest.raises(ValueError, match=r"no steps|negative"):  # some refuse by themselves
+            host.run(num_inference_steps=-4)
+        assert_equal(plain, host.run(), "the run after it")
+    assert [run["steps"] for run in live.report()["runs"]] == [4]
 
 
 def test_exception_then_another_run():

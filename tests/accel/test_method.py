@@ -12,6 +12,8 @@ from accel.artifact import ArtifactRef
 from accel.method import RUNS_KEPT, Attached, Method, Recipe
 from accel.settings import Settings
 from accel.testing import TINY_NAMES, assert_same_state, checks, conform, host_state, spy, tiny
+from caches.native import MagCache
+from samplers.rlg import RLG
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,16 @@ def test_settings_are_strict():
     for bad in ({"slot": 3}, {"paths": (1,)}, {"fail": "yes"}, {"options": {}}):
         with pytest.raises(ValueError, match=f"Taker.{next(iter(bad))}"):
             Taker(**bad)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_settings_are_what_json_can_say(number):
+    with pytest.raises(ValueError, match=r"RLG\.weight"):
+        RLG(adapter="a", weight=number)
+    with pytest.raises(ValueError, match=r"MagCache\.ratios"):
+        MagCache(ratios=(1.0, number))
+    with pytest.raises(ValueError, match="JSON"):
+        Settings(shift=number)
 
 
 def test_from_settings_names_what_is_wrong():

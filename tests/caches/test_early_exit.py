@@ -30,6 +30,7 @@ from caches._exits import ExitHeads, as_schedule, depths_of, exit_columns, used_
 from caches._outputs import leaves
 from caches.early_exit import EarlyExit, ExitTraining
 from caches.interval import IntervalCache
+from caches.router import RouterCache
 from caches.schedule import Schedule, constant, of_artifact, resampled, to_artifact
 from caches.token_merge import TokenMerge
 
@@ -419,8 +420,10 @@ def test_refusals(tmp_path):
     other = to_artifact(
         constant(columns, 2), denoiser, method="caches.router:RouterCache", grid=[2, 1]
     )
-    with pytest.raises(ValueError, match=r"a schedule of caches.router:RouterCache, not of exits"):
+    with pytest.raises(ValueError, match=r"is for caches.router:RouterCache, not for"):
         EarlyExit(other.save(tmp_path / "other.safetensors")).attach(pipe)
+    with pytest.raises(ValueError, match=r"is for caches.early_exit:EarlyExit, not for"):
+        RouterCache(exiting("dit", "forecast", (2, 1)).artifact).attach(pipe)  # would only skip
     with pytest.raises(ValueError, match=r"exits \[2\] without a head"):
         exiting("dit", "heads", (3, 2)).attach(pipe)
     given = INPUTS[:1]

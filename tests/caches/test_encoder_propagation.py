@@ -35,10 +35,19 @@ def test_transformers_are_refused():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"keys": (1, 2)}, {"every": -1}, {"noise": -1.0}, {"noise_below": 2.0}]
+    "settings",
+    [
+        {"keys": (1, 2)},
+        {"keys": (0, -5)},
+        {"keys": (0, 50)},
+        {"every": -1},
+        {"noise": -1.0},
+        {"noise": float("inf")},
+        {"noise_below": 2.0},
+    ],
 )
 def test_bad_settings(settings):
-    with pytest.raises(ValueError, match=r"key step|noise"):
+    with pytest.raises(ValueError, match=r"key|noise"):
         EncoderPropagation(**settings)
 
 

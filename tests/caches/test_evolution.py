@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from accel.artifact import Artifact
 from accel.denoiser import denoisers
-from accel.method import Recipe, attached
+from accel.method import GuidanceWarning, Recipe, attached
 from accel.testing import (
     assert_equal,
     assert_same_state,
@@ -65,6 +67,20 @@ def test_another_model_is_refused(tmp_path):
         method.attach(tiny("pixart").pipe)
 
 
+def test_guidance_of_another_kind_than_it_was_made_with_is_said(tmp_path):
+    host, path = tiny("dit"), tmp_path / "schedule.safetensors"
+    method_for("dit", tmp_path)
+    made = Artifact.load(path)
+    made.guidance = True
+    with attached(EvolutionCache(made.save(path)), host.pipe) as live:
+        host.run(guidance_scale=4.0)
+        with pytest.warns(GuidanceWarning, match="made with guidance, run without"):
+            host.run(guidance_scale=1.0)
+        host.run(guidance_scale=1.0)  # said once
+        details = [run["detail"].get("guidance") for run in live.report()["runs"]]
+    assert details == [None, *["made with guidance, run without"] * 2]
+
+
 def test_another_grid_is_resampled_refused_or_bypassed(tmp_path):
     host = tiny("dit")
     plain = host.run(num_inference_steps=9)
@@ -97,7 +113,9 @@ def test_another_grid_is_resampled_refused_or_bypassed(tmp_path):
 def test_schedules_of_other_parts_are_refused_before_a_run(columns, rows, words, tmp_path):
     host = tiny("dit")
     (denoiser,) = denoisers(host.pipe)
-    made = to_artifact(Schedule(columns, rows), denoiser, method="x", grid=(2.0, 1.0))
+    made = to_artifact(
+        Schedule(columns, rows), denoiser, method=EvolutionCache.name(), grid=(2.0, 1.0)
+    )
     method = EvolutionCache(made.save(tmp_path / "schedule.safetensors"))
     state = host_state(host.pipe)
     with pytest.raises(ValueError, match=words):
@@ -121,7 +139,7 @@ def test_a_skipped_block_passes_its_input_on(pipeline, tmp_path):
     block = next(b for b in denoiser.blocks if b.ff)
     column = f"{denoiser.slot}.{block.path}"
     schedule = Schedule((column,), ("C", "S", "C", "C"))
-    made = to_artifact(schedule, denoiser, method="x", grid=_grid(host, 4))
+    made = to_artifact(schedule, denoiser, method=EvolutionCache.name(), grid=_grid(host, 4))
     method = EvolutionCache(made.save(tmp_path / "schedule.safetensors"))
     seen = []
 
@@ -258,6 +276,20 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path):
     (half / "evaluations.jsonl").write_text("[]\n")
     with pytest.raises(ValueError, match=r"evaluations.jsonl is damaged"):
         search.run(pipe, inputs, half)
+
+
+def test_a_schedule_that_ruins_the_samples_is_on_no_front(tmp_path):
+    """Not a number compares with nothing, so nothing would be better than it."""
+
+    def quality(samples, reference):
+        equal = torch.equal(samples, reference)
+        return 100.0 if equal else float("nan")
+
+    search = EvolutionSearch(population=4, generations=2)
+    inputs = [{"class_labels": [1], "num_inference_steps": 4}]
+    front = search.run(tiny("dit").pipe, inputs, tmp_path, quality=quality)
+    assert [c.quality for c in front.candidates] == [100.0]
+    assert not math.isnan(Front.read(tmp_path).candidates[0].quality)
 
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accel.denoiser import denoisers
-from accel.method import FallbackWarning, attached
+from accel.method import FallbackWarning, NoEffectWarning, attached
 from accel.patch import Patch
 from accel.testing import assert_equal, checks, conform, tiny
 from caches.interval import IntervalCache
@@ -192,6 +192,25 @@ def test_what_is_changed_in_place_is_computed_again():
         assert sum(live.report()["runs"][0]["fallbacks"].values()) > 0
 
 
+@pytest.mark.parametrize("loaded_first", [False, True])
+def test_columns_follow_modules_that_a_lora_replaces(loaded_first):
+    """peft puts another module in the place of Flux's projections, and takes it away again."""
+    peft = pytest.importorskip("peft")
+    host = tiny("flux")
+    transformer = host.pipe.transformer
+    config = peft.LoraConfig(r=2, target_modules=["proj_mlp", "proj_out"], init_lora_weights=False)
+    if loaded_first:
+        transformer.add_adapter(config, "a")
+    with attached(IntervalCache(2), host.pipe) as live:
+        host.run()
+        transformer.unload_lora() if loaded_first else transformer.add_adapter(config, "a")
+        followed = host.run()
+        before, after = live.report()["runs"]
+    assert (before["computed"], before["reused"]) == (after["computed"], after["reused"])
+    with attached(IntervalCache(2), host.pipe):
+        assert_equal(followed, host.run(), "attached to what is there now")
+
+
 def test_memory_follows_what_is_kept():
     host = tiny("dit")
     peaks = {}
@@ -202,6 +221,15 @@ def test_memory_follows_what_is_kept():
             peaks[order] = live.report()["runs"][0]["bytes_device"]
     assert peaks[0] > 0
     assert (peaks[1], peaks[2]) == (2 * peaks[0], 3 * peaks[0])
+
+
+def test_more_warmup_than_steps_costs_nothing():
+    """A recipe may ask for any number; a set of so many would not fit in memory."""
+    host = tiny("dit")
+    method = IntervalCache(2, warmup=10**15, tail=10**15)
+    with attached(method, host.pipe) as live, pytest.warns(NoEffectWarning):
+        host.run()
+    assert live.report()["runs"][0]["reused"] == 0
 
 
 def test_image_to_image_computes_its_first_call():

@@ -219,6 +219,33 @@ def test_mag_cache_of_a_pair_indexes_both_by_the_step_of_the_run():
 # -- calibration -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "method",
+    [MagCache(10.0, 9, 0.2, ratios=(1.0,) * 8), TaylorSeer(interval=9, warmup=2)],
+    ids=lambda m: type(m).__name__,
+)
+def test_guidance_that_ends_early_begins_anew(method):
+    """What is kept is of two rows, and the call has one: diffusers adds nothing, or too much."""
+    host = tiny("sd3")
+    names = ["prompt_embeds", "pooled_prompt_embeds"]
+    computed = []
+
+    def end_guidance(pipe, step, time, tensors):
+        computed.append(live.counts["computed"])
+        if step != 3:
+            return {}
+        pipe._guidance_scale = 1.0
+        return {name: tensors[name].chunk(2)[1] for name in names}
+
+    call = {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": names}
+    with accel.attached(method, host.pipe) as live:
+        host.run(num_inference_steps=8, **call)
+        (run,) = live.report()["runs"]
+    assert run["detail"]["cleared"] == 1
+    assert computed[3] == computed[2]  # nothing was computed any more
+    assert computed[4] > computed[3]
+
+
 def test_mag_calibration_is_the_ratio_of_residual_norms(tmp_path):
     host = tiny("dit")
     inputs = [{"class_labels": [c], "num_inference_steps": 5, "output_type": "np"} for c in (1, 2)]

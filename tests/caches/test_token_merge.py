@@ -184,6 +184,24 @@ def test_one_frame_has_nothing_to_merge():
             assert_equal(plain, host.run(num_frames=1), "one frame")
 
 
+def test_a_call_that_does_not_tell_its_frames_is_computed_in_full():
+    """LTX's pipelines with conditions give coordinates instead of sides."""
+    host = tiny("ltx")
+    plain = host.run()
+    with attached(TokenMerge(until=1.0), host.pipe) as live, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        live.patch.around_call(host.pipe.transformer, _without_sides, outer=True)
+        with pytest.warns(FallbackWarning, match="video_coords"):
+            with_coordinates = host.run()
+    assert torch.isfinite(with_coordinates).all()
+    assert with_coordinates.shape == plain.shape
+    assert live.report()["runs"][0]["fallbacks"]
+
+
+def _without_sides(call_next, *args, num_frames, height, width, **kwargs):
+    return call_next(*args, **kwargs)
+
+
 def test_attention_to_text_may_be_left_alone():
     assert {p.rpartition(".")[2] for _, paths in TokenMerge(cross=False).claims(tiny("wan").pipe)
             for p in paths} == {"attn1"}  # fmt: skip

@@ -39,6 +39,10 @@ BAD_LINES = {
     "object as argument": ('{"inputs": {"a": {"b": 1}}}', "'a' holds an object"),
     "object in a list": ('{"inputs": {"a": [1, {"b": 1}]}}', "'a' holds an object"),
     "reserved argument": ('{"inputs": {"generator": 1}}', "'generator' cannot be given here"),
+    "fewer steps than one": (
+        '{"inputs": {"num_inference_steps": -4}}',
+        "num_inference_steps is -4; a whole number from 1 on",
+    ),
     "odd argument": ('{"inputs": {"a b": 1}}', "'a b' is not an argument name"),
     "traversal": ('{"name": "../up"}', "name: '../up' contains a path separator"),
     "absolute": ('{"name": "/etc/passwd"}', "path separator"),
