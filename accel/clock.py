@@ -426,8 +426,9 @@ def place_of_view(timestep: Any, grid: Any) -> int | None:
     Pipelines walk over the scheduler's own tensor. Its numbers are not looked at, so nothing waits
     for the device, and a time that the grid has twice (PNDM) is told apart.
     """
-    storage = getattr(timestep, "untyped_storage", None)
-    if storage is None or storage().data_ptr() != grid.untyped_storage().data_ptr():
+    if not all(hasattr(x, "untyped_storage") for x in (timestep, grid)):
+        return None
+    if timestep.untyped_storage().data_ptr() != grid.untyped_storage().data_ptr():
         return None
     return (timestep.storage_offset() - grid.storage_offset()) // grid.stride(0)
 

@@ -96,7 +96,12 @@ def step_mask(mask: str | Sequence[int], columns: Sequence[str]) -> Schedule:
 
 
 def intervals(counts: Sequence[int], columns: Sequence[str]) -> Schedule:
-    """A list of steps to repeat after each computed one: (1, 2) is compute, 1, compute, 2."""
+    """A list of steps to repeat after each computed one: (1, 2) is compute, 1, compute, 2.
+
+    Raises ValueError for a number below zero.
+    """
+    if min(counts, default=0) < 0:
+        raise ValueError(f"intervals: {list(counts)}; steps to repeat, 0 or more")
     mask = "".join("1" + "0" * count for count in counts)
     return step_mask(mask, columns)
 

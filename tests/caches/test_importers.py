@@ -70,5 +70,7 @@ def test_masks_intervals_and_keys():
     assert per_column({"t.a": (0, 1), "t.b": (0,)}, 3).rows == ("CC", "CR", "RR")
     with pytest.raises(ValueError, match="ones and zeros"):
         step_mask("12", COLUMNS)
+    with pytest.raises(ValueError, match="0 or more"):
+        intervals((1, -1), COLUMNS)
     with pytest.raises(ValueError, match=r"\[7\] are no steps"):
         key_steps((0, 7), 5, COLUMNS)
