@@ -49,7 +49,8 @@ RESULTS_WITH_METHODS = (
     "attention_backend",
 )
 PEERS = "benchmarks.peers:"
-BELOW = ("caches.token_density:TokenDensity",)  # no better than its own control: no row in README
+# no better than their own controls: no row in README
+BELOW = ("caches.token_density:TokenDensity", "samplers.leap:Leap")
 
 
 def read(name: str, device: str = "cpu") -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import pytest
 from accel import zoo
 from accel.methods import INDEX_FILE
 from benchmarks import results_file, tables
+from benchmarks.bench_leap import SHARES, STEPS
 from caches.native import TaylorSeer
 
 
@@ -209,8 +210,12 @@ def test_what_readme_leaves_out_is_no_better_than_its_control():
     ours = rows[f"token density, drawn: {at}"]["psnr"]
     control = rows[f"control: tokens drawn anywhere, {at}"]["psnr"]
     assert ours["low"] < control["high"]
-    listed = [row["name"] for row in tables.index_rows("caches")]
-    assert set(tables.BELOW) <= set(listed)
+    leaps = tables.read("leap")["rows"]
+    shares = {round(share * STEPS): f"Leap({share:.2f})" for share in SHARES}
+    for count, leap in shares.items():
+        assert leaps[leap]["psnr"]["high"] < leaps[f"control: {count} steps"]["psnr"]["low"]
+    indexed = [*tables.index_rows("caches"), *tables.index_rows("samplers")]
+    assert set(tables.BELOW) <= {row["name"] for row in indexed}
     page = (tables.ROOT / "README.md").read_text("utf-8")
     assert not any(f"| `{name}`" in page for name in tables.BELOW)
     assert all(f"`{name}`" in page for name in tables.BELOW)
