@@ -290,9 +290,11 @@ _cogvideox_grid = _patch_grid(1)  # (b, f, c, h, w)
 
 
 def _ltx_grid(model: Any, call: Call, path: str) -> Grid:
-    grid: Any = tuple(call.get(side) for side in ("num_frames", "height", "width"))
+    coords = call.get("video_coords")  # is what the model goes by, where it is given
+    sides = tuple(call.get(side) for side in ("num_frames", "height", "width"))
+    grid: Any = sides if coords is None else _counted(coords)
     if None in grid:
-        raise ValueError("grid: this LTX call gives video_coords and no num_frames, height, width")
+        raise ValueError("grid: this LTX call has neither video_coords nor num_frames and sides")
     return _one_grid(model, grid, call["hidden_states"].shape[1])
 
 
@@ -305,7 +307,7 @@ def _extent(ids: Any) -> Grid:
 
     Shapes cannot tell 4x6 from 6x4, so values are read; pipelines make the tensor once a run.
     """
-    memo = _extents()
+    memo = _read_once()
     if ids not in memo:
         rows = ids[0] if ids.ndim == 3 else ids
         low, high = (bound.long() for bound in rows.aminmax(dim=0))
@@ -313,8 +315,18 @@ def _extent(ids: Any) -> Grid:
     return memo[ids]
 
 
+def _counted(coords: Any) -> Grid:
+    """How many places there are on each axis of coordinates (b, 3, tokens), remembered as above;
+    tokens of condition frames stand before the others and are later in time: no grid."""
+    memo = _read_once()
+    if coords not in memo:
+        in_order = bool((coords[0, 0].diff() >= 0).all())
+        memo[coords] = tuple(len(axis.unique()) for axis in coords[0]) if in_order else (0, 0, 0)
+    return memo[coords]
+
+
 @functools.cache
-def _extents() -> Any:
+def _read_once() -> Any:
     from torch.utils.weak import WeakTensorKeyDictionary
 
     return WeakTensorKeyDictionary()

@@ -216,6 +216,9 @@ class LiveSparse(Attached):
         if denoiser.slot in self._in_graphs and torch.is_grad_enabled():
             self.fallback("compiled graphs have no gradients of sparse attention")
             return None
+        if torch.is_grad_enabled() and denoiser.module.is_gradient_checkpointing:
+            self.fallback("gradient checkpointing attends again when the call is over")
+            return None
         if now.step < first_of(self.policy.dense[0], run.steps):
             return self._all_dense("first steps")
         try:

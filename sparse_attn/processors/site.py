@@ -29,6 +29,10 @@ class SparseProcessor:
     def __init__(self, stock: Any, site: Site) -> None:
         self.stock, self.site = stock, site
 
+    def __reduce__(self) -> Any:
+        """A copy of the model, or what it is pickled as, has the stock one."""
+        return _itself, (self.stock,)
+
     @property
     def _attention_backend(self) -> Any:
         return self.stock._attention_backend  # AttributeError where the stock one has none
@@ -44,3 +48,7 @@ class SparseProcessor:
     @_parallel_config.setter
     def _parallel_config(self, value: Any) -> None:
         self.stock._parallel_config = value
+
+
+def _itself(stock: Any) -> Any:
+    return stock

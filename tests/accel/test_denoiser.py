@@ -463,11 +463,27 @@ def test_flux_reads_ids_once_a_tensor_and_keeps_none(monkeypatch: pytest.MonkeyP
 def test_ltx_without_sizes_or_with_condition_tokens() -> None:
     record = recorded("ltx")[1][0]
     call = dict(record.call)
-    with pytest.raises(ValueError, match="video_coords"):
+    with pytest.raises(ValueError, match="neither video_coords"):
         record.denoiser.grid((), {**call, "num_frames": None})
     longer = torch.zeros(2, 30, 4)
     with pytest.raises(ValueError, match="30 hidden tokens"):
         record.denoiser.grid((), {**call, "hidden_states": longer})
+
+
+def test_ltx_with_coordinates() -> None:
+    """Seconds and pixels of a video of 3 x 2 x 4 tokens, as its newer pipelines give them."""
+    record = recorded("ltx")[1][0]
+    call = {k: v for k, v in record.call.items() if k not in ("num_frames", "height", "width")}
+    axes = torch.tensor([0.0, 1, 9]) / 25, torch.arange(2) * 32.0, torch.arange(4) * 32.0
+    coords = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None].expand(2, -1, -1)
+    call |= {"hidden_states": torch.zeros(2, 24, 4), "video_coords": coords}
+    assert record.denoiser.grid((), call) == (3, 2, 4)
+    assert record.denoiser.grid((), {**call, "num_frames": 1, "height": 1, "width": 1}) == (3, 2, 4)
+    frame = coords[..., :8].clone()
+    frame[:, 0] = 5 / 25  # a condition in between, which stands first
+    call["hidden_states"] = torch.zeros(2, 32, 4)
+    with pytest.raises(ValueError, match="32 hidden tokens"):
+        record.denoiser.grid((), {**call, "video_coords": torch.cat([frame, coords], dim=2)})
 
 
 # Which classes are known

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from accel.denoiser import denoisers
 from accel.method import FallbackWarning, Recipe, attached
 from accel.testing import assert_equal, assert_same_state, checks, conform, host_state, tiny
+from accel.tiny import TinyPipeline
 from sparse_attn import token_order
 from sparse_attn._live import first_of
 from sparse_attn.block_map import BlockMap, block_sizes
@@ -206,6 +209,22 @@ def test_the_guard_keeps_short_sequences_dense():
     assert "density" not in run["detail"]
 
 
+def test_the_pipeline_of_newer_ltx_models():
+    """It gives the model coordinates, and its timesteps by token."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, LTXConditionPipeline
+
+    host = tiny("ltx")
+    parts = {**host.pipe.components, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipe = LTXConditionPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    host = TinyPipeline("ltx", pipe, host.inputs)
+    plain = host.run()
+    with attached(sparse(0.9999), pipe) as live:
+        assert (host.run() - plain).abs().max().item() < 1e-4
+        run = live.report()["runs"][0]
+    assert (run["detail"]["density"], run["fallbacks"]) == (1, {})
+
+
 def test_a_dropped_reordering_of_the_rotary_table_shows():
     """The test above would see it: without its rotary table in order the output differs."""
     host = tiny("wan")
@@ -259,6 +278,38 @@ def test_a_run_in_inference_mode_leaves_nothing_that_has_no_gradients():
         transformer(x, torch.ones(1), text).sample.square().mean().backward()
     live.detach()
     assert transformer.blocks[0].attn1.to_q.weight.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_attends_densely():
+    """What a call computes again in its backward pass must be what it computed."""
+    host = tiny("wan")
+    transformer = host.pipe.transformer
+    transformer.enable_gradient_checkpointing()
+    x, text = torch.randn(1, 4, 3, 4, 8), torch.randn(1, 7, 24)
+
+    def gradient():
+        transformer.zero_grad()
+        transformer(x, torch.ones(1), text).sample.square().mean().backward()
+        return transformer.blocks[0].attn1.to_q.weight.grad.clone()
+
+    plain = gradient()
+    with attached(sparse(), host.pipe) as live:
+        host.pipe.scheduler.set_timesteps(2)
+        with live.clock.at(0), pytest.warns(FallbackWarning, match="gradient checkpointing"):
+            found = gradient()
+        live.clock.end()
+    assert torch.equal(found, plain)
+
+
+def test_a_copy_of_the_model_is_the_hosts_own():
+    host = tiny("wan")
+    mine = host.pipe.transformer
+    with attached(sparse(), host.pipe):
+        host.run()
+        for other in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+            found = other.blocks[0].attn1.processor
+            assert type(found).__name__ == "WanAttnProcessor"
+            assert found is not mine.blocks[0].attn1.processor.stock
 
 
 def test_another_processor_is_refused_by_name():
