@@ -1,10 +1,11 @@
 """Draws what one block of queries attends to under each policy: ``pictures/sparse_masks.png``.
 
-    python -m benchmarks.sparse_picture [--model zoo:digits-wan] [--density 0.2]
+    python -m benchmarks.sparse_picture [--model zoo:digits-wan] [--budgets ARTIFACT]
 
 Rows are policies, columns frames; the block of queries is red, what it keeps is dark. Without a
 model the static patterns are drawn. With one, a step is run and the policies that look at q and k
-are drawn for one head, above its true attention.
+are drawn for one head, below its true attention; with a calibration's artifact, what its budget
+for this layer and noise level keeps, too (``bench_sparse_quality`` leaves one in its folder).
 """
 
 from __future__ import annotations
@@ -45,13 +46,17 @@ def static_rows(density: float) -> dict[str, Tensor]:
     return found
 
 
-def measured_rows(model: str, density: float, layer: int, head: int) -> dict[str, Tensor]:
+def measured_rows(
+    model: str, density: float, layer: int, head: int, budgets: Path | None
+) -> dict[str, Tensor]:
     """True mass by block, then what the policies that measure keep, at a late step of a run."""
     import accel
+    from accel.artifact import ArtifactRef
     from accel.method import attached
     from apps.digits_referee import zoo_inputs
     from sparse_attn.adaptive import importance, select
     from sparse_attn.block_map import blocked
+    from sparse_attn.budgets import Budgets
     from sparse_attn.estimators import block_scores as losses
     from sparse_attn.estimators import exact_mass, subblock_mass
 
@@ -68,8 +73,15 @@ def measured_rows(model: str, density: float, layer: int, head: int) -> dict[str
             torch.rand(1, q.shape[1], n, generator=draw).argsort(-1)[..., : n // 4] for n in BLOCKS
         ]
         score = importance(blocked(q, BLOCKS[0]), blocked(k, BLOCKS[1]), *places)
-        maps = {
-            "SubblockLSE": keep_share(losses(q, k, v, BLOCKS, True), density),
+        scores = losses(q, k, v, BLOCKS, True)
+        maps = {"SubblockLSE": keep_share(scores, density)}
+        if budgets is not None:
+            found_budgets = Budgets.load(ArtifactRef.of(budgets), pipe, blocks=BLOCKS, pooled=True)
+            spent = found_budgets.at_density(density)
+            share, _ = spent.of(place.denoiser, place.layer, place.sigma)
+            label = f"SubblockLSE, calibrated, {share:.2f} here"
+            maps[label] = keep_share(scores, share, "head")
+        maps |= {
             "SubblockLSE, no means": keep_share(subblock_mass(q, k, BLOCKS), density),
             "Adaptive": select(score, 0.95, density, density),
         }
@@ -146,6 +158,7 @@ def draw(rows: dict[str, Tensor], target: Path, density: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="draw the policies that measure, too")
+    parser.add_argument("--budgets", type=Path, help="artifact of a calibration of this model")
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--layer", type=int, default=3)
     parser.add_argument("--head", type=int, default=0)
@@ -153,7 +166,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = static_rows(args.density)
     if args.model:
-        rows |= measured_rows(args.model, args.density, args.layer, args.head)
+        rows |= measured_rows(args.model, args.density, args.layer, args.head, args.budgets)
     draw(rows, args.out, args.density)
 
 
