@@ -56,7 +56,7 @@ def sparse(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
-    """Budgets of sparse attention for each head, layer and noise level, within a loss of quality.
+    """Budgets of sparse attention for each layer and noise level, within a loss of quality.
 
     An input takes as long as about ten plain runs; a stopped calibration goes on where it was.
     The quality is then checked on an input that was held out.
