@@ -514,6 +514,10 @@ def _refuse_overlap(
         if slot not in EXCLUSIVE_SLOTS | STACKING_SLOTS:
             known = sorted(EXCLUSIVE_SLOTS | STACKING_SLOTS)
             raise ValueError(f"{one.name()} claims unknown slot {slot!r}; known: {known}")
+        if slot == "scheduler" and any(s == "scheduler.modifier" for s, _ in held):
+            raise ValueError(
+                f"{one.name()} replaces the scheduler that {other.name()} acts on; put it before"
+            )
         if slot not in EXCLUSIVE_SLOTS:
             continue
         for other_slot, other_paths in held:

@@ -20,7 +20,7 @@ from samplers.rlg import RLG
 class Taker(Method):
     """Claims what it is told, changes nothing."""
 
-    SLOTS = ("attention", "denoiser.call", "nonsense")
+    SLOTS = ("attention", "denoiser.call", "scheduler", "scheduler.modifier", "nonsense")
 
     slot: str = "attention"
     paths: tuple[str, ...] = ("transformer.transformer_blocks.0",)
@@ -162,6 +162,15 @@ def test_exclusive_slots_collide_where_paths_meet(path, collides):
 def test_stacking_slots_do_not_collide():
     host = tiny("dit")
     Recipe((Taker(slot="denoiser.call"), Other(slot="denoiser.call"))).attach(host.pipe).detach()
+
+
+def test_a_modified_scheduler_is_not_replaced():
+    """The modifier would act on the one that nobody calls any more, and say nothing."""
+    pipe = tiny("dit").pipe
+    swap, modifier = (Taker(s, ("scheduler",)) for s in ("scheduler", "scheduler.modifier"))
+    with pytest.raises(ValueError, match="acts on; put it before"):
+        Recipe((modifier, swap)).attach(pipe)
+    Recipe((swap, modifier)).attach(pipe).detach()
 
 
 def test_unknown_slot_is_an_error():
