@@ -16,7 +16,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -343,11 +343,14 @@ class Attached:
         }
 
     def detach(self) -> None:
-        """Give the host back, attribute for attribute. Safe to call twice, in any order."""
+        """Give the host back, attribute for attribute. Safe to call twice, in any order.
+
+        If it raises (weights that lie elsewhere find no room), it can be tried again.
+        """
         if not self._attached:
             return
-        self._attached = False
         self.patch.undo()
+        self._attached = False
         self.clock.release(self)
         pipe = self._pipe()
         if pipe is not None:
@@ -421,8 +424,9 @@ class _AttachedRecipe(Attached):
         super().detach()
 
     def detach_members(self) -> None:
-        for member in reversed(self.members):
-            member.detach()
+        with ExitStack() as members:  # the last first, and all even where one of them raises
+            for member in self.members:
+                members.callback(member.detach)
 
 
 @contextmanager
@@ -445,6 +449,13 @@ def live_on(pipe: Any) -> tuple[Attached, ...]:
     """Everything attached to ``pipe`` now, in attach order (recipes after their members)."""
     found = (reference() for reference in _ATTACHED.get(pipe, []))
     return tuple(live for live in found if live is not None)
+
+
+def require_detached(pipe: Any, doing: str) -> None:
+    """Raises ``ValueError`` if anything is attached to ``pipe``: its weights may be elsewhere."""
+    if live_on(pipe):
+        names = ", ".join(live.method.name() for live in live_on(pipe))
+        raise ValueError(f"detach {names} before {doing}")
 
 
 @dataclass(frozen=True)

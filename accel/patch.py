@@ -20,7 +20,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -267,24 +267,29 @@ class Patch:
                 trampoline.install()
 
     def undo(self) -> None:
-        """Take all changes of this patch back. Safe to call twice."""
-        while self._placed:
-            self._placed.pop().take_off()
-        while self._swaps:
-            owner_ref, name, token = self._swaps.pop()
-            owner = owner_ref()
-            if owner is not None:
-                _unswap(owner, name, token)
-        while self._written:
-            tensor, before = self._written.pop()
-            _put(tensor, before)
-        self.take_back()
+        """Take all changes of this patch back, the last first. Safe to call twice.
+
+        Where one of them cannot be (out of memory), the others are, and then it raises.
+        """
+        with ExitStack() as changes:
+            changes.callback(self.take_back)
+            for tensor, before in self._written:
+                changes.callback(_put, tensor, before)
+            for owner_ref, name, token in self._swaps:
+                changes.callback(_unswap, owner_ref(), name, token)
+            for placed in self._placed:
+                changes.callback(placed.take_off)
+            self._placed, self._swaps, self._written = [], [], []
 
     def take_back(self) -> None:
-        """Everything that is lent gets its values again, where it is now."""
+        """Everything that is lent gets its values again, where it is now.
+
+        If there is no room for them, they stay where they are, for another try.
+        """
         while self._lent:
-            tensor = self._lent.pop()
-            tensor.data = _LENT.pop(tensor).load(tensor)
+            tensor = self._lent[-1]
+            tensor.data = _LENT[tensor].load(tensor)
+            del _LENT[tensor], self._lent[-1]
 
 
 def values_of(tensor: Any) -> Any:
@@ -350,6 +355,8 @@ def _place(owner: Any, name: str, entry: _Entry) -> _Placed:
 
 
 def _unswap(owner: Any, name: str, token: object) -> None:
+    if owner is None:  # gone meanwhile
+        return
     stack = _SWAPS[owner][name]
     index = next(i for i, (t, _) in enumerate(stack.entries) if t is token)
     _, value = stack.entries.pop(index)

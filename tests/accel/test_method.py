@@ -9,7 +9,7 @@ import pytest
 
 import accel
 from accel.artifact import ArtifactRef
-from accel.method import RUNS_KEPT, Attached, Method, Recipe
+from accel.method import RUNS_KEPT, Attached, Method, Recipe, live_on
 from accel.settings import Settings
 from accel.testing import TINY_NAMES, assert_same_state, checks, conform, host_state, spy, tiny
 from caches.native import MagCache
@@ -300,6 +300,27 @@ def test_reports_are_bounded_but_totals_are_not():
     assert len(report["runs"]) == RUNS_KEPT
     assert report["runs_ended"] == RUNS_KEPT + 2
     assert report["nfe"] == report["runs_ended"] * report["runs"][0]["nfe"]
+
+
+def test_a_member_that_cannot_be_detached_is_tried_again():
+    host = tiny("dit")
+    state = host_state(host.pipe)
+    live = Recipe((spy(), spy())).attach(host.pipe)
+    undo, tries = live.members[1].patch.undo, []
+
+    def undo_later():
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError("out of memory")
+        undo()
+
+    live.members[1].patch.undo = undo_later
+    with pytest.raises(RuntimeError, match="out of memory"):
+        live.detach()
+    assert [x.method for x in live_on(host.pipe)] == [live.members[1].method, live.method]
+    live.detach()
+    assert live_on(host.pipe) == ()
+    assert_same_state(state, host_state(host.pipe))
 
 
 def test_detach_twice_and_report_after():

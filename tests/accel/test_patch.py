@@ -323,3 +323,31 @@ def test_a_lent_tensor_comes_back_in_the_type_that_it_has_then():
     module.to(torch.bfloat16)
     patch.undo()
     assert torch.equal(module.weight, expected)
+
+
+class _Full(_Kept):
+    """Has no room for its values at first."""
+
+    tries = 0
+
+    def load(self, like):
+        self.tries += 1
+        if self.tries == 1:
+            raise RuntimeError("out of memory")
+        return super().load(like)
+
+
+def test_what_cannot_be_undone_keeps_nothing_else_from_it():
+    module, other, patch = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), Patch()
+    before, state = module.weight.detach().clone(), dict(vars(module))
+    held = other.bias.detach().clone()
+    patch.lend(module.weight, _Full(module.weight))
+    patch.write(other.bias, torch.zeros(3))
+    patch.swap(module, "in_features", 5)
+    patch.around_call(module, lambda call_next, x: call_next(x) + 1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        patch.undo()
+    assert dict(vars(module)) == state
+    assert torch.equal(other.bias, held)
+    patch.undo()
+    assert torch.equal(module.weight, before)
