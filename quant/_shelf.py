@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from accel.patch import Layer, at_home
 
 Place = Literal["host", "disk", "keep"]
 
@@ -38,6 +40,16 @@ class Shelved:
         self.writes += 1
 
 
+def with_weights_in_place(module: nn.Module) -> Layer:
+    """A layer around ``module.state_dict``: weights that are lent are in it as ever."""
+
+    def state_dict(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        with at_home(list(module.parameters())):
+            return call_next(*args, **kwargs)
+
+    return state_dict
+
+
 def _mapped(values: Tensor) -> Tensor:
     """The same values in a private mapping of a file that has no name any more.
 
@@ -46,11 +58,8 @@ def _mapped(values: Tensor) -> Tensor:
     """
     if not values.numel():
         return values
-    with tempfile.NamedTemporaryFile(prefix="accel-weights-", delete=False) as file:
-        path = Path(file.name)
+    with tempfile.NamedTemporaryFile(prefix="accel-weights-") as file:  # gone at the end
         file.write(values.view(-1).view(torch.uint8).numpy().data)
-    try:
-        flat = torch.from_file(str(path), shared=False, size=values.nbytes, dtype=torch.uint8)
+        file.flush()
+        flat = torch.from_file(file.name, shared=False, size=values.nbytes, dtype=torch.uint8)
         return flat.view(values.dtype).view(values.shape)
-    finally:
-        path.unlink()

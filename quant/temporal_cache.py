@@ -31,7 +31,8 @@ from accel.patch import at_home, stand_in, values_of
 from quant._dataflow import PLAIN, ModuleCall, watch
 from quant._grid import TIMESTEP, Time, steps_to_come, time_key
 from quant._program import Program, program, small_enough
-from quant._shelf import Shelved
+from quant._samples import Samples
+from quant._shelf import Shelved, with_weights_in_place
 from quant._table import Condition, Entry, Plan, equal, placeholder, rebuilt, version
 
 Hold = Literal["timestep", "pooled", "text"]
@@ -48,9 +49,10 @@ class TemporalCache(Method):
     hold: what is taken to be fixed in a run beside the timestep: nothing more ("timestep"), one
     vector a sample ("pooled": class, guidance, pooled text), or texts too ("text"). If it changes
     after all it is noticed, and computed. weights: where they lie meanwhile, in host memory (on a
-    CPU they stay where they are), mapped from disk, or kept in place. uncalibrated: what to do at a
-    timestep that the sampler's grid does not have. largest: a module is left alone if its part of
-    the table would be larger than this times its weights.
+    CPU they stay where they are), mapped from disk, or kept in place; adapters can be fused only
+    into weights that are in place. uncalibrated: what to do at a timestep that the sampler's grid
+    does not have. largest: a module is left alone if its part of the table would be larger than
+    this times its weights.
     """
 
     SLOTS = ("temporal", "denoiser.call")
@@ -79,7 +81,8 @@ class TemporalCache(Method):
             served = _Served(self, live, denoiser)
             live.served[denoiser.slot] = served
             live.around_call(denoiser.module, served.call)
-            live.patch.around(denoiser.module, "state_dict", served.state_dict)
+            whole = with_weights_in_place(denoiser.module)
+            live.patch.around(denoiser.module, "state_dict", whole)
 
 
 class _Live(Attached):
@@ -120,8 +123,9 @@ class _Served:
         self.layers: dict[str, nn.Module] = {}  # which module at a path has a layer
         self.now: dict[str, Callable[[], Any]] = {}
         self.stamp: Any = None
+        self.samples: Samples | None = None  # of the weights that are served
         self.hidden = False
-        self.moved = self.fills = self.outside_grid = self.watched = 0
+        self.fills = self.outside_grid = self.watched = 0
 
     # -- a run ---------------------------------------------------------------------------------
 
@@ -131,7 +135,9 @@ class _Served:
         stamp = self._stamp()
         if compiled and not self.hidden:
             self.live.fallback("the denoiser is compiled as one graph, which hides its modules")
-        if compiled or stamp != self.stamp:
+        fused = self.samples is not None and stamp == self.stamp and any(self.samples.changed())
+        self.live.count("syncs", int(self.samples is not None and self.device.type == "cuda"))
+        if compiled or stamp != self.stamp or fused:
             self.clear()
             stamp = self._stamp()
         self.hidden, self.stamp = compiled, stamp
@@ -161,7 +167,7 @@ class _Served:
         """Weights back in place, nothing known."""
         if self.homes:
             self.live.patch.take_back()
-        self.plans, self.homes = {}, {}
+        self.plans, self.homes, self.samples = {}, {}, None
 
     # -- a call --------------------------------------------------------------------------------
 
@@ -318,17 +324,24 @@ class _Served:
         stays = self.method.weights == "keep" or (
             self.method.weights == "host" and self.device.type == "cpu"
         )
-        if stays or compat.is_offloaded(self.module):
+        if compat.is_offloaded(self.module):
             return
         for name, parameter in self._weights_of(found.served).items():
-            if name not in self.homes and parameter.numel() >= LEAST_ELEMENTS:
-                self.homes[name] = Shelved(parameter, self.method.weights)
-                self.live.patch.lend(parameter, self.homes[name])
+            if not stays and name not in self.homes and parameter.numel() >= LEAST_ELEMENTS:
+                try:
+                    home = Shelved(parameter, self.method.weights)
+                except OSError as error:
+                    self.live.fallback(f"weights stay in place ({error.strerror})")
+                    break
+                self.homes[name] = home
+                self.live.patch.lend(parameter, home)
+        self.samples = Samples(self._served_weights)
 
-    def state_dict(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Around ``state_dict``: weights that are elsewhere are in it as ever."""
-        with at_home(list(self._named().values())):
-            return call_next(*args, **kwargs)
+    def _served_weights(self) -> list[nn.Parameter]:
+        """Of all plans' modules, in an order that stays."""
+        paths = {p for plan in filter(None, self.plans.values()) for p in plan.program.served}
+        parts = [self.module.get_submodule(path) for path in sorted(paths)]
+        return [p for part in parts for p in part.parameters()]
 
     def _weights_of(self, paths: Any) -> dict[str, nn.Parameter]:
         """Parameters that only these modules own."""

@@ -52,7 +52,7 @@ class RLG(Method):
     from share ``start`` of the steps to ``stop``; outside only the tuned model runs.
     """
 
-    SLOTS = ("denoiser.call", "weights")
+    SLOTS = ("denoiser.call", "temporal", "weights")
     PAPER = "arXiv 2508.21016"
 
     artifact: ArtifactRef | None = None
@@ -79,8 +79,8 @@ class RLG(Method):
             raise ValueError(
                 f"RLG: {type(pipe).__name__} has {len(slots)} denoisers, and a tuning is of one"
             )
-        call = ("denoiser.call", slots)
-        return frozenset({call} if self.artifact is None else {call, ("weights", slots)})
+        claims = {("denoiser.call", slots), ("temporal", slots)}  # what is known of one model
+        return frozenset(claims if self.artifact is None else {*claims, ("weights", slots)})
 
     def new_live(self, pipe: Any) -> Attached:
         return _LiveRLG(self, pipe)

@@ -32,6 +32,24 @@ def calibrated(tmp_path_factory, fit):
 
 
 @pytest.fixture(scope="session")
+def fuse_and_forget():
+    """``fuse_and_forget(model, target)``: an adapter goes into the weights and leaves no trace."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig
+
+    def change(model, target):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.add_adapter(LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+        model.fuse_lora()
+        recurse_remove_peft_layers(model)
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+
+    return change
+
+
+@pytest.fixture(scope="session")
 def fit():
     """``fit(calibration, tiny pipeline, folder)``: prompt tensors, no JSON, are put in its call."""
     return _fit

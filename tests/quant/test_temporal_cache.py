@@ -15,6 +15,7 @@ from accel.testing import TINY_NAMES, assert_equal, checks, conform, tiny
 from caches.interval import IntervalCache
 from caches.native import TaylorSeer
 from quant.temporal_cache import TemporalCache
+from samplers.rlg import RLG
 from samplers.swap import SwapScheduler
 from samplers.time_shift import TimeShift
 
@@ -247,6 +248,35 @@ def test_an_adapter_that_comes_meanwhile_is_used():
         host.pipe.transformer.enable_adapters()
     assert not torch.equal(plain, served)
     assert_equal(host.run(), served, "without the cache")
+
+
+def test_an_adapter_that_was_fused_and_unloaded_is_used(fuse_and_forget):
+    host = tiny("wan")
+    with attached(TemporalCache(weights="keep"), host.pipe):
+        plain = host.run()
+        fuse_and_forget(host.pipe.transformer, "time_proj")
+        fused = host.run()
+    assert not torch.equal(plain, fused)
+    assert_equal(host.run(), fused, "without the cache")
+
+
+def test_weights_stay_in_place_where_the_disk_is_full(full_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    host = tiny("dit")
+    plain = host.run()
+    with attached(DISK, host.pipe) as live:
+        with full_disk(), pytest.warns(FallbackWarning, match="stay in place"):
+            assert_equal(plain, host.run(), "where there is no room")
+        assert_equal(plain, host.run(), "with the table")
+        assert live.report()["effect"] == "some"
+    assert_equal(plain, host.run(), "after detach")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_change_within_a_run_are_refused():
+    host = tiny("dit")
+    with attached(TemporalCache(), host.pipe), pytest.raises(ValueError, match="leave one"):
+        RLG(adapter="any").attach(host.pipe)
 
 
 def test_blocks_compiled_one_by_one_keep_what_is_in_them():
