@@ -94,8 +94,12 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Fingerprint:
-        weights = {k: [(int(i), float(x)) for i, x in v] for k, v in value["weights"].items()}
-        return cls(value["model_class"], value["config_sha256"], weights)
+        """Of ``asdict``. Raises ``ValueError`` for anything else."""
+        try:
+            weights = {k: [(int(i), float(x)) for i, x in v] for k, v in value["weights"].items()}
+            return cls(value["model_class"], value["config_sha256"], weights)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"a fingerprint cannot be {value!r:.100}") from error
 
 
 def fingerprints(pipe: Any) -> dict[str, Any]:
@@ -193,6 +197,8 @@ class Artifact:
             others = header.pop("others", {})
             others = {slot: Fingerprint.from_json(value) for slot, value in others.items()}
             header["grid"] = tuple(header["grid"])
+            if not isinstance(header.get("settings", {}), dict):
+                raise ValueError("its settings are no mapping")
             return cls(fingerprint=fingerprint, tensors=load(data), others=others, **header)
         except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not an accel artifact: {error}") from error

@@ -7,6 +7,7 @@ diffusers still loads that folder. ``load`` attaches the recipe. Safetensors onl
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import weakref
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from accel.files import write_atomically
-from accel.method import Recipe, live_on
+from accel.method import Recipe, live_on, require_detached
+from accel.methods import packages
 from accel.recipe_file import read_recipe, write_recipe
 
 RECIPE_FILE = "accel_recipe.yaml"
+QUANTIZER_MODULE = "diffusers_quantizer"
 SHIM_FILE = "pipeline.py"
 ZOO_PREFIX = "zoo:"
 
@@ -60,6 +63,7 @@ def load(
     from diffusers import DiffusionPipeline
 
     _require_device(device)
+    _teach_quantizers()
     source = str(zoo_path(str(ref)) if str(ref).startswith(ZOO_PREFIX) else ref)
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -83,6 +87,14 @@ def load(
     if (folder / RECIPE_FILE).is_file():
         read_recipe(folder / RECIPE_FILE).recipe.attach(pipe)
     return pipe
+
+
+def _teach_quantizers() -> None:
+    """Let diffusers know what checkpoints the packages of methods write: theirs may have a module
+    ``diffusers_quantizer``, which registers itself when it is imported."""
+    for package in packages():
+        if importlib.util.find_spec(f"{package}.{QUANTIZER_MODULE}") is not None:
+            importlib.import_module(f"{package}.{QUANTIZER_MODULE}")
 
 
 def _require_device(device: Any) -> None:
@@ -133,9 +145,7 @@ def save(
         ValueError: something is attached to ``pipe`` (the folder must hold the stock pipeline),
             or the recipe does not fit it.
     """
-    if live_on(pipe):
-        names = ", ".join(live.method.name() for live in live_on(pipe))
-        raise ValueError(f"detach {names} before saving; the recipe is saved beside the pipeline")
+    require_detached(pipe, "saving; the recipe is saved beside the pipeline")
     recipe.attach(pipe).detach()
     target = Path(folder)
     pipe.save_pretrained(str(target), safe_serialization=True)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from accel.measure import environment, load_average, paired_time
 from benchmarks.results_file import write
-from quant._layers import layer_for, quantisable
+from quant._layers import quantisable
 from quant._rounding import nearest, searched_scale, static_grid
+from quant._stored import quantised, stored
 
 LINEAR = {  # rows, in, out
     "DiT-XL/2 256: feed-forward in": (512, 1152, 4608),
@@ -40,11 +41,10 @@ CONV = {  # batch, in, out, side, kernel
 def ours(own: nn.Module, x: Tensor, scheme: Any) -> nn.Module:
     """The layer in 8 bits, rounded to the nearest."""
     weight: Any = own.weight
-    scale = searched_scale(weight.detach(), 8)
-    layer: Any = layer_for(own, bits=8, scheme=scheme, groups=1)
+    scale, how = searched_scale(weight.detach(), 8), {"bits": 8, "scheme": scheme}
     grid = static_grid(x.min()[None], x.max()[None]) if scheme == "static" else None
-    bias: Any = own.bias
-    return layer.fill(nearest(weight.detach(), scale, 8), scale, bias.detach(), grid)
+    codes = nearest(weight.detach(), scale, 8)
+    return quantised(own, stored("layer", how, codes, scale, [grid]), "layer", how)
 
 
 def torchao(module: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant._rounding import bits_of, floats_of, pack4, per_channel, share_outside, unpack4
+from quant._rounding import bits_of, floats_of, per_channel, share_outside, unpack4
 from quant.kernels import cpu, reference
 
 Scheme = Literal["static", "token", "weight"]
@@ -29,6 +29,10 @@ class Bins(nn.Module):
     the nearest one.
     """
 
+    times: Tensor
+    groups: Tensor
+    index: Tensor
+
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.register_buffer("times", torch.zeros(steps, dtype=torch.int32))  # bits of float32
@@ -36,17 +40,16 @@ class Bins(nn.Module):
         self.register_buffer("index", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     def fill(self, times: Tensor, groups: Tensor) -> Bins:
-        self.times.copy_(bits_of(times))  # type: ignore[operator]
-        self.groups.copy_(groups)  # type: ignore[operator]
+        self.times.copy_(bits_of(times))
+        self.groups.copy_(groups)
         return self
 
     def set(self, timestep: Any) -> None:
         """From a denoiser's argument, a number or tensor. Of several the largest counts: tokens of
         a frame that is given have time 0."""
-        index: Any = self.index
-        time = torch.as_tensor(timestep, device=index.device).amax().reshape(1).float()
-        near = (floats_of(self.times) - time).abs().argmin().reshape(1)  # type: ignore[arg-type]
-        index.copy_(self.groups[near])  # type: ignore[index]
+        time = torch.as_tensor(timestep, device=self.index.device).amax().reshape(1).float()
+        near = (floats_of(self.times) - time).abs().argmin().reshape(1)
+        self.index.copy_(self.groups[near])
 
 
 class _NoGradient(torch.autograd.Function):
@@ -66,6 +69,11 @@ class _NoGradient(torch.autograd.Function):
 class _Quantised(nn.Module):
     """What both kinds of layer share. ``groups``: of timesteps, for static scales."""
 
+    qweight: Tensor  # s8 (o, ...), or u8 (o, ceil(k / 2)) with two 4-bit codes a byte
+    wscale: Tensor  # (o), bits of float32
+    ascale: Tensor  # (groups), bits of float32; static schemes only
+    azero: Tensor  # (groups) int32
+
     def __init__(
         self, shape: tuple[int, ...], *, bits: int, scheme: Scheme, groups: int, bias: bool
     ) -> None:
@@ -82,30 +90,11 @@ class _Quantised(nn.Module):
         if scheme == "static":
             self.register_buffer("ascale", torch.zeros(groups, dtype=torch.int32))
             self.register_buffer("azero", torch.zeros(groups, dtype=torch.int32))
-        self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
+        # a parameter, because models look at a part's parameters for its type
+        self.bias = nn.Parameter(torch.zeros(shape[0]), requires_grad=False) if bias else None
         self.kernel: Kernel = "auto"
         self.bins: list[Bins] = []  # in a list, so that it is no submodule of every layer
         self._ready: dict[str, Tensor] = {}
-
-    def fill(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        activation: tuple[Tensor, Tensor] | None = None,
-    ) -> _Quantised:
-        """Take over codes (o, ...), weight scales (o) and static grids (scale, zero), (g) each."""
-        buffers: dict[str, Any] = dict(self.named_buffers())
-        codes = codes.to(torch.int8)
-        buffers["qweight"].copy_(pack4(codes) if self.bits == 4 else codes)
-        buffers["wscale"].copy_(bits_of(scale))
-        if activation is not None:
-            buffers["ascale"].copy_(bits_of(activation[0]))
-            buffers["azero"].copy_(activation[1])
-        if bias is not None:
-            buffers["bias"].copy_(bias)
-        self._ready = {}
-        return self
 
     def pieces(self) -> list[_Quantised]:
         """Parts with grids of their own, by channels of the input."""
@@ -117,29 +106,28 @@ class _Quantised(nn.Module):
 
     def codes(self) -> Tensor:
         """s8 (o, ...)."""
-        q: Any = self.qweight
-        return unpack4(q, self.shape) if self.bits == 4 else q
+        return unpack4(self.qweight, self.shape) if self.bits == 4 else self.qweight
 
     @property
     def weight(self) -> Tensor:
         """The weight that this layer stands for, float32; for whoever looks at type or device."""
-        scale = per_channel(floats_of(self.wscale), len(self.shape))  # type: ignore[arg-type]
+        scale = per_channel(floats_of(self.wscale), len(self.shape))
         return self.codes().float() * scale
 
     def _activation(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the present group, one element each."""
-        scales, zeros = floats_of(self.ascale), self.azero  # type: ignore[arg-type]
+        scales, zeros = floats_of(self.ascale), self.azero
         if scales.shape[0] == 1:
-            return scales, zeros  # type: ignore[return-value]
+            return scales, zeros
         index = self.bins[0].index
-        return scales.index_select(0, index), zeros.index_select(0, index)  # type: ignore
+        return scales.index_select(0, index), zeros.index_select(0, index)
 
     def pack(self) -> None:
         """Lay the weights out as the integer kernel reads them, if it is to run where they are.
 
         Done at the first call; before it for compiled graphs, which can not do it themselves.
         """
-        if "packed" not in self._ready and self._runs_integers(self.wscale):  # type: ignore[arg-type]
+        if "packed" not in self._ready and self._runs_integers(self.wscale):
             self._ready["packed"] = self._packed()
 
     def _packed(self) -> Tensor:
@@ -154,13 +142,13 @@ class _Quantised(nn.Module):
             return self._quantised(x)
         with torch.no_grad():
             out = self._quantised(x)
-        return _NoGradient.apply(x, out)  # type: ignore[return-value]
+        return _NoGradient.apply(x, out)
 
     def computed_by(self) -> str:
         """ "int8" kernels or their "reference"; "float" where activations are whole."""
         if self.scheme == "weight":
             return "float"
-        return "int8" if self._runs_integers(self.wscale) else "reference"  # type: ignore[arg-type]
+        return "int8" if self._runs_integers(self.wscale) else "reference"
 
     def _runs_integers(self, x: Tensor) -> bool:
         if self.scheme == "weight" or self.kernel == "reference":
@@ -174,17 +162,22 @@ class _Quantised(nn.Module):
         return held
 
     def _bias(self) -> Tensor | None:
-        bias: Any = self.bias
-        return bias if bias is None or bias.dtype == torch.float32 else bias.float()
+        return None if self.bias is None else self.bias.float()
 
     def memory(self) -> int:
         """Bytes of weights that this layer holds at run time, in the form that its kernel reads."""
-        held = [*self.buffers(), *self._ready.values()]
+        held = [*self.parameters(), *self.buffers(), *self._ready.values()]
         return sum(t.nbytes for t in held)
 
     def __getstate__(self) -> dict[str, Any]:
         """To copy or pickle: packed weights can not be, and are packed again."""
         return {**self.__dict__, "_ready": {}}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        was_packed, self._ready = "packed" in self._ready, {}
+        super()._load_from_state_dict(*args, **kwargs)
+        if was_packed:
+            self.pack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         was_packed, self._ready = "packed" in self._ready, {}
@@ -203,8 +196,8 @@ class QuantLinear(_Quantised):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scheme == "weight":
-            bias: Any = self.bias
-            return F.linear(x, self._float_weight(x), None if bias is None else bias.to(x.dtype))
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self._float_weight(x), bias)
         return self._opaque(x)
 
     def _quantised(self, x: Tensor) -> Tensor:
@@ -216,7 +209,7 @@ class QuantLinear(_Quantised):
         return cpu.pack_linear(self.codes())
 
     def _integers(self, rows: Tensor) -> Tensor:
-        scales: Tensor = floats_of(self.wscale)  # type: ignore[arg-type]
+        scales = floats_of(self.wscale)
         self.pack()
         packed = self._ready["packed"]
         if self.scheme == "token":
@@ -224,7 +217,7 @@ class QuantLinear(_Quantised):
         return cpu.linear_static(rows, packed, scales, self._bias(), *self._activation())
 
     def _reference(self, rows: Tensor) -> Tensor:
-        scales: Tensor = floats_of(self.wscale)  # type: ignore[arg-type]
+        scales = floats_of(self.wscale)
         if self.scheme == "token":
             return reference.linear_token(rows, self.codes(), scales, self._bias())
         bias = self._bias()
@@ -240,19 +233,18 @@ class QuantConv(_Quantised):
         self.out_channels, self.in_channels = shape[0], shape[1] * geometry[3]
 
     def _packed(self) -> Tensor:
-        scales: Tensor = floats_of(self.wscale)  # type: ignore[arg-type]
+        scales = floats_of(self.wscale)
         return cpu.pack_conv(self.codes(), scales, self.geometry)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scheme == "weight":
-            bias: Any = self.bias
             convolve = F.conv2d if x.ndim == 4 else F.conv3d
-            bias = None if bias is None else bias.to(x.dtype)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
             return convolve(x, self._float_weight(x), bias, *self.geometry)
         return self._opaque(x)
 
     def _quantised(self, x: Tensor) -> Tensor:
-        scales: Tensor = floats_of(self.wscale)  # type: ignore[arg-type]
+        scales = floats_of(self.wscale)
         scale, zero = self._activation()
         if self._runs_integers(x):
             self.pack()
@@ -292,8 +284,7 @@ class SplitConv(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Any = self.hidden.bias
-        return bias
+        return self.hidden.bias
 
     @property
     def weight(self) -> Tensor:
@@ -327,13 +318,18 @@ def layer_for(
     Raises:
         ValueError: there is no such layer.
     """
-    how: dict[str, Any] = {"bits": bits, "scheme": scheme, "bias": module.bias is not None}
+    how: dict[str, Any] = {
+        "bits": bits,
+        "scheme": scheme,
+        "bias": getattr(module, "bias", None) is not None,
+    }
     if isinstance(module, nn.Linear):
         return QuantLinear(module.out_features, module.in_features, groups=groups, **how)
     geometry = conv_geometry(module)
     if geometry is None or scheme == "token" or (split and not splittable(module)):
         raise ValueError(f"quantised layers ({scheme}) stand for no {module}")
-    shape = tuple(module.weight.shape)  # type: ignore[union-attr]
+    weight: Any = module.weight
+    shape = tuple(weight.shape)
     if not split:
         return QuantConv(shape, geometry, groups=groups, **how)
     of_each = (groups, groups) if isinstance(groups, int) else groups

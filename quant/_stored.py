@@ -7,22 +7,70 @@ channels`` where the input is a concatenation whose two pieces have their own gr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from accel.artifact import Artifact
-from quant._layers import Bins, Layer, layer_for
+from accel.denoiser import denoisers
+from quant._layers import Bins, Layer, Scheme, layer_for
 from quant._rounding import bits_of, floats_of, pack4
 
+METHOD = "quant.tfmq:TFMQ"
 Grids = tuple[Tensor, Tensor] | None  # scales float32 (groups) and zero points int32 (groups)
 
 
+def layers_of(artifact: Artifact) -> dict[str, dict[str, Any]]:
+    """How each quantised layer is made, by path from the slot on.
+
+    Raises:
+        ValueError: the artifact is for another method, or does not say.
+    """
+    artifact.check_method(METHOD)
+    layers = artifact.settings.get("layers")
+    good = isinstance(layers, dict) and len(layers) > 0
+    if not good or not all(_is_how(how) for how in layers.values()):
+        raise ValueError("the artifact does not say how its layers are made; calibrate again")
+    return layers
+
+
+def _is_how(how: Any) -> bool:
+    known = isinstance(how, dict) and how.keys() <= {"bits", "scheme", "split"}
+    whole = known and type(how.get("split", 0)) is int
+    return whole and how.get("bits") in (4, 8) and how.get("scheme") in get_args(Scheme)
+
+
+def check_fits(artifact: Artifact, pipe: Any) -> None:
+    """Raises ``ValueError`` saying why an artifact is not for this pipeline's denoisers."""
+    parts = {d.slot: d.module for d in denoisers(pipe)}
+    asked = {path.partition(".")[0] for path in layers_of(artifact)}
+    if not asked <= parts.keys():
+        raise ValueError(f"the artifact is for {sorted(asked)}, here are {list(parts)}")
+    for slot in sorted(asked):
+        if any(p.is_meta for p in parts[slot].parameters()):
+            raise ValueError(f"the weights of {slot} are elsewhere: attach first, then offload")
+    artifact.check_pipeline(pipe)
+    there = {f"{slot}.{path}" for slot, m in parts.items() for path, _ in m.named_modules()}
+    if not layers_of(artifact).keys() <= there:
+        raise ValueError(f"the model has no {min(layers_of(artifact).keys() - there)}")
+
+
 def bins_of(artifact: Artifact, slot: str) -> Bins:
-    """Groups of timesteps as calibrated."""
-    times = floats_of(artifact.tensors[f"{slot}:times"])
-    return Bins(len(times)).fill(times, artifact.tensors[f"{slot}:groups"])
+    """Groups of timesteps as calibrated. Raises ``ValueError`` if the artifact has none."""
+    times, groups = (artifact.tensors.get(f"{slot}:{name}") for name in ("times", "groups"))
+    if times is None or groups is None or times.shape != groups.shape:
+        raise ValueError(f"the artifact has no timesteps of {slot}; calibrate again")
+    return Bins(len(times)).fill(floats_of(times), groups)
+
+
+def refuse_adapters(pipe: Any) -> None:
+    """Raises ``ValueError`` if a denoiser has adapters, fused or not: whose weights are meant?"""
+    if any(hasattr(part, "base_layer") for d in denoisers(pipe) for part in d.module.modules()):
+        raise ValueError(
+            "the model has adapters: fuse them (fuse_lora, then unload_lora_weights) before, or "
+            "load them after, to run beside the quantised layers"
+        )
 
 
 def names_of(path: str, how: Mapping[str, Any]) -> list[str]:
@@ -62,13 +110,12 @@ def quantised(
     )
     bias: Any = own.bias
     for name, piece in zip(names, layer.pieces(), strict=True):
-        part: Any = piece
-        part.qweight.copy_(tensors[f"{name}:q"])
-        part.wscale.copy_(tensors[f"{name}:wscale"])
-        if f"{name}:ascale" in tensors:
-            part.ascale.copy_(tensors[f"{name}:ascale"])
-            part.azero.copy_(tensors[f"{name}:azero"])
-        if part.bias is not None:
-            part.bias = bias.detach().clone()
+        for buffer, held in piece.named_buffers():
+            given = tensors.get(f"{name}:{'q' if buffer == 'qweight' else buffer}")
+            if given is None or (given.shape, given.dtype) != (held.shape, held.dtype):
+                raise ValueError(f"the artifact has no {buffer} of {path} for {own}")
+            held.copy_(given)
+        if piece.bias is not None:
+            piece.bias.data = bias.detach().clone()
     weight: Any = own.weight
     return layer.to(weight.device)

@@ -1,8 +1,9 @@
 """``quant_method: "tfmq"`` for stock diffusers: save_pretrained and from_pretrained, bit for bit.
 
-Import this module, and diffusers knows the method: ``Model.from_pretrained(folder)`` of a folder
-that ``save_quantised`` wrote, ``PipelineQuantizationConfig(quant_mapping={"transformer":
-TFMQConfig()})`` for 8- or 4-bit weights on the fly (rounded to the nearest, without calibration).
+Import this module (``accel.load`` does), and diffusers knows the method:
+``Model.from_pretrained(folder)`` of a folder that ``save_quantised`` wrote,
+``PipelineQuantizationConfig(quant_mapping={"transformer": TFMQConfig()})`` for 8- or 4-bit weights
+on the fly (rounded to the nearest, without calibration).
 Without the import, diffusers says that it does not know "tfmq". Integers are what they are in the
 file, 4-bit ones two to a byte; scales are stored as the bits of float32, because the loader casts
 every float to the type that was asked for. A model loaded so has no weights of its own to fall back
@@ -11,6 +12,7 @@ to, so nothing looks for clipped inputs or outputs that are not finite, as ``qua
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -26,9 +28,10 @@ from torch import nn
 
 from accel.artifact import Artifact
 from accel.denoiser import denoisers
+from accel.method import require_detached
 from quant._layers import Bins, layer_for, quantisable
 from quant._rounding import bits_of, nearest, pack4, searched_scale
-from quant._stored import bins_of, quantised
+from quant._stored import bins_of, check_fits, layers_of, quantised, refuse_adapters
 
 NAME = "tfmq"
 BINS = "timestep_groups"  # the submodule that knows which group of timesteps is being computed
@@ -55,13 +58,15 @@ class TFMQConfig(QuantizationConfigMixin):
         activations: Literal["token", "whole"] = "token",
         layers: dict[str, dict[str, Any]] | None = None,
         steps: int = 0,
-        **ignored: Any,
+        quant_method: str = NAME,
     ) -> None:
         if bits not in (4, 8):
             raise ValueError(f"TFMQConfig.bits = {bits}: 4 or 8")
-        self.quant_method = QuantizationMethod.TFMQ  # type: ignore[assignment]
         if activations not in ("token", "whole"):
             raise ValueError(f"TFMQConfig.activations = {activations!r}: 'token' or 'whole'")
+        if isinstance(skip, str):
+            raise ValueError(f"TFMQConfig.skip = {skip!r}: a list of names, [{skip!r}]")
+        self.quant_method = QuantizationMethod(quant_method)  # type: ignore[assignment]
         self.bits, self.skip, self.activations = bits, list(skip or []), activations
         self.layers, self.steps = layers or {}, steps
 
@@ -86,32 +91,43 @@ class TFMQQuantizer(DiffusersQuantizer):
 
     requires_calibration = False
     required_packages = None
-    use_keep_in_fp32_modules = False
+    use_keep_in_fp32_modules = True  # what a class wants in float32 is so without quantisation, too
 
     def __init__(self, quantization_config: TFMQConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.config = quantization_config
+        own = copy.deepcopy(quantization_config)  # one config may be given for several models
+        super().__init__(own, **kwargs)
+        self.config = own
+        self._keys: list[str] = []
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
         """The list is kept: names change in it once the model is there to be looked at."""
         self._keys = loaded_keys
         return loaded_keys
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+    def _process_model_before_weight_loading(
+        self, model: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """state_dict: of a single file, which diffusers takes to be quantised already."""
+        if not self.config.layers:
+            self.pre_quantized = False
             self.config.layers = chosen(model, self.config)
             made = [
                 f"{path}.{name}" for path in self.config.layers for name in ("qweight", "wscale")
             ]
             gone = {f"{path}.weight" for path in self.config.layers}
             self._keys[:] = [k for k in self._keys if k not in gone] + made
+            if state_dict is not None:
+                converted = self._rounded(state_dict)
+                state_dict.clear()
+                state_dict.update(converted)
         model.register_to_config(quantization_config=self.config)
         put_in(model, self.config)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Weights of a checkpoint in floating point, rounded to the nearest; biases stay."""
-        if self.pre_quantized:
-            return state_dict
+        return state_dict if self.pre_quantized else self._rounded(state_dict)
+
+    def _rounded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         found = dict(state_dict)
         for path, how in self.config.layers.items():
             weight = found.pop(f"{path}.weight", None)
@@ -142,11 +158,19 @@ def register() -> None:
 
 
 def chosen(model: nn.Module, config: TFMQConfig) -> dict[str, dict[str, Any]]:
-    """Layers that are quantised on the fly: all linear ones and convolutions but the skipped."""
+    """Layers that are quantised on the fly: all linear ones and convolutions but the skipped.
+
+    Raises:
+        ValueError: there are none.
+    """
     skip = tuple(config.skip)
     named = {
         n: m for n, m in model.named_modules() if quantisable(m) and not n.startswith(skip or " ")
     }
+    if not named:
+        raise ValueError(
+            f"TFMQConfig(skip={config.skip}) leaves no layer of {type(model).__name__}"
+        )
     token = config.activations == "token"
     return {
         path: {
@@ -163,10 +187,7 @@ def put_in(model: nn.Module, config: TFMQConfig) -> None:
     for path, how in config.layers.items():
         own: Any = model.get_submodule(path)
         with torch.device(own.weight.device):
-            layer = layer_for(own, **how)
-            if own.bias is not None:
-                layer.pieces()[0].bias = torch.zeros_like(own.bias)
-        model.set_submodule(path, layer)
+            model.set_submodule(path, layer_for(own, **how))
     if config.steps:
         model.add_module(BINS, Bins(config.steps))
 
@@ -192,18 +213,24 @@ def save_quantised(pipe: Any, artifact: Artifact, folder: str | os.PathLike[str]
     """Write a pipeline whose denoisers are quantised as ``artifact`` says; ``pipe`` stays whole.
 
     The folder loads through stock ``from_pretrained`` once this module is imported.
-    """
-    import copy
 
+    Raises:
+        ValueError: something is attached to ``pipe`` (its weights may be elsewhere), it has
+            adapters, or the artifact is not for its models; nothing is written then.
+    """
+    require_detached(pipe, "saving")
+    refuse_adapters(pipe)
+    check_fits(artifact, pipe)
+    made = layers_of(artifact)
     pipe.save_pretrained(folder)
     for denoiser in denoisers(pipe):
-        paths = {p for p in artifact.settings["layers"] if p.startswith(f"{denoiser.slot}.")}
+        paths = {p for p in made if p.startswith(f"{denoiser.slot}.")}
         if not paths:
             continue
         model: Any = copy.deepcopy(denoiser.module)
         layers: dict[str, dict[str, Any]] = {}
         for path in sorted(paths):
-            inner, how = path.partition(".")[2], artifact.settings["layers"][path]
+            inner, how = path.partition(".")[2], made[path]
             layer = quantised(model.get_submodule(inner), artifact.tensors, path, how)
             groups = [len(getattr(piece, "ascale", "?")) for piece in layer.pieces()]
             layers[inner] = {**how, "groups": groups if len(groups) > 1 else groups[0]}

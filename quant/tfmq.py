@@ -12,6 +12,7 @@ and where activations are whole once more in floating point.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
 from accel.patch import at_home
 from quant._layers import Bins, Kernel, Layer
-from quant._shelf import Shelved
-from quant._stored import bins_of, quantised
+from quant._samples import Samples
+from quant._shelf import Shelved, with_weights_in_place
+from quant._stored import bins_of, check_fits, layers_of, quantised
 
 CLIPPED = 0.05  # share of a layer's inputs; on other noise than was calibrated it is below 0.002
 
@@ -45,7 +47,7 @@ class TFMQ(Method):
     finite, or the same everywhere.
     """
 
-    SLOTS = ("linear", "denoiser.call")
+    SLOTS = ("linear", "weights", "denoiser.call")
     PAPER = "TFMQ-DM, arXiv 2407.19547"
 
     artifact: ArtifactRef
@@ -53,29 +55,22 @@ class TFMQ(Method):
     weights: Literal["keep", "disk"] = "keep"
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        paths = frozenset(self._read().settings["layers"])
+        """``weights`` too: a student that writes others into the model would not be heard."""
+        paths = frozenset(layers_of(Artifact.load(self.artifact)))
         slots = frozenset(d.slot for d in denoisers(pipe))
-        return frozenset({("linear", paths), ("denoiser.call", slots)})
-
-    def _read(self) -> Artifact:
-        artifact = Artifact.load(self.artifact)
-        if artifact.method != self.name():
-            raise ValueError(f"{self.artifact.path} is for {artifact.method}, not {self.name()}")
-        return artifact
+        return frozenset({("linear", paths), ("weights", paths), ("denoiser.call", slots)})
 
     def new_live(self, pipe: Any) -> Attached:
         return _Live(self, pipe)
 
     def build(self, pipe: Any, live: Attached) -> None:
         assert isinstance(live, _Live)
-        artifact = self._read()
-        found = {d.slot: d for d in denoisers(pipe)}
-        asked = {path.partition(".")[0] for path in artifact.settings["layers"]}
-        if not asked <= found.keys():
-            raise ValueError(f"{self.artifact.path} is for {sorted(asked)}, here are {list(found)}")
-        artifact.check_pipeline(pipe)
-        for slot in sorted(asked):
-            live.put_on(found[slot], artifact)
+        artifact = Artifact.load(self.artifact)
+        check_fits(artifact, pipe)
+        asked = {path.partition(".")[0] for path in layers_of(artifact)}
+        for denoiser in denoisers(pipe):
+            if denoiser.slot in asked:
+                live.put_on(denoiser, artifact)
 
 
 class _Live(Attached):
@@ -87,7 +82,8 @@ class _Live(Attached):
         self.bins: dict[str, Bins] = {}
         self.homes: list[Shelved] = []
         self.whole = False  # whether all layers compute with the model's own weights now
-        self.fused: frozenset[str] = frozenset()  # layers with an adapter in their own weights
+        self.own: dict[str, Any] = {}  # the model's layers, by path as in ``layers``
+        self.others: frozenset[str] = frozenset()  # layers whose own weights are others by now
         self.replaced = 0  # bytes of the model's own weights
         self.saturated: Counter[str] = Counter()  # calls in which a layer computed whole, by path
 
@@ -102,28 +98,31 @@ class _Live(Attached):
                 f"{device}; use kernel='reference' there, which is exact and slow"
             )
         bins.to(device)
-        for path, how in artifact.settings["layers"].items():
+        for path, how in layers_of(artifact).items():
             slot, _, inner = path.partition(".")
             if slot != denoiser.slot:
                 continue
-            own = module.get_submodule(inner)
+            own: Any = module.get_submodule(inner)
             own = getattr(own, "base_layer", own)  # beside an adapter, which stays as it is
             layer = quantised(own, artifact.tensors, path, how)
             for piece in layer.pieces():
                 piece.kernel, piece.bins = self.method.kernel, [bins]
                 piece.pack()
-            self.layers[path] = layer
+            self.layers[path], self.own[path] = layer, own
             self.patch.around_call(own, self._around(path, layer, own))
-            self.replaced += own.weight.nbytes  # type: ignore[union-attr, operator]
+            self.replaced += own.weight.nbytes
             if self.method.weights == "disk":
-                self.homes.append(Shelved(own.weight, "disk"))  # type: ignore[arg-type]
+                self.homes.append(Shelved(own.weight, "disk"))
                 self.patch.lend(own.weight, self.homes[-1])
+        if self.homes:
+            self.patch.around(module, "state_dict", with_weights_in_place(module))
+        self.samples = Samples(lambda: [own.weight for own in self.own.values()])
         self.patch.around_call(denoiser.module, self._around_model(denoiser, bins))
         self.around_denoiser(denoiser.slot, self._watched(denoiser))
 
     def _around(self, path: str, layer: Layer, own: nn.Module) -> Callable[..., Any]:
         def run(call_next: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.whole or path in self.fused:
+            if self.whole or path in self.others:
                 return call_next(x, *args, **kwargs)
             if torch.compiler.is_compiling():  # counts would be guards of the graph
                 return layer(x)
@@ -146,7 +145,7 @@ class _Live(Attached):
         """Whether the calibrated range is not one for these inputs."""
         with unwatched():  # a look at values, which decides nothing of what a trace shows
             shares = layer.clipped(x)
-        self.count("syncs", 2 * len(shares) * x.is_cuda)
+        self.count("syncs", 4 * len(shares) * x.is_cuda)
         if max(shares, default=0.0) <= CLIPPED:
             return False
         self.saturated[path] += 1
@@ -165,7 +164,7 @@ class _Live(Attached):
     def follow(self, slot: str, device: torch.device) -> None:
         """To where the model computes: it may be moved, or offloaded, after attaching."""
         bins = self.bins[slot]
-        if bins.index.device == device:  # type: ignore[union-attr]
+        if bins.index.device == device:
             return
         bins.to(device)
         for path, layer in self.layers.items():
@@ -180,6 +179,7 @@ class _Live(Attached):
         def call(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
             output = call_next(*args, **kwargs)
             wrong = _wrong(output)
+            self.count("syncs", int(self.bins[denoiser.slot].index.is_cuda))
             if wrong is None:
                 return output
             self.fallback(wrong)
@@ -196,12 +196,15 @@ class _Live(Attached):
         self.saturated.clear()
         self._say_if_slow()
         parts = {slot: compiled_entry(m) for slot, m in denoiser_modules(self._pipe())}
-        self.fused = frozenset(path for path in self.layers if _is_fused(parts, path))
-        if self.fused:
-            self.fallback("an adapter was fused into weights that had been quantised without it")
+        pairs = zip(self.own, self.samples.changed(), strict=True)
+        self.others = frozenset(p for p, changed in pairs if changed or _is_fused(parts, p))
+        self.count("syncs", int(any(b.index.is_cuda for b in self.bins.values())))
+        if self.others:
+            self.fallback("weights were changed after they were quantised (an adapter, fused?)")
 
     def _say_if_slow(self) -> None:
-        slow = any(b.index.device.type != "cpu" for b in self.bins.values())  # type: ignore[union-attr]
+        elsewhere = any(b.index.device.type != "cpu" for b in self.bins.values())
+        slow = elsewhere and any(layer.scheme != "weight" for layer in self.layers.values())
         if slow and self.method.kernel != "reference":
             self.fallback("no integer kernels for this device: its reference computes, slowly")
 
@@ -218,7 +221,7 @@ class _Live(Attached):
 
     def memory(self) -> dict[str, int]:
         held = sum(layer.memory() for layer in self.layers.values())
-        on_host = all(b.index.device.type == "cpu" for b in self.bins.values())  # type: ignore
+        on_host = all(b.index.device.type == "cpu" for b in self.bins.values())
         return {"bytes_device": 0 if on_host else held, "bytes_host": held if on_host else 0}
 
 
@@ -236,9 +239,9 @@ def _wrong(output: Any) -> str | None:
     leaves = [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
     for x in leaves:
         if x.is_floating_point() and x.numel() > 1:
-            low, high = x.amin(), x.amax()
-            if not bool(low.isfinite() & high.isfinite()):
+            low, high = torch.stack((x.amin(), x.amax())).tolist()  # one wait for the device
+            if not (math.isfinite(low) and math.isfinite(high)):
                 return "an output was not finite"
-            if bool(low == high):
+            if low == high:
                 return "an output was the same everywhere"
     return None

@@ -103,4 +103,7 @@ def tfmq(
             from quant.diffusers_quantizer import save_quantised
 
             save_quantised(pipe, artifact, save_model)
-            typer.echo(f"wrote {save_model}; it loads once quant.diffusers_quantizer is imported")
+            typer.echo(
+                f"wrote {save_model}; accel loads it, and diffusers once "
+                "quant.diffusers_quantizer is imported"
+            )

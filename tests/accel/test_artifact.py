@@ -163,6 +163,9 @@ def test_plain_safetensors_and_other_formats(tmp_path, dit):
         save_file({"x": torch.ones(1)}, path, metadata={"accel": header})
         with pytest.raises(ValueError, match="not an accel artifact"):
             Artifact.load(path)
+    _artifact(dit, settings=[1]).save(path)
+    with pytest.raises(ValueError, match="settings"):
+        Artifact.load(path)
     _artifact(dit).save(path)
     data = path.read_bytes().replace(b'\\"guidance\\"', b'\\"guidanxe\\"')
     path.write_bytes(data)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 
 import accel
 from accel.loading import RECIPE_FILE, SHIM_FILE
@@ -80,6 +81,24 @@ def test_custom_pipeline_shim(saved, monkeypatch, tmp_path):
     index = json.loads((tmp_path / "again" / "model_index.json").read_text())
     assert index["_class_name"] == "DiTPipeline"
     assert (folder / SHIM_FILE).read_text().count("diffusers.DiTPipeline") == 2
+
+
+def test_what_a_package_of_methods_has_quantised_is_loaded(tmp_path, monkeypatch):
+    from diffusers.quantizers import auto
+
+    from quant.diffusers_quantizer import TFMQConfig
+
+    tiny("dit").pipe.save_pretrained(tmp_path)
+    model = DiTTransformer2DModel.from_pretrained(
+        tmp_path / "transformer", quantization_config=TFMQConfig()
+    )
+    model.save_pretrained(tmp_path / "transformer")
+    for known in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(known, "tfmq")  # as in a fresh process
+    monkeypatch.delitem(sys.modules, "quant.diffusers_quantizer")
+    loaded = accel.load(tmp_path).transformer.state_dict()
+    for name, value in model.state_dict().items():
+        assert_equal(value, loaded[name], name)
 
 
 def test_save_refuses_while_something_is_attached(tmp_path):

@@ -14,7 +14,8 @@ from diffusers.quantizers import auto
 from accel.method import attached
 from accel.testing import assert_equal, tiny
 from quant._layers import Bins
-from quant.diffusers_quantizer import BINS, TFMQConfig, connect, save_quantised
+from quant.diffusers_quantizer import BINS, TFMQConfig, chosen, connect, save_quantised
+from quant.temporal_cache import TemporalCache
 from quant.tfmq import TFMQ
 
 
@@ -127,6 +128,77 @@ def test_on_the_fly(bits, tmp_path):
     assert 0 < error < {4: 0.3, 8: 0.03}[bits]
 
 
+def test_one_config_for_several_models(tmp_path):
+    host = tiny("dit")
+    host.pipe.save_pretrained(tmp_path / "plain")
+    config = TFMQConfig()
+    asked = PipelineQuantizationConfig(quant_mapping={"transformer": config, "vae": config})
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "plain", quantization_config=asked)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert config.layers == {}
+    for name in ("transformer", "vae"):
+        for key, value in getattr(pipe, name).state_dict().items():
+            assert_equal(value, getattr(again, name).state_dict()[key], key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_looks_at_its_parts_parameters(dtype, tmp_path):
+    """Wan does for the type of its time embedder, which it wants in float32 always."""
+    host = tiny("wan")
+    model = host.pipe.transformer
+    model.save_pretrained(tmp_path)
+    stock = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = type(model).from_pretrained(
+        tmp_path, torch_dtype=dtype, quantization_config=TFMQConfig()
+    )
+    own = dict(stock.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == own[name].dtype, name
+    host.pipe.transformer = loaded
+    if dtype == torch.float32:
+        assert host.run().isfinite().all()
+
+
+def test_a_single_file(tmp_path):
+    model = tiny("wan").pipe.transformer
+    model.save_pretrained(tmp_path)
+    wanted = type(model).from_pretrained(tmp_path, quantization_config=TFMQConfig(bits=4))
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    loaded = type(model).from_single_file(
+        str(file), config=str(tmp_path), quantization_config=TFMQConfig(bits=4)
+    )
+    for key, value in wanted.state_dict().items():
+        assert_equal(value, loaded.state_dict()[key], key)
+
+
+def test_other_weights_are_packed_again(tmp_path):
+    models, x = [], (torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, dtype=torch.long))
+    for seed in (0, 1):
+        tiny("dit", seed=seed).pipe.transformer.save_pretrained(tmp_path)
+        load = DiTTransformer2DModel.from_pretrained
+        models.append(load(tmp_path, quantization_config=TFMQConfig()))
+    wanted = models[1](*x).sample
+    assert not torch.equal(models[0](*x).sample, wanted)
+    models[0].load_state_dict(models[1].state_dict())
+    assert_equal(wanted, models[0](*x).sample, "the other's weights")
+
+
+def test_what_cannot_be_saved(calibrated, tmp_path):
+    artifact, ref = calibrated("dit")
+    host, target = tiny("dit"), tmp_path / "saved"
+    with (
+        attached((TFMQ(ref), TemporalCache(weights="disk")), host.pipe),
+        pytest.raises(ValueError, match="detach"),
+    ):
+        save_quantised(host.pipe, artifact, target)
+    with pytest.raises(ValueError, match="calibrate again"):
+        save_quantised(tiny("dit", seed=1).pipe, artifact, target)
+    with pytest.raises(ValueError, match="transformer"):
+        save_quantised(tiny("sd").pipe, artifact, target)
+    assert not target.exists()
+
+
 def test_without_the_import_diffusers_says_what_is_missing(calibrated, tmp_path, monkeypatch):
     save_quantised(tiny("dit").pipe, calibrated("dit")[0], tmp_path)
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "tfmq")
@@ -140,4 +212,10 @@ def test_bad_settings():
         TFMQConfig(bits=3)
     with pytest.raises(ValueError, match="activations"):
         TFMQConfig(activations="static")
+    with pytest.raises(ValueError, match="a list"):
+        TFMQConfig(skip="proj_out")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bit"):
+        TFMQConfig(bit=4)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="no layer"):
+        chosen(tiny("dit").pipe.transformer, TFMQConfig(skip=[""]))
     assert "tfmq" in repr(TFMQConfig())

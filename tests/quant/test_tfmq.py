@@ -7,17 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch._dynamo.testing import CompileCounter
 
-from accel.artifact import Artifact
+from accel.artifact import Artifact, Fingerprint
 from accel.measure import mean_psnr
 from accel.method import FallbackWarning, Recipe, attached
-from accel.testing import assert_equal, checks, conform, tiny
+from accel.testing import (
+    assert_equal,
+    assert_same_state,
+    checks,
+    conform,
+    host_state,
+    tiny,
+)
 from caches.interval import IntervalCache
 from caches.native import TaylorSeer
 from quant._rounding import bits_of, floats_of
+from quant.calibrate import TFMQCalibration
 from quant.temporal_cache import TemporalCache
 from quant.tfmq import TFMQ
+from samplers.rlg import RLG
 
 
 @pytest.mark.parametrize("check", checks())
@@ -80,6 +90,17 @@ def test_weights_leave_to_disk_and_come_back(calibrated):
     assert sum(p.nbytes for p in gone) == detail["weights_bytes"]
     for key, value in host.pipe.unet.state_dict().items():
         assert_equal(kept[key], value, key)
+
+
+def test_what_is_saved_meanwhile_is_whole(calibrated, tmp_path):
+    host = tiny("dit")
+    model = host.pipe.transformer
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    with attached(TFMQ(calibrated("dit")[1], weights="disk"), host.pipe):
+        host.run()
+        model.save_pretrained(tmp_path)
+    for name, value in type(model).from_pretrained(tmp_path).state_dict().items():
+        assert_equal(kept[name], value, name)
 
 
 @pytest.mark.parametrize("weights", ["keep", "disk"])
@@ -214,6 +235,74 @@ def test_another_model_is_refused(calibrated):
         TFMQ(calibrated("dit")[1]).attach(tiny("dit", seed=1).pipe)
     with pytest.raises(ValueError, match="transformer"):
         TFMQ(calibrated("dit")[1]).attach(tiny("sd").pipe)
+    host = tiny("wan22")
+    host.pipe.transformer_2 = tiny("wan22", seed=1).pipe.transformer_2
+    with pytest.raises(ValueError, match="transformer_2"):
+        TFMQ(calibrated("wan22")[1]).attach(host.pipe)
+
+
+def test_offloaded_weights_are_told(calibrated):
+    host, method = tiny("dit"), TFMQ(calibrated("dit")[1])
+    with attached(method, host.pipe) as live:
+        wanted = host.run()
+        cpu_offload(host.pipe.transformer, execution_device=torch.device("cpu"))
+        assert_equal(wanted, host.run(), "offloaded after attaching")
+        assert live.report()["runs"][-1]["fallbacks"] == {}
+    with pytest.raises(ValueError, match="attach first"):
+        method.attach(host.pipe)
+
+
+FIRST = "transformer.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"layers": []},
+        {"layers": {FIRST: {"bits": 5, "scheme": "token"}}},
+        {"layers": {FIRST: {"bits": 8, "scheme": "token", "split": "2"}}},
+        {"layers": {FIRST: {"bits": 8, "scheme": "static", "split": -3}}},
+        {"layers": {"transformer.nowhere": {"bits": 8, "scheme": "token"}}},
+        {"layers": {"transformer.transformer_blocks": {"bits": 8, "scheme": "token"}}},
+    ],
+    ids=str,
+)
+def test_settings_that_say_no_layers_are_refused(settings, calibrated, tmp_path):
+    broken = replace(calibrated("dit")[0], settings=settings)
+    _is_refused(TFMQ(broken.save(tmp_path / "broken.safetensors")))
+
+
+@pytest.mark.parametrize("name", [f"{FIRST}:q", f"{FIRST}:wscale", "transformer:times"])
+@pytest.mark.parametrize("instead", [None, torch.zeros(1, dtype=torch.int8)], ids=str)
+def test_tensors_of_another_form_are_refused(name, instead, calibrated, tmp_path):
+    artifact = calibrated("dit")[0]
+    tensors = {k: v for k, v in artifact.tensors.items() if k != name}
+    if instead is not None:
+        tensors[name] = instead
+    broken = replace(artifact, tensors=tensors)
+    _is_refused(TFMQ(broken.save(tmp_path / "broken.safetensors")))
+
+
+def _is_refused(method):
+    host = tiny("dit")
+    host.run()
+    state = host_state(host.pipe)
+    with pytest.raises(ValueError):
+        method.attach(host.pipe)
+    assert_same_state(state, host_state(host.pipe))
+
+
+def test_methods_with_weights_of_their_own_are_refused(calibrated, tmp_path, fit):
+    host = tiny("dit")
+    model = host.pipe.transformer
+    weight = dict(model.named_parameters())["proj_out_2.weight"].detach()
+    tuned = Artifact(RLG.name(), Fingerprint.of(model), {"proj_out_2.weight": weight + 1})
+    student = RLG(artifact=tuned.save(tmp_path / "tuned.safetensors"))
+    with pytest.raises(ValueError, match="both claim 'weights'"):
+        Recipe((TFMQ(calibrated("dit")[1]), student)).attach(host.pipe)
+    with pytest.raises(ValueError, match="weights of its own"):
+        fit(TFMQCalibration(), host, tmp_path / "parts", recipe=Recipe((student,)))
 
 
 def test_an_adapter_stays_whole_beside_the_layers(calibrated):
@@ -233,12 +322,33 @@ def test_an_adapter_stays_whole_beside_the_layers(calibrated):
         assert live.report()["runs"][0]["fallbacks"] == {}
         host.pipe.transformer.enable_adapters()
         host.pipe.transformer.fuse_lora()
-        with pytest.warns(FallbackWarning, match="an adapter was fused"):
+        with pytest.warns(FallbackWarning, match="weights were changed"):
             fused = host.run()
         host.pipe.transformer.unfuse_lora()
         assert mean_psnr(host.run(), beside) > 60  # up to what fusing and unfusing rounds
     assert not torch.equal(without, beside)
     assert mean_psnr(fused, beside) > mean_psnr(fused, without) + 3  # it is not lost
+
+
+def test_an_adapter_that_was_fused_and_unloaded_is_not_lost(calibrated, fuse_and_forget):
+    host = tiny("wan")
+    with attached(TFMQ(calibrated("wan")[1]), host.pipe) as live:
+        without = host.run()
+        fuse_and_forget(host.pipe.transformer, "to_q")
+        with pytest.warns(FallbackWarning, match="weights were changed"):
+            fused = host.run()
+        assert any("to_q" in path for path in live.others)
+        assert not any("to_k" in path for path in live.others)
+    assert mean_psnr(fused, host.run()) > mean_psnr(fused, without) + 3
+
+
+def test_weights_rounded_to_another_type_are_the_same(calibrated):
+    host = tiny("dit")
+    with attached(TFMQ(calibrated("dit")[1]), host.pipe) as live:
+        host.run()
+        host.pipe.to(torch.bfloat16)
+        host.run()
+        assert live.report()["runs"][-1]["fallbacks"] == {}
 
 
 def test_looking_at_ranges_does_not_stop_the_temporal_cache(calibrated):
