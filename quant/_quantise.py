@@ -13,6 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from accel.counting import synchronize
 from accel.denoiser import Denoiser
+from accel.method import Recipe, require_detached
 from quant._activations import Groups, activations
 from quant._dataflow import watch
 from quant._layers import Bins, Layer
@@ -21,7 +22,7 @@ from quant._program import Program, program
 from quant._reconstruction import Rounding, reconstruct, reconstruct_temporal, rounded_by_gptq
 from quant._recording import Recording, skip_splits
 from quant._rounding import bits_of, largest_scale, nearest, per_channel, searched_scale
-from quant._stored import Grids, quantised, stored
+from quant._stored import Grids, quantised, refuse_adapters, stored
 
 HELD = 3  # dimensions of arguments that may be conditions; see TemporalCache(hold="text")
 TRIALS = 5  # of a kernel against the model's own layer
@@ -351,9 +352,14 @@ def _quickest(*fns: Callable[[], Any]) -> Any:
     return tuple(min(kept) for kept in seconds)
 
 
-def refuse_adapters(module: nn.Module) -> None:
-    if any(hasattr(part, "base_layer") for part in module.modules()):
-        raise ValueError(
-            "the model has adapters: fuse them (fuse_lora) and calibrate, or calibrate without "
-            "them and load them after, to run beside the quantised layers"
-        )
+def check_host(pipe: Any, recipe: Recipe) -> None:
+    """Raises ``ValueError`` where the weights to quantise would not be those that run: something
+    attached, adapters, or a recipe with a student's weights."""
+    require_detached(pipe, "calibrating")
+    refuse_adapters(pipe)
+    for method in recipe.methods:
+        if any(slot == "weights" for slot, _ in method.claims(pipe)):
+            raise ValueError(
+                f"{method.name()} has weights of its own, which quantised layers would not see; "
+                "leave it out"
+            )

@@ -83,12 +83,14 @@ def reconstruct(
     given = inputs_and_outputs(student, path, calls)
     wanted = inputs_and_outputs(teacher, path, calls)
     part = student.get_submodule(path)
+    own = dict(part.named_parameters())
     order = torch.Generator().manual_seed(0)
 
     def error(soft: dict[str, Tensor], step: int) -> Tensor:
         i = int(torch.randint(len(given), (1,), generator=order))
         args, kwargs, _ = given[i]
-        return distance(functional_call(part, soft, args, dict(kwargs)), wanted[i][2])
+        output = functional_call(part, _in_types_of(own, soft), args, dict(kwargs))
+        return distance(output, wanted[i][2])
 
     return rounding.fit(error, steps)
 
@@ -108,13 +110,13 @@ def reconstruct_temporal(
 
     def error(soft: dict[str, Tensor], step: int) -> Tensor:
         chosen = torch.randperm(len(times), generator=order)[:TIMES].tolist()
-        weights = {**everything, **soft}
+        weights = {**everything, **_in_types_of(everything, soft)}
         made = plan.play(weights.__getitem__, sources, [times[i] for i in chosen])
         total = torch.zeros(())
         for i, outputs in zip(chosen, made, strict=True):
             for path, tensors in outputs.items():
                 for a, b in zip(tensors, wanted[i][path], strict=True):
-                    total = total + (a - b).pow(2).sum(-1).mean()
+                    total = total + (a.float() - b.float()).pow(2).sum(-1).mean()
         return total / len(chosen)
 
     return rounding.fit(error, steps)
@@ -125,8 +127,13 @@ def distance(output: Any, wanted: Any) -> Tensor:
     pairs = zip(_tensors(output), _tensors(wanted), strict=True)
     total = torch.zeros(())
     for a, b in pairs:
-        total = total + (a - b).pow(2).sum(1 if a.ndim > 3 else -1).mean()
+        total = total + (a.float() - b.float()).pow(2).sum(1 if a.ndim > 3 else -1).mean()
     return total
+
+
+def _in_types_of(own: Weights, soft: Weights) -> dict[str, Tensor]:
+    """Weights as the model computes with them, which may be in half precision."""
+    return {name: weight.to(own[name].dtype) for name, weight in soft.items()}
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -82,28 +82,39 @@ def record(
 ) -> Recording:
     """Run the pipeline with ``recipe`` on ``inputs`` and look.
 
-    calls: denoiser calls to keep of each run, evenly over its steps (the later for texts' two
-    branches alike). seed: of the first input's noise; the next ones follow. Every other input is
+    calls: denoiser calls to keep of each run, evenly over its steps (of a guided step, both). A
+    layer's inputs are kept as often, at the next step at which it runs, since ``recipe`` may leave
+    it out at some. seed: of the first input's noise; the next ones follow. Every other input is
     held out from what schemes are fitted to; of a single input, every other sample.
+
+    Raises:
+        ValueError: the denoiser ran, but in no call that was to be kept.
     """
     seen, patch, splits = Recording(), Patch(), skip_splits(denoiser)
-    now: dict[str, Any] = {"time": None, "keep": False, "input": 0}
+    now: dict[str, Any] = {"time": None, "input": 0}
     clock = clock_of(pipe)
+    kept: dict[str, tuple[int, int, int]] = {}  # path -> (input, part of the grid, step)
+
+    def is_due(path: str) -> bool:
+        """Of each part of the grid the first step from its middle on that comes here."""
+        run, place = clock.run, clock.now.step if clock.now is not None else 0
+        stride = max(1, (run.steps if run is not None else 1) // calls)
+        part = (place - stride // 2) // stride
+        if part < 0:
+            return False
+        if kept.get(path, ())[:2] != (now["input"], part):
+            kept[path] = now["input"], part, place
+        return kept[path][2] == place
 
     def on_denoiser(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-        time = float(torch.as_tensor(denoiser.argument("timestep", args, kwargs)).amax())
+        now["time"] = time = _time(denoiser.argument("timestep", args, kwargs))
         if time not in seen.times:
             seen.times.append(time)
-        run = clock.run
-        steps = len(run.timesteps) if run is not None else 1
-        stride = max(1, steps // calls)
-        place = clock.now.step if clock.now is not None else 0
-        now["time"], now["keep"] = time, place % stride == stride // 2
-        if now["keep"]:
+        if is_due(""):
             seen.calls.append(Call(tree_map(_copied, args), tree_map(_copied, kwargs), time))
         return call_next(*args, **kwargs)
 
-    def look(found: LayerInputs, x: Tensor) -> None:
+    def look(found: LayerInputs, x: Tensor, keep: bool) -> None:
         found.see(now["time"], x)
         found.shape = tuple(x.shape)
         if len(inputs) > 1:
@@ -113,7 +124,7 @@ def record(
         if len(fitted):
             found.fitted = found.fitted or LayerInputs()
             found.fitted.see(now["time"], fitted)
-        if now["keep"] and len(held):
+        if keep and len(held):
             found.rows.append((now["time"], _some_rows(held)))
 
     def on_layer(path: str) -> Callable[..., Any]:
@@ -121,11 +132,12 @@ def record(
             if now["time"] is None:
                 return call_next(x, *args, **kwargs)
             found = seen.layers.setdefault(path, LayerInputs(order=len(seen.layers)))
-            look(found, x)
+            keep = is_due(path)
+            look(found, x, keep)
             if path in splits:
                 both = seen.pieces.setdefault(path, (LayerInputs(), LayerInputs()))
                 for piece, part in zip(both, x.tensor_split([splits[path]], 1), strict=True):
-                    look(piece, part)
+                    look(piece, part, keep)
             return call_next(x, *args, **kwargs)
 
         return layer
@@ -142,7 +154,17 @@ def record(
                 now["time"] = None
         finally:
             patch.undo()
+    if seen.times and not seen.calls:
+        raise ValueError(
+            f"{denoiser.slot} ran at {len(seen.times)} timesteps, none of them among those kept; "
+            "keep more calls"
+        )
     return seen
+
+
+def _time(timestep: Any) -> float:
+    """Of a call, in float32, as tables hold it; of several the largest, as ``Bins.set``."""
+    return float(torch.as_tensor(timestep).amax().float())
 
 
 def _copied(leaf: Any) -> Any:

@@ -20,10 +20,9 @@ from accel.denoiser import denoisers
 from accel.method import Recipe, Trainer
 from accel.settings import Settings, check_fields, settings_json
 from quant._parts import Parts, conditions
-from quant._quantise import WHOLE, OneDenoiser, Say, refuse_adapters
+from quant._quantise import WHOLE, OneDenoiser, Say, check_host
 from quant._recording import record
-
-METHOD = "quant.tfmq:TFMQ"
+from quant._stored import METHOD, fingerprints
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class TFMQCalibration(Trainer):
             if getattr(self, name) < 1:
                 raise ValueError(f"TFMQCalibration.{name} = {getattr(self, name)}: at least 1")
         for path, bits in (self.plan or {}).items():
-            if bits not in (4, 8, WHOLE):
+            if type(bits) is not int or bits not in (4, 8, WHOLE):
                 raise ValueError(f"TFMQCalibration.plan: {path} in {bits} bits; 4, 8 or {WHOLE}")
 
     def fit(
@@ -77,14 +76,17 @@ class TFMQCalibration(Trainer):
         """Calibrate on ``inputs``; parts that are done lie in ``out`` and are not done again.
 
         Raises:
-            ValueError: no inputs, a model with adapters (fuse them first, or load them after), a
-                folder of another calibration, a plan of another model, or nothing to quantise.
+            ValueError: no inputs, weights that are not those that run (``check_host``), a folder of
+                another calibration, a plan of another model, or nothing to quantise.
         """
         if not inputs:
             raise ValueError("TFMQCalibration.fit: no inputs")
         recipe = student_recipe or Recipe(())
-        for denoiser in denoisers(pipe):
-            refuse_adapters(denoiser.module)
+        check_host(pipe, recipe)
+        slots = {d.slot for d in denoisers(pipe)}
+        stray = sorted(p for p in self.plan or () if p.partition(".")[0] not in slots)
+        if stray:
+            raise ValueError(f"the plan has {stray[0]}; this pipeline has {sorted(slots)}")
         folder = Parts(Path(out), settings_json(self), conditions(pipe, inputs, recipe))
         tensors: dict[str, Tensor] = {}
         layers: dict[str, Any] = {}
@@ -92,6 +94,9 @@ class TFMQCalibration(Trainer):
         began, before = time.monotonic(), 0.0
         for denoiser in denoisers(pipe):
             seen = record(pipe, denoiser, inputs, recipe, calls=self.calls, seed=self.seed)
+            if not seen.calls:
+                say(f"{denoiser.slot}: never called, and left as it is")
+                continue
             say(f"{denoiser.slot}: {len(seen.layers)} layers seen at {len(seen.times)} timesteps")
             one = OneDenoiser(self, denoiser, seen, folder, say)
             one.quantise(tensors, layers)
@@ -112,6 +117,7 @@ class TFMQCalibration(Trainer):
             inputs_sha256=inputs_digest(inputs),
             settings={
                 "layers": layers,
+                "models": fingerprints(pipe),
                 "calibration": settings_json(self),
                 "temporal_error": errors,
                 "seconds": round(seconds, 2),

@@ -30,7 +30,7 @@ from accel.method import Recipe
 from accel.patch import Patch
 from accel.settings import settings_json
 from quant._parts import Parts, conditions
-from quant._quantise import WHOLE, OneDenoiser, Say, refuse_adapters
+from quant._quantise import WHOLE, OneDenoiser, Say, check_host
 from quant._recording import record
 from quant._rounding import nearest
 
@@ -149,16 +149,19 @@ def measured(
     lies in ``out`` and is not measured again.
 
     Raises:
-        ValueError: no inputs, a model with adapters, or a folder of another measurement.
+        ValueError: no inputs, weights that are not those that run (see ``check_host``), or a folder
+            of another measurement.
     """
     if not inputs:
         raise ValueError("mixed_precision.measured: no inputs")
     recipe = recipe or Recipe(())
+    check_host(pipe, recipe)
     folder = Parts(Path(out), settings_json(how), conditions(pipe, inputs, recipe))
     found: list[LayerCosts] = []
     for denoiser in denoisers(pipe):
-        refuse_adapters(denoiser.module)
         seen = record(pipe, denoiser, inputs, recipe, calls=how.calls, seed=how.seed)
+        if not seen.calls:
+            continue  # never called
         one = OneDenoiser(how, denoiser, seen, None, say)
         wanted = [_outputs(one, call) for call in seen.calls]
         paths = one.candidates()
@@ -271,6 +274,6 @@ def read_plan(path: Path) -> dict[str, int]:
     if not isinstance(layers, dict) or not layers:
         raise ValueError(f"{path} is no plan: it has no `layers`, each with 4, 8 or {WHOLE} bits")
     for name, bits in layers.items():
-        if bits not in (*FORMATS, WHOLE) or isinstance(bits, bool):
+        if type(bits) is not int or bits not in (*FORMATS, WHOLE):
             raise ValueError(f"{path}: {name} has {bits!r}; bits are 4, 8 or {WHOLE}")
     return {str(name): bits for name, bits in layers.items()}

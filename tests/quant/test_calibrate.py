@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accel.denoiser import denoisers
-from accel.method import Recipe
+from accel.method import Recipe, attached
 from accel.testing import tiny
 from caches.interval import IntervalCache
 from quant._activations import Groups, activations, static_grids
@@ -132,6 +132,66 @@ def test_calibrates_under_the_cache_that_it_is_for(tmp_path, fit):
     assert scales
     # what is not computed at every step is not measured there
     assert not all(torch.equal(whole.tensors[n], cached.tensors[n]) for n in scales)
+
+
+@pytest.mark.parametrize("recipe", [IntervalCache(2, parts="output"), IntervalCache(2)], ids=str)
+def test_what_a_cache_leaves_out_is_looked_at_in_the_next_step(recipe, tmp_path, fit):
+    """With every second step kept, and computed at the others only."""
+    host, rows = tiny("dit"), []
+    host.inputs["num_inference_steps"] = 8
+    plain = {k: v for k, v in host.inputs.items() if k != "output_type"}
+    seen = record(host.pipe, denoisers(host.pipe)[0], [plain], Recipe((recipe,)), calls=4)
+    rows = {p: len({time for time, _ in x.rows}) for p, x in seen.layers.items()}
+    assert seen.calls
+    assert min(rows.values()) >= 3, rows
+
+
+def test_a_part_of_the_schedule_is_enough(tmp_path, fit):
+    """Image to image of little strength begins after the middle of the last part."""
+    host = tiny("sd-img2img")
+    host.inputs |= {"num_inference_steps": 20, "strength": 0.1}
+    made = fit(TFMQCalibration(rounding="nearest", calls=4), host, tmp_path)
+    assert made.settings["layers"]
+
+
+def test_a_denoiser_that_never_runs_is_left_as_it_is(tmp_path, fit):
+    host, said = tiny("wan22"), []
+    host.pipe.register_to_config(boundary_ratio=0.0)
+    made = fit(TFMQCalibration(rounding="nearest", calls=1), host, tmp_path, said.append)
+    assert {path.partition(".")[0] for path in made.settings["layers"]} == {"transformer"}
+    assert any("transformer_2: never called" in line for line in said)
+
+
+def test_no_call_among_those_kept_is_told(tmp_path, fit):
+    host = tiny("dit")
+    host.inputs["num_inference_steps"] = 8
+    with pytest.raises(ValueError, match="keep more calls"):
+        fit(
+            TFMQCalibration(calls=2),
+            host,
+            tmp_path,
+            recipe=Recipe((IntervalCache(9, parts="output"),)),
+        )
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_half_precision(rounding, tmp_path, fit):
+    """Rounds as well as in float32, but for what half precision itself is off."""
+    how = TFMQCalibration(bits=4, rounding=rounding, temporal="tiar", calls=1, steps=20)
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        host = tiny("dit")
+        host.pipe.transformer.to(dtype)
+        host.pipe.vae.to(dtype)
+        made = fit(how, host, tmp_path / str(dtype))
+        errors.append(made.settings["temporal_error"]["transformer"])
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_what_is_attached_is_told(tmp_path, fit):
+    host = tiny("dit")
+    with attached(IntervalCache(2), host.pipe), pytest.raises(ValueError, match="detach caches"):
+        fit(TFMQCalibration(), host, tmp_path)
 
 
 def test_adapters_are_refused(tmp_path, fit):

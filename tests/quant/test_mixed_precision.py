@@ -148,6 +148,9 @@ def test_a_plan_of_another_model_is_refused(tmp_path, fit):
     plan = Settings({"transformer.transformer_blocks.99.ff.net.2": 8})
     with pytest.raises(ValueError, match="from this model"):
         fit(TFMQCalibration(plan=plan), tiny("dit"), tmp_path)
+    stray = Settings({"tranformer.proj_out_2": 8, "transformer.proj_out_1": 8})
+    with pytest.raises(ValueError, match="the plan has tranformer"):
+        fit(TFMQCalibration(plan=stray), tiny("dit"), tmp_path)
     nothing = Settings({"transformer.proj_out_2": 16})
     with pytest.raises(ValueError, match="no layer is left"):
         fit(TFMQCalibration(plan=nothing), tiny("dit"), tmp_path / "b")
@@ -160,6 +163,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path, fit):
     [
         ("layers: {a: 5}", "bits are"),
         ("layers: {a: true}", "bits are"),
+        ("layers: {a: 8.0}", "bits are"),
         ("layers: []", "no plan"),
         ("- 1", "no plan"),
         ("a: [", "not valid YAML"),
