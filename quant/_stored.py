@@ -28,7 +28,7 @@ def layers_of(artifact: Artifact) -> dict[str, dict[str, Any]]:
         ValueError: the artifact is for another method, or does not say.
     """
     artifact.check_method(METHOD)
-    layers = artifact.settings.get("layers")
+    layers: Any = artifact.settings.get("layers")
     good = isinstance(layers, dict) and len(layers) > 0
     if not good or not all(_is_how(how) for how in layers.values()):
         raise ValueError("the artifact does not say how its layers are made; calibrate again")

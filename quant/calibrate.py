@@ -22,7 +22,7 @@ from accel.settings import Settings, check_fields, settings_json
 from quant._parts import Parts, conditions
 from quant._quantise import WHOLE, OneDenoiser, Say, check_host
 from quant._recording import record
-from quant._stored import METHOD, fingerprints
+from quant._stored import METHOD
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,6 @@ class TFMQCalibration(Trainer):
             inputs_sha256=inputs_digest(inputs),
             settings={
                 "layers": layers,
-                "models": fingerprints(pipe),
                 "calibration": settings_json(self),
                 "temporal_error": errors,
                 "seconds": round(seconds, 2),
