@@ -6,7 +6,8 @@ What is adopted (window, cutoff and variant; the constant offset; the scale of e
 chosen on other seeds with the other judge, ``digits-judge``, then measured with the referee: each
 set has its own seeds, and is compared with as many real pictures. Beside it stands the exposure
 bias itself, that of which time-shift is the cure: how samples on their way differ from noised real
-pictures of the same time.
+pictures of the same time; it and the cost of a step stay as they are where only some samplers or
+steps are measured.
 """
 
 from __future__ import annotations
@@ -340,15 +341,16 @@ def main() -> None:
     if part := bool(given.only or given.steps):
         with_others([], own, environment("cpu"))  # refused before anything is measured
     rows = measure(given.samples, given.sets, given.only, given.steps)
-    if part:
+    old = read("time_shift") if part else None
+    if old is not None:
         rows = with_others(rows, own, environment("cpu"))
     content = {
         "protocol": own,
         "model": MODEL,
         "clean_variance": clean_variance(),
         "rows": rows,
-        "exposure": exposure(STEPS),
-        "overhead": overhead(TimeShift(40, 200), given.rounds),
+        "exposure": old["exposure"] if old else exposure(STEPS),
+        "overhead": old["overhead"] if old else overhead(TimeShift(40, 200), given.rounds),
     }
     write("time_shift", "cpu", {"environment": environment("cpu", load), **content})
 
