@@ -29,8 +29,11 @@ bench: $(READY) figures
 	$(PY) -m pytest -m slow
 	$(PY) -m benchmarks.bench_kill
 	$(PY) -m benchmarks.bench_zoo
-	$(PY) -m benchmarks.bench_tdm
-	$(PY) -m benchmarks.bench_tdm --model zoo:digits-sd --samples 300
+	$(PY) -m benchmarks.bench_tdm $(FRESH)
+	$(PY) -m benchmarks.bench_tdm $(FRESH) --model zoo:digits-sd --samples 300
+	$(PY) -m benchmarks.distil digits-wan-4-steps
+	$(PY) -m benchmarks.distil digits-wan-4-steps-sparse
+	$(PY) -m benchmarks.bench_tdm $(FRESH) --model zoo:digits-wan --samples 24 --rounds 3
 	$(PY) -m benchmarks.bench_one_more_step
 	$(VENV)/bin/accel measure recipes/digits-sd-one-more-step.yaml --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_time_shift
@@ -90,7 +93,7 @@ gpu: $(READY)
 	$(PY) -m benchmarks.bench_caches --device cuda --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_caches_video $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_cache_speed $(FRESH) --device cuda --blocks 24
-	$(PY) -m benchmarks.bench_tdm --device cuda
+	$(PY) -m benchmarks.bench_tdm $(FRESH) --device cuda
 	$(PY) -m benchmarks.waterfall $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_overhead --device cuda
 	$(PY) -m benchmarks.bench_backend --device cuda

@@ -25,10 +25,9 @@ from accel.artifact import ArtifactRef
 from accel.measure import Study, load_average
 from accel.method import Method, Recipe
 from accel.settings import Settings
-from apps.digits_referee import zoo_inputs
 from benchmarks.bench_native import here, kept_rows
 from benchmarks.density_rows import density
-from benchmarks.digits_study import head, loaded, row, study_of
+from benchmarks.digits_study import WAN, head, loaded, row, study_of, videos
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, add_fresh, read, write
 from benchmarks.scheduled import scheduled
@@ -39,20 +38,14 @@ from caches.residual_gate import ResidualGate
 from caches.schedule import causal
 from caches.token_merge import TokenMerge
 
-MODEL, RESULT = "zoo:digits-wan", "caches_wan"
-STEPS, GUIDANCE, SEED = 20, 4.0, 1000
+MODEL, RESULT = WAN, "caches_wan"
+STEPS, SEED = 20, 1000
 OTHER = 77  # place of the calibration's prompt in the order of prompts
 SEARCH = EvolutionSearch(parts="modules", order=0, population=8, generations=2)
 QUALITIES = (35, 30)  # dB that searched schedule and gate are asked for
 MARGIN = 1.0  # dB more on the calibration video
 
 Made = Callable[[], Method]
-
-
-def videos(count: int, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Calls of one video each, going round digits, colours, backgrounds and motions."""
-    calls = zoo_inputs("WanPipeline", count, steps)
-    return [{**call, "guidance_scale": GUIDANCE} for call in calls]
 
 
 def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:

@@ -21,9 +21,8 @@ from accel.measure import environment, load_average
 from accel.method import Method, Recipe
 from accel.metrics.protocol import Protocol, require_same
 from accel.settings import Settings
-from benchmarks.bench_tdm import STUDENTS
-from benchmarks.digits_study import BATCH, DDIM, DPM, command_line, head, inputs, row, study
-from benchmarks.distil import RECIPES
+from benchmarks.digits_study import BATCH, DDIM, DPM, MODEL, command_line, head, inputs, row, study
+from benchmarks.distil import RECIPES, students_of
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import read, require_machine, write
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
@@ -60,7 +59,7 @@ def rows(pipe: Any, folder: Path) -> dict[str, Recipe]:
         "control: DDIM 20 steps": (SwapScheduler(*DDIM, steps=20),),
         "control: TaylorSeer(5), order 0, warmup 1": (TaylorSeer(5, 1, 0),),
     }
-    for name in STUDENTS:
+    for name in students_of(MODEL):
         methods[name] = accel.read_recipe(RECIPES / f"{name}.yaml").recipe.methods
     return {name: Recipe(m) for name, m in methods.items()}
 

@@ -16,18 +16,19 @@ from accel.measure import Comparison, Study
 from accel.method import Method, Recipe
 from accel.settings import Settings
 from accel.zoo.world import caption
-from apps.digits_referee import NAME, digits_referee
+from apps.digits_referee import NAME, digits_referee, zoo_inputs
 from benchmarks.results_file import DEVICES
 
-MODEL, SD = "zoo:digits-dit", "zoo:digits-sd"
+MODEL, SD, WAN = "zoo:digits-dit", "zoo:digits-sd", "zoo:digits-wan"
 STEPS, GUIDANCE, BATCH = 50, 3.0, 20
-SD_GUIDANCE = 4.0
+SD_GUIDANCE = WAN_GUIDANCE = 4.0
 SAMPLES = 200  # two of each class, and enough for a Frechet distance of 64 features
 TIMED = 1  # of the batches
 SEED = 1000
 STRIDE = 37  # prime to 100: goes round all classes before any comes twice
 # grids that start at full noise, whatever the number of steps; DDIM's "leading" one does not
 DPM = ("DPMSolverMultistepScheduler", Settings(timestep_spacing="trailing"))
+UNIPC = ("UniPCMultistepScheduler",)  # digits-wan's own
 DDIM = ("DDIMScheduler", Settings(timestep_spacing="trailing"))
 
 
@@ -70,6 +71,15 @@ def prompts(samples: int, steps: int = STEPS) -> list[dict[str, Any]]:
     ]
 
 
+def videos(samples: int, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Calls of digits-wan, a video each, going round digits, colours, backgrounds and motions."""
+    calls = zoo_inputs("WanPipeline", samples, steps)
+    return [{**call, "guidance_scale": WAN_GUIDANCE} for call in calls]
+
+
+CALLS = {MODEL: inputs, SD: prompts, WAN: videos}  # by model
+
+
 def study(
     samples: int = SAMPLES,
     device: str = "cpu",
@@ -78,7 +88,7 @@ def study(
     steps: int = STEPS,
 ) -> Study:
     """The shipped pipeline, one thread, with its inputs and referee."""
-    calls = (inputs if model == MODEL else prompts)(samples, steps)
+    calls = CALLS[model](samples, steps)
     return study_of(loaded(model, device), calls, seed=SEED, model=model, referee=referee)
 
 

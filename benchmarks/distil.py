@@ -1,7 +1,7 @@
 """Distils the embedded models: `python -m benchmarks.distil digits-dit-4-steps --out OUT`.
 
 Trains below OUT, goes on where a killed run stopped, and at the end writes the student and its
-recipe to `recipes/`. `benchmarks.bench_tdm` measures it.
+recipe to `recipes/`, or OUT where it is none to ship. `benchmarks.bench_tdm` measures it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sparse_attn.subblock_lse import SubblockLSE
 
 LONG = 512  # text tokens, the pipeline's own
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+OUT = Path("out")
 
 
 def classes(batches: int, batch: int) -> list[dict[str, Any]]:
@@ -71,6 +72,7 @@ class Student:
     batch: int = 64
     batches: int = 64
     recipe: Recipe = NO_RECIPE
+    shipped: bool = True  # others fall too far behind their teacher; their recipe stays in OUT
 
 
 NO_CLASS, NO_TEXT = Settings(class_labels=NULL_CLASS), Settings(prompt="")
@@ -100,15 +102,27 @@ STUDENTS = {
         TDM(even_anchors(4, 900), 4.0, NO_TEXT, rank=16, updates=200, lr=5e-4, fake_lr=2e-3),
         batch=24,
     ),
-    "digits-wan-4-steps": Student("zoo:digits-wan", video_captions, WAN, batch=4),
+    "digits-wan-4-steps": Student("zoo:digits-wan", video_captions, WAN, batch=4, shipped=False),
     "digits-wan-4-steps-sparse": Student(
-        "zoo:digits-wan", video_captions, WAN, batch=4, recipe=Recipe((SPARSE,))
+        "zoo:digits-wan", video_captions, WAN, batch=4, recipe=Recipe((SPARSE,)), shipped=False
     ),
 }
 
 
+def students_of(model: str) -> list[str]:
+    """Names of the students of a model."""
+    return [name for name, student in STUDENTS.items() if student.model == model]
+
+
+def recipe_file(name: str, out: Path | None = None) -> Path:
+    """Where a student's recipe is; `out`: where it was trained."""
+    if STUDENTS[name].shipped:
+        return RECIPES / f"{name}.yaml"
+    return (out or OUT / name) / f"{name}.yaml"
+
+
 def distil(name: str, out: Path, updates: int | None = None) -> Recipe:
-    """Train one student and write it to `recipes/`."""
+    """Train one student and write its recipe."""
     student = STUDENTS[name]
     pipe = accel.load(student.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -121,7 +135,7 @@ def distil(name: str, out: Path, updates: int | None = None) -> Recipe:
     recipe = Recipe((distilled, *student.recipe.methods))
     steps = len(trainer.anchors)
     accel.write_recipe(
-        RECIPES / f"{name}.yaml",
+        recipe_file(name, out),
         recipe,
         name=name,
         description=f"{student.model} in {steps} step{'s' if steps > 1 else ''} without guidance.",
@@ -136,7 +150,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, help="of the student")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    distil(given.name, given.out or Path("out") / given.name, given.updates)
+    distil(given.name, given.out or OUT / given.name, given.updates)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,8 @@ class AttentionKernels(Study):
 
 
 class Students(Study):
-    """``tdm.json``, ``tdm_sd.json``: distilled students, and their teacher in as few steps."""
+    """``tdm.json`` and, of other models, ``tdm_sd.json`` and ``tdm_wan.json``: distilled students,
+    and their teacher in as few steps."""
 
 
 class Leaps(Study):
@@ -809,6 +810,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "robustness": Robustness,
     "tdm": Students,
     "tdm_sd": Students,
+    "tdm_wan": Students,
     "leap": Leaps,
     "rlg": Tunings,
     "waterfall": Waterfall,

@@ -380,6 +380,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kills": _kills,
     "students": lambda: _every_device("tdm", _students_on),
     "students_sd": lambda: _every_device("tdm_sd", _students_on),
+    "students_wan": lambda: _every_device("tdm_wan", _students_on),
     "time_shift": lambda: _every_device("time_shift", sampler_tables.time_shift),
     "one_more_step": lambda: _every_device("one_more_step", sampler_tables.one_more_step),
     "caches": lambda: _every_device("caches", _caches_on),
