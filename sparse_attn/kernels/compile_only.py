@@ -21,7 +21,6 @@ from triton.compiler import ASTSource
 
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels import triton_backward, triton_forward
-from sparse_attn.kernels.launch import padded
 
 # compute capability -> bytes of shared memory that one program may have
 PARTS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -59,7 +58,7 @@ def compiled(
     module = triton_forward if kernel == "forward" else triton_backward
     fn = getattr(module, kernel)
     capability = divmod(part, 10)
-    config = module.config_for(capability, padded(head), dtype)
+    config = module.config_for(capability, head, dtype)
     keep = torch.ones(1, 1, 1, 2, dtype=torch.bool)
     blocks = BlockMap(keep, 128, 64, 128, 128)
     meta = module.constants(blocks, head, 1, config, dtype, pooled)

@@ -24,7 +24,6 @@ from sparse_attn.kernels.launch import (
     Config,
     capability,
     last_stride_one,
-    padded,
     pooled_arguments,
     strides,
 )
@@ -180,12 +179,14 @@ def backward_kv(
 
 
 def config_for(capability: tuple[int, int], width: int, dtype: torch.dtype) -> Config:
-    """Two accumulators and five operands: tiles of 64 x 64, 32 x 32 where they do not fit. Loads
+    """Two accumulators and five operands: tiles of 64 x 64, smaller where they do not fit. Loads
     are ahead of their use (three stages, see `triton_forward.CONFIGS`) where nothing spills then.
     """
     if dtype == torch.float32 or width > 128 or capability == (0, 0):
         return Config(32, 32, 4, 1)
     part = triton_forward.SAME_AS.get(capability, capability)
+    if part == (9, 0) and 64 < width < 128:  # filled up to 128: masks take registers, too
+        return Config(64, 32, 8, 1)
     ahead = part in ((8, 0), (10, 0)) or (part == (9, 0) and width <= 64)
     return Config(64, 64, 8, 3 if ahead else 1)
 
@@ -232,7 +233,7 @@ class _Backward:
         self.delta = (grad.float() * out.float()).sum(-1).contiguous()
         self.blocks, self.pooled = blocks, pooled
         self.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        self.config = config or config_for(capability(q.device), padded(q.shape[-1]), q.dtype)
+        self.config = config or config_for(capability(q.device), q.shape[-1], q.dtype)
 
     def queries(self) -> Tensor:
         b, h, s, width = self.q.shape

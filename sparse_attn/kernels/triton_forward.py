@@ -160,11 +160,11 @@ SAME_AS = {(8, 7): (8, 0), (8, 9): (8, 6), (12, 1): (12, 0), (10, 3): (10, 0)}
 
 
 def config_for(capability: tuple[int, int], width: int, dtype: torch.dtype) -> Config:
-    """The table's entry for a part, a padded head size and a type."""
+    """The table's entry for a part, a head size and a type."""
     key = SAME_AS.get(capability, capability)
     if dtype == torch.float32 or key not in CONFIGS:
         key = (0, 0)
-    return CONFIGS[key][max(64, width)]
+    return CONFIGS[key][max(64, padded(width))]
 
 
 def attend(
@@ -176,7 +176,7 @@ def attend(
     q, k, v = (last_stride_one(x) for x in (q, k, v))
     out = torch.empty_like(q)
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
-    chosen = config or config_for(capability(q.device), padded(width), q.dtype)
+    chosen = config or config_for(capability(q.device), width, q.dtype)
     counts = blocks.counts
     order = counts.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     lists = blocks.lists()
