@@ -184,22 +184,41 @@ def test_one_frame_has_nothing_to_merge():
             assert_equal(plain, host.run(num_frames=1), "one frame")
 
 
-def test_a_call_that_does_not_tell_its_frames_is_computed_in_full():
-    """LTX's pipelines with conditions give coordinates instead of sides."""
+def test_ltx_by_coordinates_instead_of_sides():
+    """As its newer pipelines call it: merged as well, and in full where no grid is told."""
     host = tiny("ltx")
-    plain = host.run()
-    with attached(TokenMerge(until=1.0), host.pipe) as live, warnings.catch_warnings():
+    merge = TokenMerge(until=1.0)
+    with attached(merge, host.pipe):
+        expected = host.run()
+    with attached(merge, host.pipe) as live:
+        live.patch.around_call(host.pipe.transformer, _by_coordinates(host), outer=True)
+        torch.testing.assert_close(host.run(), expected, rtol=1e-4, atol=1e-4)
+    assert live.report()["runs"][0]["fallbacks"] == {}
+    with attached(merge, host.pipe) as live, warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
-        live.patch.around_call(host.pipe.transformer, _without_sides, outer=True)
-        with pytest.warns(FallbackWarning, match="video_coords"):
-            with_coordinates = host.run()
-    assert torch.isfinite(with_coordinates).all()
-    assert with_coordinates.shape == plain.shape
+        live.patch.around_call(host.pipe.transformer, _by_coordinates(host, True), outer=True)
+        with pytest.warns(FallbackWarning, match="tokens"):
+            backwards = host.run()
+    assert torch.isfinite(backwards).all()
     assert live.report()["runs"][0]["fallbacks"]
 
 
-def _without_sides(call_next, *args, num_frames, height, width, **kwargs):
-    return call_next(*args, **kwargs)
+def _by_coordinates(host, backwards=False):
+    rope = host.pipe.transformer.rope
+    bases = torch.tensor([rope.base_num_frames, rope.base_height, rope.base_width])
+
+    def layer(
+        call_next, *args, num_frames, height, width, rope_interpolation_scale, hidden_states, **call
+    ):
+        sides = num_frames, height, width
+        grid = rope._prepare_video_coords(
+            len(hidden_states), *sides, rope_interpolation_scale, hidden_states.device
+        )
+        coords = (grid * bases).transpose(1, 2)
+        call |= {"video_coords": coords.flip(2) if backwards else coords}
+        return call_next(*args, hidden_states=hidden_states, **call)
+
+    return layer
 
 
 def test_attention_to_text_may_be_left_alone():
