@@ -156,10 +156,11 @@ class Attached:
 
     Counters: call ``count("computed" | "reused" | "skipped" | "changed", n)``, ``fallback(reason)``
     and ``detail[...]`` from layers. Subclasses override ``on_run`` to reset their per-run state,
-    and set ``made_with`` to their artifact's ``guidance``.
+    and set ``made_with`` to their artifact's ``guidance``. ``guided``: whether the newest run is.
     """
 
     made_with: bool | None = None
+    guided: bool | None = None
 
     def __init__(self, method: Method, pipe: Any) -> None:
         self.method = method
@@ -262,15 +263,15 @@ class Attached:
 
     def run_began(self, run: Run) -> None:
         self.counts, self.fallbacks, self.detail = Counter(), Counter(), {}
-        self._in_run = True
-        self._compare_guidance(run)
+        self._in_run, self.guided = True, run.guided
+        self._compare_guidance()
         self.on_run(run)
         if self._hidden_by_compile() and self.method != self.method.neutral():
             self.fallback("the denoiser is compiled as one graph, which hides its blocks")
 
-    def _compare_guidance(self, run: Run) -> None:
+    def _compare_guidance(self) -> None:
         """Says where what was made with guidance runs without, or the other way round."""
-        if self.made_with is None or run.guided in (None, self.made_with):
+        if self.made_with is None or self.guided in (None, self.made_with):
             return
         made, runs = ("with", "without") if self.made_with else ("without", "with")
         said = f"made {made} guidance, run {runs}"

@@ -109,10 +109,10 @@ class _LiveProbe(Attached):
         self.samples: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
         self.times: dict[str, list[float]] = defaultdict(list)
         self.sigmas: tuple[float, ...] = ()
-        self.calls, self.guided = 0, None
+        self.calls = 0
 
     def on_run_end(self, run: Run) -> None:
-        self.sigmas, self.calls, self.guided = run.step_sigmas, run.calls, run.guided
+        self.sigmas, self.calls = run.step_sigmas, run.calls
 
     def watch(self, column: str) -> Callable:
         """The layer of one column."""

@@ -59,7 +59,6 @@ class LiveWalk(Attached):
     learn: Callable[[LiveWalk, float, Tensor, Callable[[Tensor], Tensor]], None] | None = None
     given: Tensor | None = None
     sigmas: tuple[float, ...] = ()
-    guided: bool | None = None
 
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
@@ -68,7 +67,7 @@ class LiveWalk(Attached):
         self.tokens: dict[int, Tensor] = {}
 
     def on_run(self, run: Run) -> None:
-        self.sigmas, self.guided = run.step_sigmas, run.guided
+        self.sigmas = run.step_sigmas
 
     def around_block(self, depth: int, block: Block, is_last: bool) -> Callable:
         """The layer of one block: notes the tokens, or passes by with those given."""

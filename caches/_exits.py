@@ -148,7 +148,6 @@ class LiveExit(LiveSchedule):
     rest: Rest = "skip"
     heads: ExitHeads | None = None
     trial: Schedule | None = None  # calibration
-    guided: bool | None = None  # the newest run
     whole = False
     leaving: frozenset[int] = frozenset()
     added: Tensor | None = None
@@ -189,7 +188,6 @@ class LiveExit(LiveSchedule):
 
     def on_run(self, run: Run) -> None:
         super().on_run(run)
-        self.guided = run.guided
         assert self.schedule is not None
         self.depths = {slot: depths_of(self.schedule, slot) for slot in self.slots()}
         self.later = {s: used_later(d, self.blocks(s)) for s, d in self.depths.items()}

@@ -144,7 +144,6 @@ class LiveGate(Attached):
     shares: Sequence[float] = ()
     responses: Sequence[float] = ()
     only: int | None = None  # calibration: the one step that skips, -1 for none
-    guided: bool | None = None  # the newest run
 
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
@@ -167,7 +166,7 @@ class LiveGate(Attached):
 
     def on_run(self, run: Run) -> None:
         self._forget()
-        self.peak, self.grid, self.guided = 0, run.step_sigmas, run.guided
+        self.peak, self.grid = 0, run.step_sigmas
         self.places = noise_share(self.grid)
         self.lengths = [a - b for a, b in itertools.pairwise((*self.places, 0.0))]
         if self.shares:

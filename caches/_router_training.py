@@ -78,7 +78,7 @@ class LiveWalk(Attached):
     def on_run(self, run: Run) -> None:
         self.kept.clear()
         self.calls.clear()
-        self.sigmas, self.guided = run.step_sigmas, run.guided
+        self.sigmas = run.step_sigmas
 
     def blending(self, place: int) -> Callable:
         """The layer of one module."""

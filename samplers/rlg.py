@@ -119,7 +119,7 @@ class _LiveRLG(Attached):
     def on_run(self, run: Run) -> None:
         method = self.method
         assert isinstance(method, RLG)
-        self.guided = range(round(method.start * run.steps), round(method.stop * run.steps))
+        self.weighted = range(round(method.start * run.steps), round(method.stop * run.steps))
         if method.artifact is not None and method.weight != 0:
             self.changed = {p: v.to(p.device, p.dtype) for p, v in self.changed.items()}
 
@@ -128,7 +128,7 @@ class _LiveRLG(Attached):
         method, now = self.method, self.now
         assert isinstance(method, RLG)
         assert now is not None
-        weight = method.weight if now.step in self.guided else 1.0
+        weight = method.weight if now.step in self.weighted else 1.0
         if weight == 0:
             with self.base():
                 return self.noted(call_next(*args, **kwargs), method.adapter is not None)
