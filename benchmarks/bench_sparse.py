@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -39,13 +40,16 @@ from sparse_attn.estimators import block_scores, complement, subblock_mass
 from sparse_attn.kernels import dispatch
 from sparse_attn.subblock_lse import SubblockLSE
 
-DENSITIES = (1.0, 0.5, 0.25, 0.1)
-MODEL_DENSITIES = (0.25, 0.1)
+DENSITIES = {"cpu": (1.0, 0.5, 0.25, 0.1), "cuda": (1.0, 0.5, 0.2, 0.1)}
+MODEL_DENSITIES = {"cpu": (0.25, 0.1), "cuda": (0.2, 0.1)}
 # (tokens, head size, heads): as many heads as a core computes in seconds, as models have
 SHAPES = {
     "cpu": ((4096, 64, 3), (4096, 128, 3), (16384, 64, 1), (16384, 128, 1)),
-    "cuda": ((8192, 64, 24), (8192, 128, 12), (32760, 64, 24), (32760, 128, 12), (75600, 128, 40)),
-}
+    "cuda": (
+        (8192, 64, 24), (8192, 128, 12), (32760, 64, 24), (32760, 128, 12),
+        (75600, 64, 20), (75600, 128, 10),
+    ),
+}  # fmt: skip
 BLOCKS = {"cpu": (256, 64), "cuda": (128, 64)}
 TYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 # latent frames, height, width; one block. 8,190 tokens on a CPU, 480p of 81 frames on a GPU.
@@ -116,6 +120,20 @@ def flex() -> Callable[[Tensor, Tensor, Tensor, BlockMap], Tensor]:
     return attend
 
 
+def fastvideo() -> Callable[[Tensor, Tensor, Tensor, BlockMap], Tensor] | None:
+    """FastVideo's block-sparse kernel (for Hopper: ThunderKittens), of blocks of 64 x 64."""
+    if not find_spec("fastvideo_kernel"):
+        return None
+    from fastvideo_kernel import block_sparse_attn_from_indices  # pyright: ignore
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap) -> Tensor:
+        sizes = torch.full((blocks.keep.shape[-1],), 64, dtype=torch.int32, device=q.device)
+        lists, counts = blocks.lists(), blocks.counts
+        return block_sparse_attn_from_indices(q, k, v, lists, counts, sizes)[0]
+
+    return attend
+
+
 def timed_in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each, one after the other in every round, after one round that does not count.
 
@@ -152,7 +170,7 @@ def attention_rows(device: str, rounds: int, shape: str | None) -> list[dict[str
         if device != "cpu":
             dense_runs |= {n: _bound(f, q, k, v) for n, f in others().items()}
             dense_runs = {n: f for n, f in dense_runs.items() if _runs(n, f)}
-        for density in DENSITIES:
+        for density in DENSITIES[device]:
             rows.append(_attention_row(q, k, v, density, dense_runs, over_blocks, rounds))
             print(_said(rows[-1]), flush=True)
     return rows
@@ -197,6 +215,7 @@ def _attention_row(q, k, v, density, dense_runs, over_blocks, rounds) -> dict[st
         "kernel": lambda: dispatch.attend(q, k, v, blocks),
         "selection": selected,
         "flex": lambda: over_blocks(q, k, v, flex_blocks),
+        **_fastvideo_runs(q, k, v, density),
     }
     seconds = timed_in_turn(runs, rounds)
     dense_names = [name for name in dense_runs if name != SPARGE]
@@ -217,6 +236,17 @@ def _attention_row(q, k, v, density, dense_runs, over_blocks, rounds) -> dict[st
         "selection_share": statistics.median(seconds["selection"])
         / statistics.median(seconds["ours"]),
     }
+
+
+def _fastvideo_runs(q: Tensor, k: Tensor, v: Tensor, density: float) -> dict[str, Callable]:
+    """Its kernel alone, in the layout that it wants; its tokens are filled up to whole tiles."""
+    if q.device.type == "cpu" or (attend := fastvideo()) is None:
+        return {}
+    q, k, v = (F.pad(x, (0, 0, 0, -x.shape[2] % 64)).contiguous() for x in (q, k, v))
+    keep = keep_share(subblock_mass(q, k, (64, 64)), density, "row")
+    blocks = BlockMap(keep, 64, 64, q.shape[2], k.shape[2])
+    run = _bound(attend, q, k, v, blocks)
+    return {"fastvideo kernel": run} if _runs("fastvideo", run) else {}
 
 
 def _ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
@@ -265,7 +295,7 @@ def model_rows(device: str, rounds: int) -> list[dict[str, Any]]:
             pipe.transformer(latents, timestep, text)
 
     rows = []
-    for density in MODEL_DENSITIES:
+    for density in MODEL_DENSITIES[device]:
         method = SubblockLSE((0.0, 0.0), BLOCKS[device], guard=False, density=density)
         report: dict[str, Any] = {}
 

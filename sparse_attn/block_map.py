@@ -46,13 +46,27 @@ class BlockMap:
     @functools.cached_property
     def counts(self) -> Tensor:
         """Blocks in each list, int32 (b, h, nq)."""
-        return self.keep.sum(-1, dtype=torch.int32)
+        listed = self._listed_on_gpu
+        return self.keep.sum(-1, dtype=torch.int32) if listed is None else listed[1]
+
+    @functools.cached_property
+    def _listed_on_gpu(self) -> tuple[Tensor, Tensor] | None:
+        """Lists of all blocks and counts from one launch; None where there is no such kernel."""
+        from sparse_attn.kernels import dispatch
+
+        if not dispatch.lists(self.keep):
+            return None
+        from sparse_attn.kernels import triton_select
+
+        return triton_select.listed(self.keep)
 
     def lists(self, width: int | None = None) -> Tensor:
         """Kept blocks in ascending order, int32 (b, h, nq, width), then others as padding.
 
         `width` must be at least the largest count; all blocks by default, which asks no device.
         """
+        if self._listed_on_gpu is not None:
+            return self._listed_on_gpu[0][..., :width].contiguous()
         # a stable sort of the flags puts the kept ones first and leaves them in order
         order = torch.sort(self.keep.logical_not().to(torch.uint8), dim=-1, stable=True).indices
         return order[..., :width].to(torch.int32).contiguous()
@@ -86,11 +100,28 @@ def blocked(x: Tensor, block: int) -> Tensor:
 def block_means(x: Tensor, block: int) -> Tensor:
     """Means of `block` consecutive tokens in float32, (b, h, blocks, d); the last one of what is
     there."""
+    from sparse_attn.kernels import dispatch
+
+    if dispatch.selects(x, block):
+        from sparse_attn.kernels import triton_select
+
+        return triton_select.block_means(x, block)
     whole = x.shape[2] // block * block
     means = x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
     if whole == x.shape[2]:
         return means
     return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], dim=2)
+
+
+def block_mean_squares(x: Tensor, block: int) -> Tensor:
+    """As ``block_means``, of squares."""
+    from sparse_attn.kernels import dispatch
+
+    if dispatch.selects(x, block):
+        from sparse_attn.kernels import triton_select
+
+        return triton_select.block_means(x, block, squares=True)
+    return block_means(x.float().square(), block)
 
 
 # -- rules: from scores to maps ---------------------------------------------------------------
@@ -127,5 +158,5 @@ def keep_mass(scores: Tensor, mass: float, low: float = 0.0, high: float = 1.0) 
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
-    best = scores.topk(count, dim=-1).indices
+    best = scores.topk(count, dim=-1, sorted=False).indices  # a sort would cost more than the rest
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

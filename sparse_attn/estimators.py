@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_attn.block_map import block_means, block_sizes
+from sparse_attn.block_map import block_mean_squares, block_means, block_sizes
+from sparse_attn.kernels import dispatch
 from sparse_attn.kernels.reference import Pooled
 
 
@@ -21,6 +22,10 @@ def subblock_mass(q: Tensor, k: Tensor, blocks: tuple[int, int], parts: int = 4)
     and a block of queries is the mean of its parts. q (b, h, s, d), k (b, g, s, d). Work:
     parts^2 / (block of queries * block of keys) of dense logits.
     """
+    if dispatch.selects(q, blocks[0], parts) and dispatch.selects(k, blocks[1], parts):
+        from sparse_attn.kernels import triton_select
+
+        return triton_select.subblock_mass(q, k, blocks, parts)
     nq, nk = (-(-x.shape[2] // size) for x, size in zip((q, k), blocks, strict=True))
     sizes = [max(1, size // parts) for size in blocks]
     queries = block_means(q, sizes[0])  # (b, h, nq * parts, d)
@@ -61,7 +66,7 @@ def loss_by_means(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int]) -> T
     """
     repeat = q.shape[1] // k.shape[1]
     spread_k, spread_v = (_variances(x, blocks[1]) for x in (k, v))
-    squares = block_means(q.float().square(), blocks[0]) / q.shape[-1]
+    squares = block_mean_squares(q, blocks[0]) / q.shape[-1]
     logits = squares @ spread_k.repeat_interleave(repeat, dim=1).transpose(-1, -2)
     values = spread_v.sum(-1).repeat_interleave(repeat, dim=1)
     return (logits * values[:, :, None]).sqrt()
@@ -69,8 +74,7 @@ def loss_by_means(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int]) -> T
 
 def _variances(x: Tensor, block: int) -> Tensor:
     """Of each channel in each block, (b, h, blocks, d)."""
-    square = block_means(x.float().square(), block)
-    return (square - block_means(x, block).square()).clamp(min=0)
+    return (block_mean_squares(x, block) - block_means(x, block).square()).clamp(min=0)
 
 
 def exact_mass(q: Tensor, k: Tensor, rows: Tensor, key_block: int) -> Tensor:

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels import triton_backward, triton_forward
+from sparse_attn.kernels.launch import Config
 
 # compute capability -> bytes of shared memory that one program may have
 PARTS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -49,18 +50,19 @@ class Compiled(NamedTuple):
 
 
 def compiled(
-    kernel: str, part: int, head: int, pooled: bool = True, dtype: torch.dtype = torch.bfloat16
-) -> Compiled:
-    """Compile with the table's configuration; blocks of 128 queries and 64 keys.
+    kernel: str, part: int, head: int, pooled: bool = True, dtype: torch.dtype = torch.bfloat16,
+    config: Config | None = None, key_block: int = 64,
+) -> Compiled:  # fmt: skip
+    """Compile with the table's configuration, or another; blocks of 128 queries.
 
     pooled: with the loop over pooled keys (forward, backward_q), or for pooled keys (backward_kv).
     """
     module = triton_forward if kernel == "forward" else triton_backward
     fn = getattr(module, kernel)
     capability = divmod(part, 10)
-    config = module.config_for(capability, head, dtype)
-    keep = torch.ones(1, 1, 1, 2, dtype=torch.bool)
-    blocks = BlockMap(keep, 128, 64, 128, 128)
+    config = config or module.config_for(capability, head, dtype)
+    keep = torch.ones(1, 1, 1, 128 // key_block, dtype=torch.bool)
+    blocks = BlockMap(keep, 128, key_block, 128, 128)
     meta = module.constants(blocks, head, 1, config, dtype, pooled)
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     signature, attributes = {}, {}
@@ -69,6 +71,8 @@ def compiled(
             signature[name] = "constexpr"
             continue
         signature[name] = _type_of(name, element)
+        if meta.get("DESCRIBED") and name in ("K", "V"):
+            signature[name] = f"tensordesc<{element}[1, 1, {meta['BLOCK_N']}, {meta['BLOCK_D']}]>"
         if signature[name].startswith("*") or STRIDES.match(name):
             attributes[(i,)] = [["tt.divisibility", 16]]  # as the launcher finds them
     source = ASTSource(fn, signature, constexprs=meta, attrs=attributes)

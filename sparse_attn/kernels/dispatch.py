@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from sparse_attn.block_map import BlockMap
@@ -11,6 +12,7 @@ from sparse_attn.kernels import cpu, cpu_backward
 from sparse_attn.kernels.reference import Attention, Pooled
 
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name, too
+MOST_LISTED = 8192  # blocks of keys, in one program
 
 
 def kernel_for(device_type: str) -> str:
@@ -29,6 +31,22 @@ def kernel_for(device_type: str) -> str:
     if find_spec("triton") is None:
         raise ValueError("sparse attention on a GPU needs triton: pip install triton")
     return "triton"
+
+
+def selects(x: Tensor, block: int, parts: int = 1) -> bool:
+    """Whether ``triton_select`` has the means of x (b, h, s, d): on a GPU, without gradients, of
+    blocks that are powers of two."""
+    if x.device.type not in TRITON_DEVICES or find_spec("triton") is None:
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
+    return block % parts == 0 and block & (block - 1) == 0 and x.shape[-1] <= 256
+
+
+def lists(keep: Tensor) -> bool:
+    """Whether ``triton_select`` lists the blocks of a map."""
+    on_gpu = keep.device.type in TRITON_DEVICES and find_spec("triton") is not None
+    return on_gpu and keep.shape[-1] <= MOST_LISTED
 
 
 def attend(

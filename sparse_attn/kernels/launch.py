@@ -20,6 +20,7 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    described: bool = False  # keys come through tensor descriptors, where their strides permit
 
 
 @functools.lru_cache(maxsize=8)

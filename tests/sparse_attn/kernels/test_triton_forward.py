@@ -60,6 +60,31 @@ def test_tiles_and_blocks_need_not_agree(attention, config, blocks):
     run(attention, config, torch.float32, True, n=70, m=75, h=2, g=2, blocks=blocks)
 
 
+@pytest.mark.parametrize(("width", "blocks"), [(16, (32, 16)), (24, (32, 32))])
+@pytest.mark.parametrize("with_pooled", [False, True])
+def test_keys_through_descriptors(attention, width, blocks, with_pooled):
+    config = Config(32, 16, 4, 2, described=True)
+    shape = {"n": 70, "m": 75, "h": 2, "g": 1, "d": width}
+    run(attention, config, torch.float32, with_pooled, blocks=blocks, **shape)
+
+
+def test_strides_that_descriptors_can_not_have_are_read_by_pointers(attention):
+    """Rows of 24 of 25 numbers lie 100 bytes apart; descriptors want multiples of 16."""
+    q, k, v, blocks = attention.problem(d=24)
+    wide = torch.cat([k, k[..., :1]], -1)
+    odd = wide[..., :24]
+    assert not triton_forward.describable(odd)
+    config = Config(32, 16, 4, 2, described=True)
+    found = triton_forward.attend(
+        *(x.to(DEVICE) for x in (q, odd, v)),
+        BlockMap(blocks.keep.to(DEVICE), 32, 16, blocks.queries, blocks.keys),
+        config=config,
+    )
+    right = attention.exact(q, k, v, blocks).out
+    error = (found.out.cpu().double() - right).abs().max().item()
+    assert error <= attention.budget(q, k, v, blocks)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 96, 128])
