@@ -127,8 +127,8 @@ def _sample_weights(module: Any) -> dict[str, list[tuple[int, float]]]:
     sampled = {}
     for name in names[::stride]:
         flat = values_of(parameters[name]).detach().flatten()
-        places = [k * flat.numel() // SAMPLED_VALUES for k in range(SAMPLED_VALUES)]
-        sampled[name] = [(i, float(flat[i])) for i in sorted(set(places))]
+        places = sorted({k * flat.numel() // SAMPLED_VALUES for k in range(SAMPLED_VALUES)})
+        sampled[name] = list(zip(places, flat[places].tolist(), strict=True))  # one read
     return sampled
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def environment(device: str | None = None, load_before: float | None = None) -> 
     return {
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": versions() | accelerator_versions(device),
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "load": [load_before, load_average()],
@@ -47,6 +49,37 @@ def hardware(device: str | None = None) -> str:
     except (OSError, StopIteration):
         pass
     return f"{name}, {os.cpu_count()} cores"
+
+
+def accelerator_versions(device: str | None = None) -> dict[str, str]:
+    """What an accelerator's figures depend on besides: driver, toolkit, cuDNN, Triton."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return {}
+    found = {
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _triton(),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+@functools.cache
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n", 1)[0].strip() or None
+
+
+def _triton() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str | None:

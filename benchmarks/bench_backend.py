@@ -51,7 +51,12 @@ def main() -> None:
     load = load_average()
     bench = study(given.samples, given.device)
     works, refused = usable(bench.pipe, bench.inputs[0])
-    rows = {}
+    rows: dict[str, Any] = {}
+
+    def keep() -> None:
+        content = head(bench, given.samples, environment(given.device, load))
+        write("attention_backend", given.device, {**content, "rows": rows, "refused": refused})
+
     for name in works:
         recipe = Recipe((AttentionBackend((name,)),))
         try:
@@ -62,8 +67,8 @@ def main() -> None:
         rows[name] = row(recipe, result)
         rows[name]["kernels"] = kernels(result.report)
         print(name, rows[name]["speedup"], rows[name]["kernels"], flush=True)
-    content = head(bench, given.samples, environment(given.device, load))
-    write("attention_backend", given.device, {**content, "rows": rows, "refused": refused})
+        keep()
+    keep()
 
 
 def kernels(report: dict[str, Any]) -> list[str]:

@@ -3,13 +3,14 @@
     python -m benchmarks.bench_cache_speed [--device cuda] [--rounds 5] [--blocks 4] [--only DiT]
                                            [--compile DiT] [--fresh]
 
-Random weights, so there is no quality here: a slice of DiT-XL/2 at 256 pixels and one of Wan 2.1
-1.3B, which are timed in turn with and without a cache. On the small models of the zoo, what is left
-of a block when its modules are reused (norms, embeddings, Python) is half of its time; here it is
-what it is for users. "37.5 % of the modules" is what HarmoniCa's paper says of its 20-step router.
-Then every block is compiled for itself, without breaks, and schedules act inside those graphs: they
-are timed in turn with the compiled blocks alone. Rows are written as they are measured, and a run
-that was cut off goes on.
+Random weights, so there is no quality here: DiT-XL/2 and Wan 2.1 1.3B, which are timed in turn with
+and without a cache. On a CPU a few blocks, single precision and small samples; on a card bfloat16
+at the sizes that the models are for, all of DiT-XL/2 (`SIZES`). On the small models of the zoo,
+what is left of a block when its modules are reused (norms, embeddings, Python) is half of its time;
+here it is what it is for users. "37.5 % of the modules" is what HarmoniCa's paper says of its
+20-step router. Then every block is compiled for itself, without breaks, and schedules act inside
+those graphs: they are timed in turn with the compiled blocks alone. Rows are written as they are
+measured, and a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from diffusers import (
 from accel import compat
 from accel.clock import sampling_grid
 from accel.denoiser import denoisers
-from accel.measure import counted_flops, environment, load_average, paired_time, pipeline_samples
+from accel.measure import counted_flops, environment, load_average, paired_time
 from accel.method import Method, NoEffectWarning, attached
 from accel.metrics.protocol import Protocol, require_same
 from benchmarks.results_file import DEVICES, add_fresh, read, require_machine, write
@@ -59,35 +61,72 @@ Rows = dict[str, dict[str, Any]]
 LEARNED_SHARE = 0.375  # reused, HarmoniCa, DiT-XL/2 256, 20 steps
 
 
-def dit_xl(blocks: int, device: str) -> tuple[Any, dict[str, Any]]:
-    """A slice of DiT-XL/2: 1152 wide, 256 tokens."""
+@dataclass(frozen=True)
+class Size:
+    """What of a model is timed: its blocks, and one call's samples and text (tokens, width)."""
+
+    blocks: int
+    height: int
+    width: int
+    dtype: torch.dtype
+    samples: int = 1
+    frames: int = 1
+    text: tuple[int, int] = (64, 64)
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        frames = f" x {self.frames} frames" if self.frames > 1 else ""
+        return f"{self.blocks} blocks, {kind}, {self.samples} x {self.width}x{self.height}{frames}"
+
+
+DIT, WAN = "DiT-XL/2", "Wan 2.1 1.3B"
+SIZES = {
+    "cpu": {
+        DIT: Size(4, 256, 256, torch.float32),
+        WAN: Size(4, 192, 192, torch.float32, frames=9),
+    },
+    "cuda": {  # 28 of 28 blocks, 8,192 tokens; 8 of 30 blocks, 14,040 tokens
+        DIT: Size(28, 512, 512, torch.bfloat16, samples=8),
+        WAN: Size(8, 480, 832, torch.bfloat16, frames=33, text=(512, 4096)),
+    },
+}
+
+
+def dit_xl(size: Size, device: str) -> tuple[Any, dict[str, Any]]:
+    """DiT-XL/2: 1152 wide, 256 tokens at 256 pixels, no guidance."""
     with torch.device(device):
         transformer = DiTTransformer2DModel(
             num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=4,
-            num_layers=blocks, sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
+            num_layers=size.blocks, sample_size=size.width // 8, patch_size=2,
+            num_embeds_ada_norm=1000,
         )  # fmt: skip
         vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1)
-    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
-    return pipe, {"class_labels": [1], "guidance_scale": 1.0}
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler()).to(size.dtype)
+    return pipe, {"class_labels": [1] * size.samples, "guidance_scale": 1.0, "output_type": "np"}
 
 
-def wan_1b(blocks: int, device: str) -> tuple[Any, dict[str, Any]]:
-    """A slice of Wan 2.1 1.3B: 1536 wide, 12 heads, 3 x 12 x 12 tokens, two branches."""
+def wan_1b(size: Size, device: str) -> tuple[Any, dict[str, Any]]:
+    """Wan 2.1 1.3B: 1536 wide, 12 heads, two branches; its autoencoder does not run."""
+    tokens, width = size.text
     with torch.device(device):
         transformer = WanTransformer3DModel(
-            num_attention_heads=12, attention_head_dim=128, text_dim=64, ffn_dim=8960,
-            num_layers=blocks, in_channels=16, out_channels=16,
+            num_attention_heads=12, attention_head_dim=128, text_dim=width, ffn_dim=8960,
+            num_layers=size.blocks, in_channels=16, out_channels=16,
         )  # fmt: skip
         vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-        text = {k: torch.randn(1, 64, 64) for k in ("prompt_embeds", "negative_prompt_embeds")}
+        text = {
+            k: torch.randn(size.samples, tokens, width, dtype=size.dtype)
+            for k in ("prompt_embeds", "negative_prompt_embeds")
+        }
     pipe = WanPipeline(
         tokenizer=None, text_encoder=None, vae=vae.eval(), transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-    )  # fmt: skip
-    return pipe, {**text, "height": 192, "width": 192, "num_frames": 9, "guidance_scale": 5.0}
+    ).to(size.dtype)  # fmt: skip
+    shape = {"height": size.height, "width": size.width, "num_frames": size.frames}
+    return pipe, {**text, **shape, "guidance_scale": 5.0, "output_type": "latent"}
 
 
-MODELS = {"DiT-XL/2": dit_xl, "Wan 2.1 1.3B": wan_1b}
+MODELS = {DIT: dit_xl, WAN: wan_1b}
 
 
 def caches(pipe: Any, folder: Path) -> Iterator[tuple[str, Method]]:
@@ -131,7 +170,8 @@ class Timing:
 
         def draw(method: Method | None = None, around: Any = nullcontext) -> None:
             with around(), attached(method or (), pipe):
-                pipeline_samples(pipe, {**call, "num_inference_steps": STEPS}, 0)
+                generator = torch.Generator("cpu").manual_seed(0)
+                pipe(**call, num_inference_steps=STEPS, generator=generator)
 
         plain = counted_flops(draw)
         with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--blocks", type=int, default=4, help="of each model")
+    parser.add_argument("--blocks", type=int, help="of each model, not as many as in SIZES")
     parser.add_argument("--only", default="", help="models whose name holds this")
     add_fresh(parser)
     parser.add_argument("--compile", default="DiT", help="models whose blocks are compiled, too")
@@ -181,14 +221,10 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # patterns of letters times layouts of the input
     load = load_average()
     warnings.simplefilter("ignore", NoEffectWarning)  # of the schedule that computes everything
-    protocol = Protocol(
-        model="slices of public shapes, random weights",
-        inputs="one sample",
-        samples=1,
-        seeds=[0],
-        steps=STEPS,
-        more={"rounds": given.rounds, "blocks": given.blocks},
-    )
+    sizes = SIZES[given.device]
+    if given.blocks:
+        sizes = {name: replace(size, blocks=given.blocks) for name, size in sizes.items()}
+    protocol = protocol_of(sizes, given.rounds)
     names = [name for name in MODELS if given.only in name]
     found = {} if given.fresh and not given.only else measured(given.device, protocol)
     if given.fresh:
@@ -200,9 +236,22 @@ def main() -> None:
         write(RESULT, given.device, content)
 
     for name in names:
-        rows = found.setdefault(name, {"blocks": given.blocks, "rows": {}})["rows"]
-        pipe, call = MODELS[name](given.blocks, given.device)
+        head = {"blocks": sizes[name].blocks, "size": str(sizes[name]), "rows": {}}
+        rows = found.setdefault(name, head)["rows"]
+        pipe, call = MODELS[name](sizes[name], given.device)
         Timing(name, rows, given.rounds, keep).measure(pipe, call, given.compile in name)
+
+
+def protocol_of(sizes: dict[str, Size], rounds: int) -> Protocol:
+    """What is timed, all models together."""
+    return Protocol(
+        model="public shapes, random weights",
+        inputs={name: str(size) for name, size in sizes.items()},
+        samples=max(size.samples for size in sizes.values()),
+        seeds=[0],
+        steps=STEPS,
+        more={"rounds": rounds},
+    )
 
 
 def measured(device: str, protocol: Protocol) -> dict[str, Any]:

@@ -211,6 +211,11 @@ def main() -> None:
     block = here(given.device, load)
     old = read(name, given.device) if given.curves else None
     kept, measured = kept_rows(old, bench.protocol(), block), {}
+
+    def keep(shown: dict[str, Any]) -> None:
+        block = here(given.device, load)
+        write(name, given.device, {**head(bench, given.samples, block), "rows": shown})
+
     with tempfile.TemporaryDirectory() as folder:
         for label, method in rows(bench.pipe, given.steps, Path(folder)):
             if given.curves and not label.startswith(tuple(given.curves)):
@@ -220,8 +225,8 @@ def main() -> None:
             result = bench.compare(recipe, rounds=given.rounds)
             measured[label] = row(recipe, result, folder)
             print(label, *(measured[label][k] for k in ("speedup", "psnr", "judged")), flush=True)
-    block = here(given.device, load)
-    write(name, given.device, {**head(bench, given.samples, block), "rows": measured})
+            keep(measured | {k: r for k, r in kept.items() if k not in measured})
+    keep(measured)
 
 
 if __name__ == "__main__":

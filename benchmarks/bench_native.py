@@ -94,17 +94,17 @@ def main() -> None:
     block = here(given.device, load)
     old = read("native", given.device) if given.only else None
     kept = kept_rows(old, bench.protocol(), block)
-    measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, recipe in rows(bench.pipe, Path(folder)).items():
+        planned = rows(bench.pipe, Path(folder))
+        for name, recipe in planned.items():
             if given.only not in name:
-                measured |= {name: kept[name]} if name in kept else {}
                 continue
             result = bench.compare(recipe, rounds=given.rounds)
-            measured[name] = row(recipe, result, folder, str(RECIPES))
-            print(name, *(measured[name][k] for k in ("speedup", "psnr", "judged")), flush=True)
-    block = here(given.device, load)
-    write("native", given.device, {**head(bench, given.samples, block), "rows": measured})
+            kept[name] = row(recipe, result, folder, str(RECIPES))
+            print(name, *(kept[name][k] for k in ("speedup", "psnr", "judged")), flush=True)
+            measured = {name: kept[name] for name in planned if name in kept}
+            content = head(bench, given.samples, here(given.device, load))
+            write("native", given.device, {**content, "rows": measured})
 
 
 if __name__ == "__main__":

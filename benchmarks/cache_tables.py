@@ -76,9 +76,13 @@ def robustness(result: dict[str, Any]) -> str:
 def speed(result: dict[str, Any]) -> str:
     """Time saved beside work saved, a table for all models."""
     env = result["environment"]
+    sizes = "; ".join(
+        f"{model}: {found.get('size') or str(found['blocks']) + ' blocks'}"
+        for model, found in result["models"].items()
+    )
     lines = [
         f"{env['hardware']}, {env['threads']} thread(s), {result['protocol']['steps']} steps, "
-        'slices of a few blocks, random weights. "If work were time": what the saved operations '
+        f'random weights ({sizes}). "If work were time": what the saved operations '
         "alone would give. With compiled blocks: against the compiled blocks alone, these against "
         "the same ones uncompiled.",
         "",

@@ -306,6 +306,7 @@ class SpeedRow(_Strict):
 
 class SpeedModel(_Strict):
     blocks: Positive
+    size: str | None = None  # blocks, type, samples; older results have none
     rows: dict[str, SpeedRow]
 
 

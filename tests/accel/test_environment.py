@@ -43,3 +43,15 @@ def test_without_a_repository_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "accel" / "environment.py"))
     assert environment.commit() is None
+
+
+def test_an_accelerator_is_named_with_its_driver(monkeypatch):
+    said = subprocess.CompletedProcess([], 0, stdout="580.159.04\n580.159.04\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment.subprocess, "run", lambda *_, **__: said)
+    environment._driver.cache_clear()
+    found = environment.accelerator_versions("cuda")
+    environment._driver.cache_clear()
+    assert found["driver"] == "580.159.04"
+    assert all(isinstance(value, str) for value in found.values())
+    assert environment.accelerator_versions("cpu") == {}

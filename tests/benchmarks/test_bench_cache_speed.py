@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from accel.measure import counted_flops, pipeline_samples
@@ -50,7 +52,8 @@ def test_every_cache_saves_work(rows):
 @pytest.mark.parametrize(("name", "compiled"), [("DiT-XL/2", True), ("Wan 2.1 1.3B", False)])
 def test_the_models_run(name, compiled):
     rows, kept = {}, []
-    pipe, call = bench_cache_speed.MODELS[name](2, "cpu")
+    size = replace(bench_cache_speed.SIZES["cpu"][name], blocks=2)
+    pipe, call = bench_cache_speed.MODELS[name](size, "cpu")
     timing = bench_cache_speed.Timing(name, rows, 1, lambda: kept.append(len(rows)))
     timing.measure(pipe, call, compiled)
     assert kept == list(range(1, len(rows) + 1))
