@@ -92,7 +92,7 @@ gpu: $(READY)
 	$(PY) -m benchmarks.bench_caches --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_caches_video $(FRESH) --device cuda
-	$(PY) -m benchmarks.bench_cache_speed $(FRESH) --device cuda --blocks 24
+	$(PY) -m benchmarks.bench_cache_speed $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_tdm $(FRESH) --device cuda
 	$(PY) -m benchmarks.waterfall $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_overhead --device cuda
