@@ -33,7 +33,11 @@ class LoopSettings:
     the start or the last warm restart); the learning rate follows whichever is nearer its end, so
     only a run limited by steps alone is repeatable to the bit. muon: the matrices that a model
     names (`matrices()`) are trained by Muon (orthogonalised momentum, Jordan 2024), its steps as
-    long as AdamW's (Liu et al. 2025). Raises ValueError for settings that cannot train.
+    long as AdamW's (Liu et al. 2025). graph: on CUDA the whole step, optimiser and average
+    included, is recorded as one graph and replayed, so that a small network's kernels follow each
+    other without waiting for Python; the loss (which is given no step then) takes all that differs
+    from its `generator` there, which its `seed(step)` sets. Raises ValueError for settings that
+    cannot train.
     """
 
     steps: int | None = None
@@ -48,8 +52,11 @@ class LoopSettings:
     log_steps: int = 50
     cycle: int = 1  # steps; checkpoints are written after multiples of it
     muon: bool = False
+    graph: bool = False
 
     def __post_init__(self):
+        if self.graph and self.muon:
+            raise ValueError("LoopSettings: torch's Muon cannot be recorded; muon or graph")
         if self.steps is None and self.minutes is None:
             raise ValueError("LoopSettings: give steps or minutes")
         if (self.steps is not None and self.steps < 1) or (
@@ -89,17 +96,30 @@ class Ema:
         self.decay = decay
         self.updates = updates
         self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        device = next(iter(self.weights.values())).device
+        self._rate = torch.zeros((), device=device)  # where a recorded step reads it
+
+    def update(self, model: nn.Module) -> None:
+        self.advance()
+        self.average(model)
+
+    def advance(self) -> None:
+        """Counts an update: what it needs from the host."""
+        self.updates += 1
+        self._rate.fill_(1 - min(self.decay, (1 + self.updates) / (10 + self.updates)))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.updates += 1
-        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in model.state_dict().items():
-            mean = self.weights[name]
-            if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), rate)
-            else:
+    def average(self, model: nn.Module) -> None:
+        """Makes it, on the device alone."""
+        pairs = [(self.weights[name], value) for name, value in model.state_dict().items()]
+        for mean, value in pairs:
+            if not mean.is_floating_point():
                 mean.copy_(value)
+        means = [mean for mean, _ in pairs if mean.is_floating_point()]
+        values = [value.to(mean.dtype) for mean, value in pairs if mean.is_floating_point()]
+        change = torch._foreach_sub(values, means)
+        torch._foreach_mul_(change, self._rate)
+        torch._foreach_add_(means, change)
 
     def state_dict(self) -> dict:
         return {"updates": torch.tensor(self.updates), **self.weights}
@@ -110,15 +130,20 @@ class Ema:
             mean.copy_(state[name])
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """CPU generator that depends on (seed, step) only."""
-    return torch.Generator().manual_seed((seed << 40) + step)
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Generator on a device that depends on (seed, step) only."""
+    return torch.Generator(device).manual_seed(step_seed(seed, step))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """What a generator is seeded with for a step."""
+    return (seed << 40) + step
 
 
 def fit(
     name: str,
     model: nn.Module,
-    loss_of: Callable[[Any, int], Tensor],
+    loss_of: Callable[[Any, Any], Tensor],
     settings: LoopSettings,
     out: Path,
     *,
@@ -140,28 +165,37 @@ def fit(
     groups = parameter_groups(model)
     model, *optimizers = accelerator.prepare(model, *_optimizers(model, groups, settings))
     position = start or Position()
-    ema = Ema(accelerator.unwrap_model(model), settings.ema_decay, position.step)
+    bare = accelerator.unwrap_model(model)
+    ema = Ema(bare, settings.ema_decay, position.step)
     accelerator.register_for_checkpointing(ema)
     newest = newest_checkpoint(out) if resume else None
     if newest is not None:
         accelerator.load_state(str(newest))
         position = Position.read(newest / POSITION)
         print(f"{name}: resumed at step {position.step} from {newest.name}", flush=True)
-    report, saved = _Report(name, settings, position), time.monotonic()
-    while _progress(settings, position) < 1:
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["rate"] * learning_rate(settings, position)
+
+    def take(step: int | None) -> Tensor:
         with accelerator.autocast():
-            loss = loss_of(model, position.step)
+            loss = loss_of(model, step)
         accelerator.backward(loss)
         for group in groups:
             accelerator.clip_grad_norm_(group["params"], 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        ema.update(accelerator.unwrap_model(model))
+        ema.average(bare)
+        return loss.detach()
+
+    rated = [group for optimizer in optimizers for group in optimizer.param_groups]
+    stepped = _Recorded(take, loss_of, rated, accelerator.device) if settings.graph else take
+    report, saved = _Report(name, settings, position), time.monotonic()
+    while _progress(settings, position) < 1:
+        for group in rated:
+            _set(group, "lr", group["rate"] * learning_rate(settings, position))
+        ema.advance()
+        loss = stepped(position.step)
         position.step += 1
-        report.add(loss.detach())
+        report.add(loss)
         every = settings.checkpoint_steps
         due = time.monotonic() - saved > settings.checkpoint_seconds
         due |= bool(every) and position.step % every == 0
@@ -172,6 +206,63 @@ def fit(
     report.require_finite()
     _save(accelerator, position, out)
     return ema.weights, position
+
+
+def _set(group: dict, name: str, value: float) -> None:
+    """A number of an optimiser's group, in place where a recorded step reads it."""
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
+
+
+class _Recorded:
+    """A step that is recorded once and replayed; on a CPU it is taken as it is.
+
+    The first steps are taken before that, on the stream that is recorded: they compile, choose
+    algorithms and make the optimiser's state.
+    """
+
+    BEFORE = 3
+
+    def __init__(
+        self, take: Callable[[int | None], Tensor], loss_of: Any, groups: list[dict], device: Any
+    ):
+        self._take, self._loss_of = take, loss_of
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._graph: Any = None
+        self._loss = torch.empty(0)
+        self._taken = 0
+        for group in groups:
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+
+    def __call__(self, step: int) -> Tensor:
+        self._loss_of.seed(step)
+        if self._stream is None:
+            return self._take(None)
+        self._taken += 1
+        if self._taken <= self.BEFORE:
+            return self._beside()
+        if self._graph is None:
+            self._graph = self._record()
+        self._graph.replay()
+        return self._loss.clone()
+
+    def _beside(self) -> Tensor:
+        now = torch.cuda.current_stream()
+        self._stream.wait_stream(now)
+        with torch.cuda.stream(self._stream):
+            loss = self._take(None)
+        now.wait_stream(self._stream)
+        return loss
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._loss_of.generator)
+        with torch.cuda.graph(graph, stream=self._stream):
+            self._loss = self._take(None)
+        print("the step is recorded", flush=True)
+        return graph
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
@@ -194,7 +285,8 @@ def _optimizers(model: Any, groups: list[dict], settings: LoopSettings) -> list:
         return [{"params": params, "rate": g["rate"]} for params, g in rated if params]
 
     common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    made: list = [torch.optim.AdamW(parts(False), betas=settings.betas, **common)]
+    kind = {"fused": True, "capturable": True} if settings.graph else {}
+    made: list = [torch.optim.AdamW(parts(False), betas=settings.betas, **kind, **common)]
     if own:
         made.append(torch.optim.Muon(parts(True), adjust_lr_fn="match_rms_adamw", **common))
     return made

@@ -1,7 +1,8 @@
 """Distils the embedded models: `python -m benchmarks.distil digits-dit-4-steps --out OUT`.
 
 Trains below OUT, goes on where a killed run stopped, and at the end writes the student and its
-recipe to `recipes/`, or OUT where it is none to ship. `benchmarks.bench_tdm` measures it.
+recipe to `recipes/`, or OUT where it is none to ship. `benchmarks.bench_tdm` measures it. A GPU
+wants a larger batch and is limited by time: `--device cuda --batch 32 --minutes 10`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from accel.method import Recipe
 from accel.settings import Settings
 from accel.zoo.wan import SHORT
 from accel.zoo.world import NULL_CLASS, VIDEO_CANVAS, DigitWorld
+from benchmarks.results_file import DEVICES
 from samplers.distilled import Distilled
 from samplers.tdm import NO_RECIPE, TDM, even_anchors
 from sparse_attn.subblock_lse import SubblockLSE
@@ -28,6 +30,7 @@ from sparse_attn.subblock_lse import SubblockLSE
 LONG = 512  # text tokens, the pipeline's own
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 OUT = Path("out")
+NEVER = 1_000_000  # updates
 
 
 def classes(batches: int, batch: int) -> list[dict[str, Any]]:
@@ -41,7 +44,7 @@ def captions(batches: int, batch: int) -> list[dict[str, Any]]:
     world = DigitWorld("train", 0)
     calls = []
     for number in range(batches):
-        _, what = world.batch(np.arange(number * batch, (number + 1) * batch))
+        what = world.attributes(np.arange(number * batch, (number + 1) * batch))
         calls.append({"prompt": what.captions(), "num_inference_steps": 2})
     return calls
 
@@ -56,7 +59,7 @@ def video_captions(batches: int, batch: int) -> list[dict[str, Any]]:
     call = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 2}
     calls = []
     for number in range(batches):
-        _, what = world.videos(np.arange(number * batch, (number + 1) * batch))
+        what = world.video_attributes(np.arange(number * batch, (number + 1) * batch))
         length = LONG if number % 4 == 0 else SHORT
         calls.append({"prompt": what.captions(), **call, "max_sequence_length": length})
     return calls
@@ -78,11 +81,11 @@ class Student:
 NO_CLASS, NO_TEXT = Settings(class_labels=NULL_CLASS), Settings(prompt="")
 # Flow matching's noise levels as the model's scheduler shifts them: 1, 0.9, 0.75, 0.5.
 WAN = TDM(
-    (1000.0, 900.0, 750.0, 500.0), 4.0, NO_TEXT, rank=16, updates=200, fake_updates=3, warmup=60,
+    (1000.0, 900.0, 750.0, 500.0), 4.0, NO_TEXT, rank=32, updates=200, fake_updates=3, warmup=60,
     lr=5e-4, fake_lr=2e-3, precision="bf16",
 )  # fmt: skip
-# Blocks as on long videos, five by twenty of them; every step and layer is sparse.
-SPARSE = SubblockLSE(density=0.2, dense=(0.0, 0.0), guard=False)
+# Twenty by forty blocks of 1,280 tokens; every step and layer is sparse.
+SPARSE = SubblockLSE(blocks=(64, 32), density=0.2, dense=(0.0, 0.0), guard=False)
 STUDENTS = {
     "digits-dit-4-steps": Student(
         "zoo:digits-dit",
@@ -121,15 +124,19 @@ def recipe_file(name: str, out: Path | None = None) -> Path:
     return (out or OUT / name) / f"{name}.yaml"
 
 
-def distil(name: str, out: Path, updates: int | None = None) -> Recipe:
+def limited(trainer: TDM, updates: int | None, minutes: float | None) -> TDM:
+    """The trainer with other ends; minutes alone are the only end."""
+    if updates is None:
+        updates = trainer.updates if minutes is None else NEVER
+    return dataclasses.replace(trainer, updates=updates, minutes=minutes)
+
+
+def distil(name: str, out: Path, student: Student, device: str = "cpu") -> Recipe:
     """Train one student and write its recipe."""
-    student = STUDENTS[name]
-    pipe = accel.load(student.model, dtype=torch.float32)
+    pipe = accel.load(student.model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
-    trainer = student.trainer
-    if updates is not None:
-        trainer = dataclasses.replace(trainer, updates=updates)
     inputs = student.inputs(student.batches, student.batch)
+    trainer = student.trainer
     artifact = trainer.fit(pipe, inputs, str(out), student.recipe)
     distilled = Distilled(artifact.save(out / f"{name}.safetensors"))
     recipe = Recipe((distilled, *student.recipe.methods))
@@ -148,9 +155,20 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(STUDENTS))
     parser.add_argument("--out", type=Path, help="default: out/NAME")
     parser.add_argument("--updates", type=int, help="of the student")
+    parser.add_argument("--minutes", type=float, help="of training; with no --updates its only end")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
     given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "--device cuda: there is no CUDA device here; leave it out to train on a CPU"
+        )
     torch.set_num_threads(1)
-    distil(given.name, given.out or OUT / given.name, given.updates)
+    torch.set_float32_matmul_precision("high")  # of CUDA; nothing to a CPU's float32
+    student = STUDENTS[given.name]
+    trainer = limited(student.trainer, given.updates, given.minutes)
+    student = dataclasses.replace(student, trainer=trainer, batch=given.batch or student.batch)
+    distil(given.name, given.out or OUT / given.name, student, given.device)
 
 
 if __name__ == "__main__":

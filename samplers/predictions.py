@@ -70,6 +70,11 @@ class Process:
             return cls(FLOW, config.num_train_timesteps)
         return cls(config.prediction_type, config.num_train_timesteps, alphas.double())
 
+    def to(self, device: torch.device) -> Process:
+        """The same where levels are found without a copy."""
+        alphas = None if self.alphas is None else self.alphas.to(device)
+        return dataclasses.replace(self, alphas=alphas)
+
     def levels(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and s at times (n,), in shapes that broadcast over `like` (n, ...), in float32."""
         if self.alphas is None:

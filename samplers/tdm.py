@@ -73,11 +73,11 @@ def roll_out(
     """The student's walk from noise x (n, ...) over all anchors."""
     states = []
     for index, anchor in enumerate(anchors):
-        times = torch.full((len(x),), float(anchor))
+        times = torch.full((len(x),), float(anchor), device=x.device)
         clean, noise = process.split(student(x, times, index), x, times)
         states.append(State(x, clean, noise))
         if index + 1 < len(anchors):
-            following = torch.full((len(x),), float(anchors[index + 1]))
+            following = torch.full((len(x),), float(anchors[index + 1]), device=x.device)
             x = hop(process, clean, noise, following, eta, generator)
     return states
 
@@ -142,7 +142,8 @@ class TDM(Trainer):
     as ``Settings(prompt="")``. ``rank`` of low-rank changes; none trains all weights. ``eta``: the
     noise the walk keeps (1: all of it). ``updates``: of the student; each follows ``fake_updates``
     of the fake, and ``warmup`` of those come before the first. ``separate``: a step's samples are
-    noised up to its own anchor only. ``precision`` as Accelerate names it.
+    noised up to its own anchor only. ``precision`` as Accelerate names it. ``minutes``: of
+    training at most; the learning rate follows whichever of the two ends is nearer.
     """
 
     anchors: tuple[float, ...]
@@ -157,6 +158,7 @@ class TDM(Trainer):
     fake_lr: float = 5e-4
     separate: bool = True
     precision: str = "no"
+    minutes: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -172,6 +174,8 @@ class TDM(Trainer):
         counts = {n: getattr(self, n) for n in ("updates", "fake_updates", "lr", "fake_lr")}
         if min(counts.values()) <= 0 or self.warmup < 0 or not 0 <= self.eta <= 1:
             raise ValueError(f"{self}: positive {', '.join(counts)}, and eta in [0, 1] wanted")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"TDM.minutes = {self.minutes}: above 0, or None")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"TDM.rank = {self.rank}: 1 or more, or None")
 
@@ -202,10 +206,11 @@ class TDM(Trainer):
         calls = [Call.of(pipe, call) for call in without]
         bare: list[Call | None] = [None] * len(inputs)
         if self.guidance != 1:
-            bare = [Call.of(pipe, unguided(pipe, self._without(call))) for call in inputs]
+            bare = _calls(pipe, [unguided(pipe, self._without(call)) for call in inputs])
         network = calls[0].denoiser.module
         if next(network.parameters()).dtype != torch.float32:
             raise ValueError("TDM trains in float32; load the pipeline so, and set precision")
+        device = next(network.parameters()).device
         model = Fingerprint.of(network)
         record = {"trainer": repr(self), "recipe": student_recipe.to_json()}
         record |= {"inputs": inputs_digest(inputs), "model": model.digest()}
@@ -215,14 +220,15 @@ class TDM(Trainer):
             pair = _Pair(network, self)
         with attached(student_recipe, pipe):
             pairs = list(zip(calls, bare, strict=True))
-            losses = _Losses(self, clock_of(pipe), process, pairs, bool(student_recipe.methods))
+            on = process.to(device)
+            losses = _Losses(self, clock_of(pipe), on, pairs, bool(student_recipe.methods))
             averages, _ = fit(
                 "tdm",
                 pair,
                 losses,
                 self._loop(),
                 Path(out),
-                cpu=next(network.parameters()).device.type == "cpu",
+                cpu=device.type == "cpu",
                 precision=self.precision,
                 resume=True,
             )
@@ -248,6 +254,7 @@ class TDM(Trainer):
     def _loop(self) -> LoopSettings:
         return LoopSettings(
             steps=(self.idle + self.updates) * self.cycle,
+            minutes=self.minutes,
             lr=self.lr,
             betas=(0.0, 0.95),
             warmup=1,
@@ -272,6 +279,28 @@ class TDM(Trainer):
             before = call.get(name)
             changed[name] = [value] * len(before) if isinstance(before, list) else value
         return changed
+
+
+def _calls(pipe: Any, arguments: list[dict[str, Any]]) -> list[Call | None]:
+    """The call of each; of equal ones, such as those without text, one."""
+    made: dict[str, Call] = {}
+    for given in arguments:
+        if repr(given) not in made:
+            made[repr(given)] = Call.of(pipe, given)
+    return [made[repr(given)] for given in arguments]
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What a step draws: `host`, numbers that Python has to know, and `noise` on the device."""
+
+    host: torch.Generator
+    noise: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int, step: int, device: torch.device) -> _Draws:
+        host = step_generator(seed, step)
+        return cls(host, host if device.type == "cpu" else step_generator(seed, step, device))
 
 
 class _Pair(nn.Module):
@@ -304,20 +333,19 @@ class _Losses:
 
     def __call__(self, model: _Pair, step: int) -> Tensor:
         cycle, at = divmod(step, self.settings.cycle)
-        generator = step_generator(self.settings.seed, step)
+        draws = _Draws.of(self.settings.seed, step, next(model.parameters()).device)
         call, bare = self.calls[cycle % len(self.calls)]
         if self._walk[0] != cycle:
-            self._walk = (cycle, self._roll_out(model, call, generator))
+            self._walk = (cycle, self._roll_out(model, call, draws.noise))
         states = self._walk[1]
         if at < self.settings.fake_updates or cycle < self.settings.idle:
-            return self._fake(model, call, states, generator)
-        return self._student(model, call, bare, states, generator)
+            return self._fake(model, call, states, draws)
+        return self._student(model, call, bare, states, draws)
 
     def _roll_out(self, model: _Pair, call: Call, generator: torch.Generator) -> list[State]:
         self.clock.end()
         self.clock.begin(self.grid)  # a walk, and what is learned on it, is a run
-        device = next(model.parameters()).device
-        x = torch.randn(call.shape, generator=generator).to(device)
+        x = torch.randn(call.shape, generator=generator, device=generator.device)
         weights = model.student.merged()
 
         def student(x: Tensor, times: Tensor, index: int) -> Tensor:
@@ -334,33 +362,35 @@ class _Losses:
         with self.clock.at(index, branch=branch, sigma=float(self.grid.sigmas[index])):
             return call(x, times, weights)
 
-    def _noised(self, clean: Tensor, noise: Tensor, steps: Tensor, generator: torch.Generator):
-        """Samples noised again from the ends of their steps (n,), and their times (n,)."""
+    def _noised(self, clean: Tensor, noise: Tensor, steps: Tensor, draws: _Draws):
+        """Samples noised again from the ends of their steps (n,), and their times (n,).
+
+        `steps` are the host's: what follows from them goes to the device without a wait.
+        """
         s, process = self.settings, self.process
         ends = torch.tensor([*s.anchors[1:], 0.0])[steps]
         tops = torch.tensor(s.anchors)[steps] if s.separate else torch.tensor(s.anchors[:1])
         low = ends.clamp(min=CLEANEST * process.horizon)
         high = torch.maximum(tops - APART * process.horizon, low + 1)
-        times = low + torch.rand(len(steps), generator=generator) * (high - low)
+        times = low + torch.rand(len(steps), generator=draws.host) * (high - low)
         times = times if process.alphas is None else times.floor()
         ends = torch.minimum(ends, times)
-        x = hop(process, clean, noise, ends, s.eta, generator)
+        ends, times = (t.to(clean.device, non_blocking=True) for t in (ends, times))
+        x = hop(process, clean, noise, ends, s.eta, draws.noise)
         levels = process.levels(ends, x), process.levels(times, x)
-        return renoise(x, *levels, _noise(x, generator)), times
+        return renoise(x, *levels, _noise(x, draws.noise)), times
 
-    def _fake(
-        self, model: _Pair, call: Call, states: list[State], generator: torch.Generator
-    ) -> Tensor:
+    def _fake(self, model: _Pair, call: Call, states: list[State], draws: _Draws) -> Tensor:
         count = call.shape[0]
         # the clock knows one step a forward
         drawn = 1 if self.under_recipe else count
-        steps = torch.randint(len(states), (drawn,), generator=generator).expand(count)
-        rows = torch.arange(count)
-        clean = torch.stack([state.clean for state in states])[steps, rows]
-        noise = torch.stack([state.noise for state in states])[steps, rows]
-        x, times = self._noised(clean, noise, steps, generator)
+        steps = torch.randint(len(states), (drawn,), generator=draws.host).expand(count)
+        clean = torch.stack([state.clean for state in states])
+        at = (steps.to(clean.device, non_blocking=True), torch.arange(count, device=clean.device))
+        noise = torch.stack([state.noise for state in states])
+        x, times = self._noised(clean[at], noise[at], steps, draws)
         out = self._trained(call, model.fake.merged(), x, times, int(steps[0]), "fake")
-        return fake_loss(self.process, out, x, clean, times)
+        return fake_loss(self.process, out, x, clean[at], times)
 
     def _student(
         self,
@@ -368,16 +398,16 @@ class _Losses:
         call: Call,
         bare: Call | None,
         states: list[State],
-        generator: torch.Generator,
+        draws: _Draws,
     ) -> Tensor:
-        index = int(torch.randint(len(states), (1,), generator=generator))
+        index = int(torch.randint(len(states), (1,), generator=draws.host))
         start = states[index].x
-        at = torch.full((len(start),), float(self.settings.anchors[index]))
+        at = torch.full((len(start),), float(self.settings.anchors[index]), device=start.device)
         out = self._trained(call, model.student.merged(), start, at, index)
         clean, noise = self.process.split(out, start, at)
         with torch.no_grad():
             steps = torch.full((len(start),), index)
-            x, times = self._noised(clean, noise, steps, generator)
+            x, times = self._noised(clean, noise, steps, draws)
 
             def seen(out: Tensor) -> Tensor:
                 return self.process.split(out, x, times)[0]
@@ -393,4 +423,4 @@ class _Losses:
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like.device)
+    return torch.randn(like.shape, generator=generator, device=like.device)

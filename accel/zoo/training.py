@@ -70,6 +70,9 @@ class Training:
             raise ValueError("preset gpu needs a CUDA device; use --preset cpu")
         self.name, self.preset, self.out, self.seed = name, preset, out, seed
         self.device = torch.device(preset.device)
+        if preset.device == "cuda":  # for this process: it trains and ends
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
         self.resume = False
         self.shipped: Path | None = None  # the folder a warm restart begins with
         self.first = self.last = list(preset.stages)[-1]  # the stages it goes on and ends with

@@ -215,6 +215,14 @@ class DigitWorld:
         """What samples `indices` (n,) contain; `class_ids` or `backgrounds` (n,) fix those."""
         return self._attributes(self._uniforms(indices), class_ids, backgrounds)
 
+    def video_attributes(
+        self, indices, class_ids=None, backgrounds=None, motions=None
+    ) -> Attributes:
+        """What videos `indices` (n,) contain; the others (n,) fix that."""
+        drawn = _pick(self._motion_uniforms(indices)[:, 0], len(MOTIONS))
+        motion = drawn if motions is None else np.asarray(motions)
+        return replace(self.attributes(indices, class_ids, backgrounds), motion=motion)
+
     def batch(self, indices, class_ids=None, backgrounds=None) -> tuple[np.ndarray, Attributes]:
         """Pictures (n, canvas, canvas, 3) uint8 RGB, and what they contain."""
         u = self._uniforms(indices)
@@ -233,12 +241,10 @@ class DigitWorld:
         that is one pixel a frame: a digit looks the same in all of them, and, where four frames
         and four pixels make one cell of a video autoencoder, in every cell that it enters.
         """
-        u = self._uniforms(indices)
-        v = uniforms(self._stream + _MOTION_STREAM, np.atleast_1d(indices), _MOTION_DRAWS)
-        motion = _pick(v[:, 0], len(MOTIONS)) if motions is None else np.asarray(motions)
-        what = replace(self._attributes(u, class_ids, backgrounds), motion=motion)
+        u, v = self._uniforms(indices), self._motion_uniforms(indices)
+        what = self.video_attributes(indices, class_ids, backgrounds, motions)
         size = 22 + 5 * u[:, 5]
-        way = np.array(list(DIRECTIONS.values()), dtype=np.float64)[motion]  # (n, 2)
+        way = np.array(list(DIRECTIONS.values()), dtype=np.float64)[what.motion]  # (n, 2)
         middle = self.canvas / 2 + (2 * v[:, 2:4] - 1) * np.where(way == 0, 7.0, 2.0)
         reach = VIDEO_TRAVEL / 2 * way
         parts = np.linspace(-1, 1, frames) if frames > 1 else np.zeros(1)
@@ -259,6 +265,10 @@ class DigitWorld:
         colours = np.array(list(PALETTE.values()), dtype=np.float32)[what.colour] / 255
         mixed = grey * (1 - opacity) + colours[:, None, None, :] * opacity
         return np.round(mixed * 255).astype(np.uint8)
+
+    def _motion_uniforms(self, indices) -> np.ndarray:
+        stream = self._stream + _MOTION_STREAM
+        return uniforms(stream, np.atleast_1d(np.asarray(indices)), _MOTION_DRAWS)
 
     def _uniforms(self, indices) -> np.ndarray:
         u = uniforms(self._stream, np.atleast_1d(np.asarray(indices)), _DRAWS)

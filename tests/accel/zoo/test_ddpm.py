@@ -8,10 +8,11 @@ from safetensors import safe_open
 from torch import nn
 
 from accel import zoo
-from accel.loop import newest_checkpoint
+from accel.loop import LoopSettings, fit, newest_checkpoint
 from accel.zoo import ddpm, train
 from accel.zoo.judge import Judge
 from accel.zoo.training import ema_weights
+from accel.zoo.world import DigitWorld
 
 NAME = "digits-ddpm"
 HALF_ROUNDING = {"rtol": 2**-11, "atol": 2**-25}  # relative; absolute below the normal numbers
@@ -39,11 +40,51 @@ def test_the_true_noise_has_no_loss():
             return type("Output", (), {"sample": eps})
 
     loss, oracle = ddpm.NoiseLoss(4, 0, "cpu"), Oracle()
-    oracle.x0 = ddpm.to_tensor(loss.world.batch(np.arange(8, 12))[0])
+    loss.seed(2)
+    oracle.x0 = loss.pictures.draw(4, loss.generator)
     # Rounding of x (2^-24 of its size, about 1) is divided by (1 - alpha)^(1/2) >= 1e-2; the three
     # scales have weights of at most 1, 4 and 16.
     assert loss(oracle, 2).item() < (2**-23 / 1e-2) ** 2 * 21
     assert loss(oracle, 3).item() > 0.1  # control: the pictures of another step
+
+
+def test_pictures_are_those_of_the_plain_world():
+    """Each is the world's picture of the same scan, up to its grey, which is read from a corner."""
+    own = ddpm.PlainPictures("train", 32, "cpu").draw(500, torch.Generator().manual_seed(0))
+    own = ((own + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
+    world = DigitWorld("train", 0, plain=True)
+    pictures, _ = world.batch(np.arange(20_000))
+    known = {(p[0, 0, 0], p.tobytes()) for p in pictures}
+    found = [(p[0, 0, 0], p.tobytes()) in known for p in own]
+    # 1,077 scans x 10 colours x about 95 greys: of 20,000 draws, one in 51 is drawn again
+    assert sum(found) >= 3
+    ours, theirs = (np.bincount(p[:, 0, 0, 0], minlength=256) / len(p) for p in (own, pictures))
+    assert np.abs(np.cumsum(ours) - np.cumsum(theirs)).max() < 1.95 * (1 / 500 + 1 / 20_000) ** 0.5
+
+
+def test_a_step_that_can_be_recorded_is_the_same_step(tmp_path):
+    """Where nothing is recorded: rates in tensors, numbers from the generator, optimiser fused.
+
+    Adam's first steps have the size of the rate whatever the gradient, so roundings of tiny
+    gradients show: a tenth of the four steps is allowed, a wrong rate or picture would be all.
+    """
+    ends = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        unet, lr = ddpm.UNetConfig((16, 16)).build().eval(), 1e-3
+        settings = LoopSettings(steps=4, lr=lr, warmup=4, graph=graph)
+        loss = ddpm.NoiseLoss(2, 0, "cpu")
+        weights, position = fit("unet", unet, loss, settings, tmp_path / str(graph))
+        assert position.step == 4
+        ends.append((weights, dict(unet.named_parameters())))
+    for plain, recorded in zip(*ends, strict=True):
+        apart = torch.cat([(plain[k] - recorded[k]).flatten() for k in plain]).abs()
+        assert apart.mean() < 0.1 * lr
+
+
+def test_muon_cannot_be_recorded():
+    with pytest.raises(ValueError, match="muon or graph"):
+        LoopSettings(steps=1, muon=True, graph=True)
 
 
 def test_timesteps_cover_the_schedule():
