@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, help="of the student")
     parser.add_argument("--minutes", type=float, help="of training; with no --updates its only end")
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--compile", action="store_true", help="the network's blocks")
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -167,6 +168,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # of CUDA; nothing to a CPU's float32
     student = STUDENTS[given.name]
     trainer = limited(student.trainer, given.updates, given.minutes)
+    trainer = dataclasses.replace(trainer, compile=given.compile)
     student = dataclasses.replace(student, trainer=trainer, batch=given.batch or student.batch)
     distil(given.name, given.out or OUT / given.name, student, given.device)
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,19 @@ def lora_layers(trained: Mapping[str, Tensor], slot: str) -> dict[str, Tensor]:
             raise ValueError(f"{name} is a full weight; only low-rank students are LoRAs")
         layers[f"{slot}.{layer}{factor}.weight"] = value
     return layers
+
+
+@contextmanager
+def compiled_blocks(denoiser: Denoiser) -> Iterator[None]:
+    """Blocks of a transformer compiled one by one: they are alike, so that is done once for all."""
+    patch, get = Patch(), denoiser.module.get_submodule
+    for block in denoiser.blocks:
+        call = torch.compile(get(block.path)._call_impl, dynamic=False)
+        patch.swap(get(block.path), "_compiled_call_impl", call)
+    try:
+        yield
+    finally:
+        patch.undo()
 
 
 def unguided(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:

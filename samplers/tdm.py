@@ -18,6 +18,7 @@ not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from accel.clock import Clock, clock_of
 from accel.loop import LoopSettings, fit, step_generator
 from accel.method import Recipe, Trainer, attached
 from accel.settings import Settings
-from samplers.distillation import Call, Weights, check_same_run, unguided
+from samplers.distillation import Call, Weights, check_same_run, compiled_blocks, unguided
 from samplers.few_step import few_step_scheduler
 from samplers.predictions import Process, renoise
 
@@ -143,7 +144,8 @@ class TDM(Trainer):
     noise the walk keeps (1: all of it). ``updates``: of the student; each follows ``fake_updates``
     of the fake, and ``warmup`` of those come before the first. ``separate``: a step's samples are
     noised up to its own anchor only. ``precision`` as Accelerate names it. ``minutes``: of
-    training at most; the learning rate follows whichever of the two ends is nearer.
+    training at most; the learning rate follows whichever of the two ends is nearer. ``compile``:
+    the network's blocks, which takes a minute at the start; not with a student's recipe.
     """
 
     anchors: tuple[float, ...]
@@ -159,6 +161,7 @@ class TDM(Trainer):
     separate: bool = True
     precision: str = "no"
     minutes: float | None = None
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -194,9 +197,11 @@ class TDM(Trainer):
         step to step. The artifact is for ``Distilled``.
 
         Raises:
-            ValueError: no inputs, a pipeline in half precision, anchors beyond its times, or `out`
-                holds a training that was begun otherwise.
+            ValueError: no inputs, a pipeline in half precision, anchors beyond its times, compiled
+                blocks under a recipe, or `out` holds a training that was begun otherwise.
         """
+        if self.compile and student_recipe.methods:
+            raise ValueError("TDM.compile: compiled blocks have no gradients of a recipe's methods")
         process = Process.of(few_step_scheduler(pipe, self.anchors))
         if not inputs or self.anchors[0] > process.horizon:
             raise ValueError(
@@ -218,7 +223,8 @@ class TDM(Trainer):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             pair = _Pair(network, self)
-        with attached(student_recipe, pipe):
+        blocks = compiled_blocks(calls[0].denoiser) if self.compile else nullcontext()
+        with attached(student_recipe, pipe), blocks:
             pairs = list(zip(calls, bare, strict=True))
             on = process.to(device)
             losses = _Losses(self, clock_of(pipe), on, pairs, bool(student_recipe.methods))

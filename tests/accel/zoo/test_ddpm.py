@@ -16,6 +16,7 @@ from accel.zoo.world import DigitWorld
 
 NAME = "digits-ddpm"
 HALF_ROUNDING = {"rtol": 2**-11, "atol": 2**-25}  # relative; absolute below the normal numbers
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 shipped = pytest.mark.skipif(NAME not in zoo.names(), reason=f"{NAME} is not shipped")
 
 
@@ -62,20 +63,21 @@ def test_pictures_are_those_of_the_plain_world():
     assert np.abs(np.cumsum(ours) - np.cumsum(theirs)).max() < 1.95 * (1 / 500 + 1 / 20_000) ** 0.5
 
 
-def test_a_step_that_can_be_recorded_is_the_same_step(tmp_path):
-    """Where nothing is recorded: rates in tensors, numbers from the generator, optimiser fused.
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_a_recorded_step_is_the_same_step(tmp_path, device):
+    """Rates in tensors, numbers from the generator, optimiser fused; on a CPU that is all.
 
     Adam's first steps have the size of the rate whatever the gradient, so roundings of tiny
-    gradients show: a tenth of the four steps is allowed, a wrong rate or picture would be all.
+    gradients show: a tenth of the eight steps is allowed, a wrong rate or picture would be all.
     """
     ends = []
     for graph in (False, True):
         torch.manual_seed(0)
         unet, lr = ddpm.UNetConfig((16, 16)).build().eval(), 1e-3
-        settings = LoopSettings(steps=4, lr=lr, warmup=4, graph=graph)
-        loss = ddpm.NoiseLoss(2, 0, "cpu")
-        weights, position = fit("unet", unet, loss, settings, tmp_path / str(graph))
-        assert position.step == 4
+        settings = LoopSettings(steps=8, lr=lr, warmup=8, graph=graph)
+        loss, out = ddpm.NoiseLoss(2, 0, device), tmp_path / str(graph)
+        weights, position = fit("unet", unet, loss, settings, out, cpu=device == "cpu")
+        assert position.step == 8
         ends.append((weights, dict(unet.named_parameters())))
     for plain, recorded in zip(*ends, strict=True):
         apart = torch.cat([(plain[k] - recorded[k]).flatten() for k in plain]).abs()
