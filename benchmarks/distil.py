@@ -137,6 +137,8 @@ def distil(name: str, out: Path, student: Student, device: str = "cpu") -> Recip
     pipe.set_progress_bar_config(disable=True)
     inputs = student.inputs(student.batches, student.batch)
     trainer = student.trainer
+    if trainer.compile:  # for one length of the text
+        inputs = [{k: v for k, v in call.items() if k != "max_sequence_length"} for call in inputs]
     artifact = trainer.fit(pipe, inputs, str(out), student.recipe)
     distilled = Distilled(artifact.save(out / f"{name}.safetensors"))
     recipe = Recipe((distilled, *student.recipe.methods))

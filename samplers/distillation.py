@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from accel.denoiser import Denoiser, denoisers
 from accel.files import write_atomically
+from accel.loop import step_generator
 from accel.patch import Patch
 
 LOW, HIGH = ".lora_A", ".lora_B"  # behind a weight's name: its change is B @ A
@@ -133,6 +134,20 @@ class Weights(nn.Module):
         return trained if self.rank is None else self._base | dict(merge(self._base, trained))
 
 
+class Pair(nn.Module):
+    """A student and its fake, both beginning as the network; the fake learns at `rate` times."""
+
+    def __init__(self, network: nn.Module, rank: int | None, rate: float):
+        super().__init__()
+        self.student, self.fake = Weights(network, rank), Weights(network, rank)
+        self._rate = rate
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The student's, then the fake's."""
+        groups = ((self.student, 1.0), (self.fake, self._rate))
+        return [{"params": list(part.parameters()), "rate": rate} for part, rate in groups]
+
+
 def merge(
     base: Mapping[str, Tensor], trained: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -159,6 +174,37 @@ def lora_layers(trained: Mapping[str, Tensor], slot: str) -> dict[str, Tensor]:
             raise ValueError(f"{name} is a full weight; only low-rank students are LoRAs")
         layers[f"{slot}.{layer}{factor}.weight"] = value
     return layers
+
+
+def calls_of(pipe: Any, arguments: list[dict[str, Any]]) -> list[Call | None]:
+    """The call of each; of equal ones, such as those without text, one."""
+    made: dict[str, Call] = {}
+    for given in arguments:
+        if repr(given) not in made:
+            made[repr(given)] = Call.of(pipe, given)
+    return [made[repr(given)] for given in arguments]
+
+
+def instead(call: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with other values for some of its arguments, as long as its lists."""
+    changed = dict(call)
+    for name, value in values.items():
+        before = call.get(name)
+        changed[name] = [value] * len(before) if isinstance(before, list) else value
+    return changed
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a step draws: `host`, numbers that Python has to know, and `noise` on the device."""
+
+    host: torch.Generator
+    noise: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int, step: int, device: torch.device) -> Draws:
+        host = step_generator(seed, step)
+        return cls(host, host if device.type == "cpu" else step_generator(seed, step, device))
 
 
 @contextmanager

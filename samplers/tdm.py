@@ -25,14 +25,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel.artifact import Artifact, Fingerprint, inputs_digest
 from accel.clock import Clock, clock_of
-from accel.loop import LoopSettings, fit, step_generator
+from accel.loop import LoopSettings, fit
 from accel.method import Recipe, Trainer, attached
 from accel.settings import Settings
-from samplers.distillation import Call, Weights, check_same_run, compiled_blocks, unguided
+from samplers.distillation import (
+    Call,
+    Draws,
+    Pair,
+    calls_of,
+    check_same_run,
+    compiled_blocks,
+    instead,
+    unguided,
+)
 from samplers.few_step import few_step_scheduler
 from samplers.predictions import Process, renoise
 
@@ -211,7 +220,7 @@ class TDM(Trainer):
         calls = [Call.of(pipe, call) for call in without]
         bare: list[Call | None] = [None] * len(inputs)
         if self.guidance != 1:
-            bare = _calls(pipe, [unguided(pipe, self._without(call)) for call in inputs])
+            bare = calls_of(pipe, [instead(call, self.unconditional) for call in without])
         network = calls[0].denoiser.module
         if next(network.parameters()).dtype != torch.float32:
             raise ValueError("TDM trains in float32; load the pipeline so, and set precision")
@@ -222,7 +231,7 @@ class TDM(Trainer):
         check_same_run(Path(out) / RUN, record)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            pair = _Pair(network, self)
+            pair = Pair(network, self.rank, self.fake_lr / self.lr)
         blocks = compiled_blocks(calls[0].denoiser) if self.compile else nullcontext()
         with attached(student_recipe, pipe), blocks:
             pairs = list(zip(calls, bare, strict=True))
@@ -278,50 +287,6 @@ class TDM(Trainer):
         """Cycles before the first of them, in which the fake learns alone."""
         return -(-self.warmup // self.cycle)
 
-    def _without(self, call: dict[str, Any]) -> dict[str, Any]:
-        """The call with what it has for no condition, as long as its lists."""
-        changed = dict(call)
-        for name, value in self.unconditional.items():
-            before = call.get(name)
-            changed[name] = [value] * len(before) if isinstance(before, list) else value
-        return changed
-
-
-def _calls(pipe: Any, arguments: list[dict[str, Any]]) -> list[Call | None]:
-    """The call of each; of equal ones, such as those without text, one."""
-    made: dict[str, Call] = {}
-    for given in arguments:
-        if repr(given) not in made:
-            made[repr(given)] = Call.of(pipe, given)
-    return [made[repr(given)] for given in arguments]
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """What a step draws: `host`, numbers that Python has to know, and `noise` on the device."""
-
-    host: torch.Generator
-    noise: torch.Generator
-
-    @classmethod
-    def of(cls, seed: int, step: int, device: torch.device) -> _Draws:
-        host = step_generator(seed, step)
-        return cls(host, host if device.type == "cpu" else step_generator(seed, step, device))
-
-
-class _Pair(nn.Module):
-    """Student and fake, both beginning as the network."""
-
-    def __init__(self, network: nn.Module, settings: TDM):
-        super().__init__()
-        self.student, self.fake = Weights(network, settings.rank), Weights(network, settings.rank)
-        self._rate = settings.fake_lr / settings.lr
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The fake learns at its own rate."""
-        groups = ((self.student, 1.0), (self.fake, self._rate))
-        return [{"params": list(part.parameters()), "rate": rate} for part, rate in groups]
-
 
 class _Losses:
     """Loss of a step: `fake_updates` of the fake, then one of the student, on one walk."""
@@ -335,11 +300,14 @@ class _Losses:
         alpha, s = process.levels(times, times)
         sigmas = s if process.alphas is None else s / alpha.clamp(min=1e-6)
         self.grid = SimpleNamespace(timesteps=times, sigmas=sigmas)
+        module = calls[0][0].denoiser.module
+        # as the student's without gradients, so that compiled blocks serve both
+        self.teacher = {name: p.detach() for name, p in module.named_parameters()}
         self._walk: tuple[int, list[State]] = (-1, [])
 
-    def __call__(self, model: _Pair, step: int) -> Tensor:
+    def __call__(self, model: Pair, step: int) -> Tensor:
         cycle, at = divmod(step, self.settings.cycle)
-        draws = _Draws.of(self.settings.seed, step, next(model.parameters()).device)
+        draws = Draws.of(self.settings.seed, step, next(model.parameters()).device)
         call, bare = self.calls[cycle % len(self.calls)]
         if self._walk[0] != cycle:
             self._walk = (cycle, self._roll_out(model, call, draws.noise))
@@ -348,7 +316,7 @@ class _Losses:
             return self._fake(model, call, states, draws)
         return self._student(model, call, bare, states, draws)
 
-    def _roll_out(self, model: _Pair, call: Call, generator: torch.Generator) -> list[State]:
+    def _roll_out(self, model: Pair, call: Call, generator: torch.Generator) -> list[State]:
         self.clock.end()
         self.clock.begin(self.grid)  # a walk, and what is learned on it, is a run
         x = torch.randn(call.shape, generator=generator, device=generator.device)
@@ -368,7 +336,7 @@ class _Losses:
         with self.clock.at(index, branch=branch, sigma=float(self.grid.sigmas[index])):
             return call(x, times, weights)
 
-    def _noised(self, clean: Tensor, noise: Tensor, steps: Tensor, draws: _Draws):
+    def _noised(self, clean: Tensor, noise: Tensor, steps: Tensor, draws: Draws):
         """Samples noised again from the ends of their steps (n,), and their times (n,).
 
         `steps` are the host's: what follows from them goes to the device without a wait.
@@ -386,7 +354,7 @@ class _Losses:
         levels = process.levels(ends, x), process.levels(times, x)
         return renoise(x, *levels, _noise(x, draws.noise)), times
 
-    def _fake(self, model: _Pair, call: Call, states: list[State], draws: _Draws) -> Tensor:
+    def _fake(self, model: Pair, call: Call, states: list[State], draws: Draws) -> Tensor:
         count = call.shape[0]
         # the clock knows one step a forward
         drawn = 1 if self.under_recipe else count
@@ -400,11 +368,11 @@ class _Losses:
 
     def _student(
         self,
-        model: _Pair,
+        model: Pair,
         call: Call,
         bare: Call | None,
         states: list[State],
-        draws: _Draws,
+        draws: Draws,
     ) -> Tensor:
         index = int(torch.randint(len(states), (1,), generator=draws.host))
         start = states[index].x
@@ -420,8 +388,8 @@ class _Losses:
 
             fake = seen(self._trained(call, model.fake.merged(), x, times, index, "fake"))
             with self.clock.unheard():
-                teacher = seen(call(x, times))
-                unconditional = None if bare is None else seen(bare(x, times))
+                teacher = seen(call(x, times, self.teacher))
+                unconditional = None if bare is None else seen(bare(x, times, self.teacher))
             target, distance = student_target(
                 clean, teacher, unconditional, fake, self.settings.guidance
             )
