@@ -6,7 +6,7 @@ four steps it smears them, and its student of four steps has to be better than t
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -245,7 +245,31 @@ def test_a_student_with_sparse_attention_learns_so_from_a_dense_teacher(tmp_path
         assert live.report()["runs"][0]["steps"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
+def test_compiled_blocks_train_the_same_student_and_are_taken_back(tmp_path, monkeypatch):
+    """By a compiler that changes nothing: what is left is that every block is traced whole."""
+    stock, calls = torch.compile, []
+
+    def traced(call, **settings):
+        calls.append(settings)
+        return stock(call, backend="eager", fullgraph=True, **settings)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    trainer = TDM(**SHORT, rank=2, guidance=2.0, unconditional=Settings(class_labels=10))
+    pipe = tiny("dit").pipe
+    plain = trainer.fit(pipe, INPUTS, str(tmp_path / "plain"))
+    assert not calls
+    fast = replace(trainer, compile=True).fit(pipe, INPUTS, str(tmp_path / "fast"))
+    assert len(calls) == len(pipe.transformer.transformer_blocks)
+    for name, value in plain.tensors.items():
+        assert torch.equal(value, fast.tensors[name]), name
+    assert not any("_compiled_call_impl" in vars(m) for m in pipe.transformer.modules())
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path):
+    sparse = Recipe((SubblockLSE(density=0.5),))
+    with pytest.raises(ValueError, match="no gradients of a recipe's methods"):
+        TDM(**SHORT, compile=True).fit(tiny("wan").pipe, INPUTS, str(tmp_path), sparse)
     host = tiny("dit")
     with pytest.raises(ValueError, match="0 inputs"):
         TDM(**SHORT).fit(host.pipe, [], str(tmp_path))
