@@ -85,10 +85,11 @@ figures: $(READY)
 gpu: $(READY)
 	$(PY) -c "import torch, sys; torch.cuda.is_available() or sys.exit('torch sees no GPU here')"
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
-	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers tests/quant/test_temporal_cache.py tests/sparse_attn
+	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers tests/quant/test_temporal_cache.py tests/quant/test_gpu_kernels.py tests/sparse_attn
 	$(PY) -m benchmarks.bench_native --device cuda
 	$(PY) -m benchmarks.bench_peers $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_temporal_cache --device cuda
+	$(PY) -m benchmarks.bench_quant_kernels --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda
 	$(PY) -m benchmarks.bench_caches --device cuda --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_caches_video $(FRESH) --device cuda

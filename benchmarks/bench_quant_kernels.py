@@ -1,9 +1,11 @@
 """Integer layers at public shapes against the model's own and torchao's, in turn.
 
     python -m benchmarks.bench_quant_kernels [--rounds 5] [--no-compile]
+    python -m benchmarks.bench_quant_kernels --device cuda [--only layers|flux|wan] [--search]
 
 Layers, then a whole DiT-XL/2-shaped transformer (random weights, guidance, 256 pixels). Every time
-includes quantising the input. torchao: int8 dynamic, eager, and through torch.compile.
+includes quantising the input. torchao: int8 dynamic, eager, and through torch.compile. On a GPU:
+``quant_gpu``; what is not measured again stays in the file.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.measure import environment, load_average, paired_time
-from benchmarks.results_file import write
+from benchmarks.results_file import DEVICES, read, require_machine, write
 from quant._layers import quantisable
 from quant._rounding import nearest, searched_scale, static_grid
 from quant._stored import quantised, stored
@@ -100,11 +102,41 @@ def dit_xl(rounds: int) -> dict[str, Any]:
     return timed(model, models, lambda m: m(rows, **call), rounds)
 
 
+def on_gpu(given: argparse.Namespace) -> None:
+    """Each part, written as soon as it is measured."""
+    from benchmarks import quant_gpu
+
+    load = load_average()
+    if given.search:
+        from torchao.quantization.utils import recommended_inductor_config_setter
+
+        recommended_inductor_config_setter()
+    here = environment("cuda", load)
+    old = read("quant_kernels", "cuda") or {}
+    if old and given.only:
+        require_machine(old["environment"], here)
+    parts = old.get("gpu", {}) if given.only else {}
+    for name in [given.only] if given.only else ["layers", *quant_gpu.WHOLE]:
+        torch.manual_seed(0)
+        rounds = given.rounds
+        found = quant_gpu.layers(rounds) if name == "layers" else quant_gpu.whole(name, rounds)
+        parts = parts | {name: {"search": given.search, **found.as_json()}}
+        block = environment("cuda", load)
+        block["versions"] |= {p: version(p) for p in ("torchao", "triton")}
+        write("quant_kernels", "cuda", {"environment": block, "gpu": parts})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--only", choices=("layers", "flux", "wan"), help="of a GPU's parts")
+    parser.add_argument("--search", action="store_true", help="compile as torchao recommends")
     given = parser.parse_args()
+    if given.device == "cuda":
+        on_gpu(given)
+        return
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -45,6 +45,8 @@ def temporal_counts(result: dict[str, Any]) -> str:
 def kernels(result: dict[str, Any]) -> str:
     """Speed-ups of integer layers by shape."""
     env = result["environment"]
+    if "gpu" in result:
+        return "\n\n".join(_on_gpu(part, env) for part in result["gpu"].values())
     names = list(dict.fromkeys(k for row in result["layers"].values() for k in row))
     lines = [
         "Speed-up over the float32 layer, quantising the input included "
@@ -58,6 +60,26 @@ def kernels(result: dict[str, Any]) -> str:
         cells = [span(row[n], unit="x") if n in row else "-" for n in names]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _on_gpu(part: dict[str, Any], env: dict[str, Any]) -> str:
+    """Layers or a whole transformer: speed-up, time and relative error, a row for each kernel."""
+    versions = ", ".join(f"{p} {env['versions'][p]}" for p in ("torch", "triton", "torchao"))
+    settings = "torchao's settings of the compiler" if part["search"] else "default settings"
+    lines = [
+        f"Speed-up over bfloat16 ({env['hardware']}, {versions}; {settings}); models against the "
+        "bfloat16 model compiled in the same way, eager ones against the eager one:",
+        "",
+        "| what | kernel | speed-up | milliseconds, before and after | error of the output |",
+        "|---|---|---|---|---|",
+    ]
+    for what, kinds in part["speedups"].items():
+        for kind, speedup in kinds.items():
+            (own, time), error = part["milliseconds"][what][kind], part["errors"][what][kind]
+            told = f"{span(speedup, unit='x')} | {own:.3f}, {time:.3f} | {error:.1%}"
+            lines.append(f"| {what} | {kind} | {told} |")
+    failed = [f"`{what}`: {why}" for what, why in part["failed"].items()]
+    return "\n".join([*lines, *(["", f"Failed: {'; '.join(failed)}"] if failed else [])])
 
 
 # What a part changes: (what, the row without it, the row with it).

@@ -754,12 +754,24 @@ class Report(BaseModel):
     warnings: list[str]
 
 
+class QuantOnGPU(_Strict):
+    """One part. milliseconds: of bfloat16 and this. errors: of outputs, relative; failed:
+    why, by row and kernel. search: compiled with the settings that torchao recommends."""
+
+    search: bool
+    speedups: dict[str, dict[str, Interval]]
+    milliseconds: dict[str, dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]]]
+    errors: dict[str, dict[str, float]]
+    failed: dict[str, str]
+
+
 class QuantKernels(_Strict):
     """``quant_kernels.json``: speed-ups over the floating-point layer, by layer and kernel."""
 
     environment: Environment
-    layers: dict[str, dict[str, Interval]]
-    dit_xl_256: dict[str, Interval]
+    layers: dict[str, dict[str, Interval]] = {}
+    dit_xl_256: dict[str, Interval] = {}
+    gpu: dict[Literal["layers", "flux", "wan"], QuantOnGPU] = {}
 
 
 class SparseQualityRow(_Strict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,16 @@ from quant.kernels import cpu, reference
 
 Scheme = Literal["static", "token", "weight"]
 Kernel = Literal["auto", "int8", "reference"]
+
+
+@torch.compiler.assume_constant_result
+def multiplies_integers(device: torch.device) -> bool:
+    """Whether linear layers have an integer kernel on this GPU."""
+    if find_spec("triton") is None:
+        return False
+    from quant.kernels import gpu
+
+    return gpu.runs_on(device)
 
 
 class Bins(nn.Module):
@@ -125,10 +136,18 @@ class _Quantised(nn.Module):
     def pack(self) -> None:
         """Lay the weights out as the integer kernel reads them, if it is to run where they are.
 
+        On a GPU these are the codes, which are unpacked where they are 4-bit.
+
         Done at the first call; before it for compiled graphs, which can not do it themselves.
         """
-        if "packed" not in self._ready and self._runs_integers(self.wscale):
+        if "packed" in self._ready or not self._runs_integers(self.wscale):
+            return
+        if not self.wscale.is_cuda:
             self._ready["packed"] = self._packed()
+            return
+        self._ready["packed"] = codes = self.codes()
+        if self.scheme == "static":
+            self._ready["sums"] = codes.sum(1, dtype=torch.int32)  # what a zero point adds
 
     def _packed(self) -> Tensor:
         raise NotImplementedError
@@ -153,7 +172,9 @@ class _Quantised(nn.Module):
     def _runs_integers(self, x: Tensor) -> bool:
         if self.scheme == "weight" or self.kernel == "reference":
             return False
-        return x.device.type == "cpu" and (self.kernel == "int8" or cpu.fast())
+        if x.device.type == "cpu":
+            return self.kernel == "int8" or cpu.fast()
+        return isinstance(self, QuantLinear) and x.is_cuda and multiplies_integers(x.device)
 
     def _float_weight(self, like: Tensor) -> Tensor:
         held = self._ready.get("float")
@@ -166,8 +187,8 @@ class _Quantised(nn.Module):
 
     def memory(self) -> int:
         """Bytes of weights that this layer holds at run time, in the form that its kernel reads."""
-        held = [*self.parameters(), *self.buffers(), *self._ready.values()]
-        return sum(t.nbytes for t in held)
+        more = (t for t in self._ready.values() if t is not self.qweight)
+        return sum(t.nbytes for t in [*self.parameters(), *self.buffers(), *more])
 
     def __getstate__(self) -> dict[str, Any]:
         """To copy or pickle: packed weights can not be, and are packed again."""
@@ -201,8 +222,13 @@ class QuantLinear(_Quantised):
         return self._opaque(x)
 
     def _quantised(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features).float()
-        out = self._integers(rows) if self._runs_integers(x) else self._reference(rows)
+        rows = x.reshape(-1, self.in_features)
+        if not self._runs_integers(x):
+            out = self._reference(rows.float())
+        elif x.is_cuda:
+            out = self._integers_on_gpu(rows)
+        else:
+            out = self._integers(rows.float())
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _packed(self) -> Tensor:
@@ -215,6 +241,16 @@ class QuantLinear(_Quantised):
         if self.scheme == "token":
             return cpu.linear_token(rows, packed, scales, self._bias())
         return cpu.linear_static(rows, packed, scales, self._bias(), *self._activation())
+
+    def _integers_on_gpu(self, rows: Tensor) -> Tensor:
+        from quant.kernels import gpu  # where there is triton
+
+        self.pack()
+        packed, scales = self._ready["packed"], floats_of(self.wscale)
+        if self.scheme == "token":
+            return gpu.linear_token(rows, packed, scales, self.bias)
+        grid = self._activation()
+        return gpu.linear_static(rows, packed, scales, self.bias, *grid, self._ready["sums"])
 
     def _reference(self, rows: Tensor) -> Tensor:
         scales = floats_of(self.wscale)

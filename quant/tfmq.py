@@ -40,8 +40,9 @@ CLIPPED = 0.05  # share of a layer's inputs; on other noise than was calibrated 
 class TFMQ(Method):
     """Run a calibrated artifact (``quant.calibrate``): quantised layers for the model's own.
 
-    kernel: "auto" uses integers where this CPU is fast at them and the reference elsewhere,
-    "int8" always, "reference" never. weights: the model's own, meanwhile: in place, or mapped from
+    kernel: "auto" uses integers where there are kernels that are fast at them (CPUs with VNNI; on
+    GPUs linear layers, no convolutions) and the reference elsewhere, "int8" always, "reference"
+    never. weights: the model's own, meanwhile: in place, or mapped from
     disk. What looks wrong is computed with the model's own weights, and counted: a layer whose
     inputs are clipped at the calibrated range by more than 5 %, a whole call whose output is not
     finite, or the same everywhere.
@@ -92,11 +93,6 @@ class _Live(Attached):
         module: nn.Module = denoiser.module
         self.bins[denoiser.slot] = bins = bins_of(artifact, denoiser.slot)
         device = next(module.parameters()).device
-        if device.type != "cpu" and self.method.kernel == "int8":
-            raise ValueError(
-                f"TFMQ(kernel='int8'): integer kernels run on the CPU only, {denoiser.slot} is on "
-                f"{device}; use kernel='reference' there, which is exact and slow"
-            )
         bins.to(device)
         for path, how in layers_of(artifact).items():
             slot, _, inner = path.partition(".")
@@ -108,6 +104,11 @@ class _Live(Attached):
             for piece in layer.pieces():
                 piece.kernel, piece.bins = self.method.kernel, [bins]
                 piece.pack()
+            if self.method.kernel == "int8" and layer.pieces()[0].computed_by() == "reference":
+                raise ValueError(
+                    f"TFMQ(kernel='int8'): {path} has no integer kernel on {device} ({own}); use "
+                    "kernel='reference', which is exact and slow, or 'auto'"
+                )
             self.layers[path], self.own[path] = layer, own
             self.patch.around_call(own, self._around(path, layer, own))
             self.replaced += own.weight.nbytes
@@ -170,6 +171,8 @@ class _Live(Attached):
         for path, layer in self.layers.items():
             if path.startswith(f"{slot}."):
                 layer.to(device)
+                for piece in layer.pieces():
+                    piece.pack()
         self._say_if_slow()
 
     def _watched(self, denoiser: Denoiser) -> Callable[..., Any]:
@@ -203,10 +206,12 @@ class _Live(Attached):
             self.fallback("weights were changed after they were quantised (an adapter, fused?)")
 
     def _say_if_slow(self) -> None:
-        elsewhere = any(b.index.device.type != "cpu" for b in self.bins.values())
-        slow = elsewhere and any(layer.scheme != "weight" for layer in self.layers.values())
+        pieces = [layer.pieces()[0] for layer in self.layers.values()]
+        slow = any(x.wscale.device.type != "cpu" and x.computed_by() == "reference" for x in pieces)
         if slow and self.method.kernel != "reference":
-            self.fallback("no integer kernels for this device: its reference computes, slowly")
+            self.fallback(
+                "no integer kernels on this device for some layers: the reference computes, slowly"
+            )
 
     def on_run_end(self, run: Run) -> None:
         graphs = [slot for slot, module in denoiser_modules(self._pipe()) if is_compiled(module)]
