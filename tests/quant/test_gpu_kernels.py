@@ -1,15 +1,11 @@
 """The GPU's integer kernels against the reference: in the interpreter, or on a GPU if there is one.
 
-The interpreter multiplies bit patterns of bfloat16, so that type needs a GPU. Where there is none
-and the interpreter is off, kernels run in a process of their own.
+The interpreter multiplies bit patterns of bfloat16, so that type needs a GPU.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,28 +18,26 @@ from quant.kernels import gpu, reference
 from quant.kernels.gpu import Config
 
 ON_GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if ON_GPU else "cpu"
+DEVICE = "cuda" if ON_GPU else "cpu"  # there in the interpreter
 TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
-runs = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU or the interpreter")
 SHAPES = [(1, 7, 5), (37, 64, 48), (70, 160, 80), (33, 3, 1)]
 SHAPES += [(1000, 1536, 1000), (17, 1152, 4608), (129, 1000, 72), (4608, 3072, 256)] * ON_GPU
 TILES = [None, Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2, True)]
 TILES += [c for table in (gpu.CONFIGS[9, 0], gpu.CONFIGS[8, 6]) for c in table] * ON_GPU
 
 
-def problem(m, k, n, dtype):
+def problem(m, k, n, dtype) -> Any:
     r = torch.Generator().manual_seed(m * k + n)
     x = (torch.randn(m, k, generator=r) * 3).to(dtype)
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=r)
     return x, weight, torch.rand(n, generator=r) / 100, torch.randn(n, generator=r).to(dtype)
 
 
-def static_grid():
+def static_grid() -> Any:
     return torch.tensor([0.021]), torch.tensor([117], dtype=torch.int32)
 
 
-def there(*tensors):
+def there(*tensors) -> Any:
     return [x.to(DEVICE) for x in tensors]
 
 
@@ -57,7 +51,6 @@ def check(made, wanted, dtype):
     assert bool((error <= allowed).all()), float((error / allowed.clamp(min=1e-30)).max())
 
 
-@runs
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_codes_are_the_reference_s(shape, dtype):
@@ -74,7 +67,6 @@ def test_codes_are_the_reference_s(shape, dtype):
     )
 
 
-@runs
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
@@ -91,7 +83,6 @@ def test_linear_layers(shape, dtype, bias):
     check(made, reference.linear_static(x.float(), weight, scales, whole, *static_grid()), dtype)
 
 
-@runs
 @pytest.mark.parametrize("config", TILES, ids=str)
 def test_tiles(config):
     if config and ON_GPU and config.descriptors and torch.cuda.get_device_capability() < (9, 0):
@@ -107,7 +98,6 @@ def test_tiles(config):
     check(made, wanted, torch.float16)
 
 
-@runs
 def test_rows_of_others_and_gaps_between_rows_change_nothing():
     x, weight, scales, bias = there(*problem(9, 32, 16, torch.float16))
     whole = gpu.linear_token(x, weight, scales, bias)
@@ -116,7 +106,6 @@ def test_rows_of_others_and_gaps_between_rows_change_nothing():
     assert torch.equal(gpu.linear_token(x[4:5], weight, scales, bias), whole[4:5])
 
 
-@runs
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's
 def test_what_is_not_a_number_stays_so():
     x, weight, scales, bias = there(*problem(3, 32, 16, torch.float32))
@@ -126,7 +115,6 @@ def test_what_is_not_a_number_stays_so():
     assert out.isfinite().all(1).tolist() == [True, False, False]
 
 
-@runs
 def test_a_graph_does_the_same_and_is_one():
     x, weight, scales, bias = there(*problem(20, 32, 16, torch.float32))
     grid, sums = there(*static_grid()), weight.sum(1, dtype=torch.int32)
@@ -180,13 +168,3 @@ def test_rows_of_e4m3():
     # steps of e4m3 are 1/16 to 1/8 of a value: about 0.026 of it are lost on each side
     off = ((made - wanted).pow(2).mean() / wanted.pow(2).mean()).sqrt()
     assert 0.02 < float(off) < 0.045
-
-
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the other tests have run")
-def test_in_the_interpreter():
-    """All of the above, where kernels can not run in this process."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
