@@ -385,7 +385,7 @@ class LiveSparse(Attached):
         """Densities are read here, so that no step waits for the device."""
         self.detail |= {"dense": dict(self._dense)} if self._dense else {}
         if self._kept:
-            kept = {at: float(torch.stack(found).mean()) for at, found in self._kept.items()}
+            kept = _read(self._kept)
             self.detail |= {
                 "density": _mean(kept.values()),
                 "density_by_step": _means(kept, 0),
@@ -393,7 +393,8 @@ class LiveSparse(Attached):
             }
             self.count("syncs")
         if self._canaries:
-            found = {at: torch.stack(x).mean(0).tolist() for at, x in self._canaries.items()}
+            found = _read(self._canaries)
+            self.count("syncs")
             names = ("output_error", "retained_mass", "least_retained_mass")
             for i, name in enumerate(names):
                 values = {at: x[i] for at, x in found.items() if not math.isnan(x[i])}
@@ -477,6 +478,12 @@ def compared_with_dense(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tenso
         return torch.stack([error, error * math.nan, error * math.nan])
     mass = (lse[:, :, rows].float() - logits.logsumexp(-1)).exp()
     return torch.stack([error, mass.mean(), mass.min()])
+
+
+def _read(found: dict[tuple[int, int], list[Tensor]]) -> dict[tuple[int, int], Any]:
+    """Means of what was kept on the device, in one read."""
+    means = torch.stack([torch.stack(values).mean(0) for values in found.values()])
+    return dict(zip(found, means.tolist(), strict=True))
 
 
 def _mean(values: Any) -> float:

@@ -6,10 +6,12 @@ import warnings
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from accel.method import FallbackWarning, NoEffectWarning, attached
 from accel.testing import assert_equal, tiny
 from accel.tiny import TinyPipeline, _redraw
+from sparse_attn._live import _read
 from sparse_attn.subblock_lse import SubblockLSE
 
 
@@ -213,3 +215,18 @@ def test_both_denoisers_of_wan_22_take_turns():
     for found in by_slot.values():
         assert {layer for _, layer in found} == {0, 1, 2}
     assert run["computed"] == 0
+
+
+def test_what_a_run_kept_is_read_at_once():
+    reads = []
+
+    class Reads(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__float__):
+                reads.append(func)
+            return func(*args, **(kwargs or {}))
+
+    kept = {(4, 0): [torch.tensor(0.25), torch.tensor(0.75)], (4, 1): [torch.tensor(1.0)]}
+    with Reads():
+        assert _read(kept) == {(4, 0): 0.5, (4, 1): 1.0}
+    assert len(reads) == 1
