@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import os
 from collections.abc import Callable
 from importlib.metadata import version
@@ -103,7 +104,7 @@ def dit_xl(rounds: int) -> dict[str, Any]:
 
 
 def on_gpu(given: argparse.Namespace) -> None:
-    """Each part, written as soon as it is measured."""
+    """Each part, written as it comes; ``--only`` keeps what the file has of the others."""
     from benchmarks import quant_gpu
 
     load = load_average()
@@ -116,14 +117,20 @@ def on_gpu(given: argparse.Namespace) -> None:
     if old and given.only:
         require_machine(old["environment"], here)
     parts = old.get("gpu", {}) if given.only else {}
-    for name in [given.only] if given.only else ["layers", *quant_gpu.WHOLE]:
-        torch.manual_seed(0)
-        rounds = given.rounds
-        found = quant_gpu.layers(rounds) if name == "layers" else quant_gpu.whole(name, rounds)
-        parts = parts | {name: {"search": given.search, **found.as_json()}}
+
+    def save(name: str, found: quant_gpu.Found) -> None:
+        parts[name] = {"search": given.search, **found.as_json()}
         block = environment("cuda", load)
         block["versions"] |= {p: version(p) for p in ("torchao", "triton")}
         write("quant_kernels", "cuda", {"environment": block, "gpu": parts})
+
+    for name in [given.only] if given.only else ["layers", *quant_gpu.WHOLE]:
+        torch.manual_seed(0)
+        kept = functools.partial(save, name)
+        if name == "layers":
+            quant_gpu.layers(given.rounds, kept)
+        else:
+            quant_gpu.whole(name, given.rounds, kept)
 
 
 def main() -> None:

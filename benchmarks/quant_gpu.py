@@ -150,19 +150,22 @@ def _off(made: Tensor, wanted: Tensor) -> float:
     return float((apart / wanted.float().pow(2).mean()).sqrt())
 
 
-def layers(rounds: int) -> Found:
-    """Each shape eager; those of ``COMPILED`` compiled as well."""
+Save = Callable[[Found], None]
+
+
+def layers(rounds: int, save: Save) -> None:
+    """Each shape eager; those of ``COMPILED`` compiled as well. Saved after each shape."""
     found = Found()
     for row, (m, k, n) in LAYERS.items():
         with torch.device(DEVICE):
             own = nn.Linear(k, n).to(torch.bfloat16)
             x = torch.randn(m, k, dtype=torch.bfloat16)
-        calls = max(2, min(20, int(2e13 / (2.0 * m * k * n))))
+        calls = max(2, min(20, int(1e13 / (2.0 * m * k * n))))
         _in_turn(found, row, own, KINDS, lambda module, x=x: module(x), rounds, calls)
         if row in COMPILED:
             kinds = [f"{kind}, compiled" for kind in KINDS if kind != "ours, static"]
             _in_turn(found, row, own, kinds, lambda module, x=x: module(x), rounds, calls)
-    return found
+        save(found)
 
 
 def _in_turn(
@@ -232,8 +235,11 @@ WHOLE = {
 }
 
 
-def whole(which: str, rounds: int) -> Found:
-    """Compiled block by block, against the bfloat16 model compiled in the same way."""
+def whole(which: str, rounds: int, save: Save) -> None:
+    """Compiled block by block, against the bfloat16 model compiled in the same way.
+
+    Saved after each kind.
+    """
     torch._dynamo.config.recompile_limit = 64  # one graph for each kind, of one code
     build, row = WHOLE[which]
     found = Found()
@@ -261,7 +267,7 @@ def whole(which: str, rounds: int) -> Found:
                 found.add(row, f"{name}, compiled", pair, 1, error)
             except FAILURES as error:
                 found.fail(row, name, error)
+            save(found)
             made = None
             gc.collect()
             torch.cuda.empty_cache()
-    return found

@@ -29,7 +29,10 @@ CANDIDATES = [
     Config(128, 128, 128, 4, 4, True), Config(128, 256, 128, 8, 3, True),
     Config(128, 256, 128, 8, 4, True), Config(256, 128, 128, 8, 3, True),
     Config(256, 128, 128, 8, 4, True), Config(128, 256, 64, 8, 4, True),
-    Config(64, 256, 128, 4, 3, True), Config(128, 128, 128, 8, 3), Config(128, 256, 128, 8, 3),
+    Config(128, 128, 128, 8, 3, True, 1), Config(128, 128, 128, 4, 3, True, 1),
+    Config(128, 128, 128, 8, 4, True, 1), Config(128, 256, 128, 8, 3, True, 1),
+    Config(256, 128, 128, 8, 3, True, 1), Config(128, 256, 64, 8, 4, True, 1),
+    Config(128, 128, 64, 8, 4, True, 2), Config(128, 128, 128, 8, 3), Config(128, 256, 128, 8, 3),
     Config(64, 128, 128, 4, 4, True), Config(64, 64, 128, 4, 4), Config(64, 128, 128, 4, 4),
 ]  # fmt: skip
 

@@ -54,7 +54,7 @@ def multiplied(part: int, config: gpu.Config, static: bool = True) -> Compiled:
     meta = {
         "STATIC": static, "BIAS": True, "DESCRIPTORS": config.descriptors, "WHOLE_K": True,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "GROUP": gpu.GROUP,
+        "GROUP": gpu.GROUP, "PERSISTENT": config.programs > 0,
     }  # fmt: skip
     blocks: dict[str, tuple[str, int, int]] = {}
     if config.descriptors:

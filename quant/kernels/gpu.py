@@ -30,7 +30,11 @@ GROUP = 8  # tiles of rows that share the weight's tiles in the cache
 
 
 class Config(NamedTuple):
-    """A tile of the product, what runs it, and whether by tensor memory descriptors."""
+    """A tile of the product and what runs it.
+
+    descriptors: whether through tensor memory. programs: of a processor, each for many tiles; 0: a
+    program for each tile.
+    """
 
     block_m: int
     block_n: int
@@ -38,6 +42,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    programs: int = 0
 
 
 # By compute capability: for many tiles, for few, and for a few rows. (0, 0): any other part.
@@ -85,22 +90,18 @@ def quantise_rows(
 
 
 @triton.jit
-def multiply(
-    A, W, Out, Rows, Scales, Bias, Zero, Sums, m, n, k, a_m, w_n, o_m,
+def _one_tile(
+    tile, A, W, Out, Rows, Scales, Bias, Zero, Sums, m, n, k, a_m, w_n, o_m,
     STATIC: tl.constexpr, BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr, WHOLE_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Codes A (m, k) by codes W (n, k) -> (m, n); Rows: (m) scales, or one element if STATIC.
-
-    A, W and Out are descriptors where DESCRIPTORS. WHOLE_K: k is a multiple of BLOCK_K.
-    """
+    """One tile of the product, in an order that keeps GROUP tiles of rows in the cache."""
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
-    program = tl.program_id(0)
-    first = program // (GROUP * tiles_n) * GROUP
+    first = tile // (GROUP * tiles_n) * GROUP
     high = tl.minimum(tiles_m - first, GROUP)
-    at_m = (first + program % (GROUP * tiles_n) % high) * BLOCK_M
-    at_n = program % (GROUP * tiles_n) // high * BLOCK_N
+    at_m = (first + tile % (GROUP * tiles_n) % high) * BLOCK_M
+    at_n = tile % (GROUP * tiles_n) // high * BLOCK_N
     rows = at_m + tl.arange(0, BLOCK_M)
     columns = at_n + tl.arange(0, BLOCK_N)
     inside = tl.arange(0, BLOCK_K)
@@ -139,6 +140,32 @@ def multiply(
     else:
         there = Out + rows.to(tl.int64)[:, None] * o_m + columns[None, :]
         tl.store(there, out.to(Out.dtype.element_ty), mask=(rows < m)[:, None] & real[None, :])
+
+
+@triton.jit
+def multiply(
+    A, W, Out, Rows, Scales, Bias, Zero, Sums, m, n, k, a_m, w_n, o_m,
+    STATIC: tl.constexpr, BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr, WHOLE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """Codes A (m, k) by codes W (n, k) -> (m, n); Rows: (m) scales, or one element if STATIC.
+
+    A, W and Out are descriptors where DESCRIPTORS. WHOLE_K: k is a multiple of BLOCK_K.
+    PERSISTENT: a program takes several tiles, and fetches the next one while it writes one.
+    """
+    if PERSISTENT:
+        tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):  # type: ignore
+            _one_tile(
+                tile, A, W, Out, Rows, Scales, Bias, Zero, Sums, m, n, k, a_m, w_n, o_m,
+                STATIC, BIAS, DESCRIPTORS, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+            )  # fmt: skip
+    else:
+        _one_tile(
+            tl.program_id(0), A, W, Out, Rows, Scales, Bias, Zero, Sums, m, n, k, a_m, w_n, o_m,
+            STATIC, BIAS, DESCRIPTORS, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+        )  # fmt: skip
 
 
 # -- what runs where -------------------------------------------------------------------------
@@ -211,14 +238,16 @@ def multiplied(
         w = TensorDescriptor.from_tensor(weight, [tile_n, tile_k])
         o = TensorDescriptor.from_tensor(out, [tile_m, tile_n])
     static = zero is not None
-    kernel: Any = multiply[(triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)]
+    tiles = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
+    programs = chosen.programs * part(codes.device).processors
+    kernel: Any = multiply[(min(tiles, programs) if programs else tiles,)]
     kernel(
         a, w, o, rows, scales, scales if bias is None else bias,
         zero if static else scales, sums if static else scales,
         m, n, k, codes.stride(0), weight.stride(0), out.stride(0),
         STATIC=static, BIAS=bias is not None, DESCRIPTORS=descriptors, WHOLE_K=k % tile_k == 0,
         BLOCK_M=tile_m, BLOCK_N=tile_n, BLOCK_K=tile_k, GROUP=GROUP,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        PERSISTENT=programs > 0, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
     return out
 
@@ -254,6 +283,22 @@ def _(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 @torch.library.impl(f"{NAMESPACE}::multiply_s8", _HERE)
 def _(codes, weight, rows, scales, bias, zero, sums, dtype):
     return multiplied(codes, weight, rows, scales, bias, zero, sums, dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::rows_s8")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::rows_e4m3")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return codes, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::static_s8")
+def _(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::multiply_s8")

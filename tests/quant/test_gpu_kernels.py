@@ -23,6 +23,7 @@ TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
 SHAPES = [(1, 7, 5), (37, 64, 48), (70, 160, 80), (33, 3, 1)]
 SHAPES += [(1000, 1536, 1000), (17, 1152, 4608), (129, 1000, 72), (4608, 3072, 256)] * ON_GPU
 TILES = [None, Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2, True)]
+TILES += [Config(32, 32, 32, 4, 2, descriptors, 2) for descriptors in (False, True)]
 TILES += [c for table in (gpu.CONFIGS[9, 0], gpu.CONFIGS[8, 6]) for c in table] * ON_GPU
 
 
