@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,7 +252,8 @@ class _Recorded:
     def _beside(self) -> Tensor:
         now = torch.cuda.current_stream()
         self._stream.wait_stream(now)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable")
             loss = self._take(None)
         now.wait_stream(self._stream)
         return loss
