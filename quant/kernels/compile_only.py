@@ -85,7 +85,8 @@ def _compiled(
             signature[name] = f"tensordesc<{kind}{block}>"
         else:
             signature[name] = f"*{known.get(name, 'fp32')}" if name[0].isupper() else "i32"
-            attributes[(i,)] = [["tt.divisibility", 16]]  # as the launcher finds them
+            if name != "m":
+                attributes[(i,)] = [["tt.divisibility", 16]]  # as the launcher finds them
     source = ASTSource(fn, signature, constexprs=meta, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     found: Any = triton.compile(source, target=GPUTarget("cuda", part, 32), options=options)

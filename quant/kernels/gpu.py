@@ -142,7 +142,7 @@ def _one_tile(
         tl.store(there, out.to(Out.dtype.element_ty), mask=(rows < m)[:, None] & real[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # one binary for any number of tokens
 def multiply(
     A, W, Out, Rows, Scales, Bias, Zero, Sums, m, n, k, a_m, w_n, o_m,
     STATIC: tl.constexpr, BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr, WHOLE_K: tl.constexpr,
