@@ -205,7 +205,7 @@ def flux() -> tuple[nn.Module, Callable]:
     model = FluxTransformer2DModel(**FLUX, guidance_embeds=True)
     kept: dict[str, Any] = {"dtype": torch.bfloat16}
     side = torch.arange(64)
-    places = torch.stack(torch.meshgrid(torch.zeros(1), side, side, indexing="ij"), -1)
+    places = torch.stack(torch.meshgrid(side[:1], side, side, indexing="ij"), -1)
     given = {
         "hidden_states": torch.randn(1, 4096, 64, **kept),
         "encoder_hidden_states": torch.randn(1, 512, 4096, **kept),
