@@ -21,7 +21,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"  # there in the interpreter
 TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
 SHAPES = [(1, 7, 5), (37, 64, 48), (70, 160, 80), (33, 3, 1)]
-SHAPES += [(1000, 1536, 1000), (17, 1152, 4608), (129, 1000, 72), (4608, 3072, 256)] * ON_GPU
+SHAPES += [(1000, 1536, 1000), (17, 1152, 4608), (129, 1000, 72)] * ON_GPU
 TILES = [None, Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2, True)]
 TILES += [Config(32, 32, 32, 4, 2, descriptors, 2) for descriptors in (False, True)]
 TILES += [c for table in (gpu.CONFIGS[9, 0], gpu.CONFIGS[8, 6]) for c in table] * ON_GPU
@@ -70,10 +70,9 @@ def test_codes_are_the_reference_s(shape, dtype):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_layers(shape, dtype, bias):
+def test_linear_layers(shape, dtype):
     x, weight, scales, b = problem(*shape, dtype)
-    b = b if bias else None
+    b = b if shape[0] % 2 else None
     x_there, w, s = there(x, weight, scales)
     b_there = None if b is None else b.to(DEVICE)
     whole = None if b is None else b.float()
