@@ -81,7 +81,7 @@ class Student:
 NO_CLASS, NO_TEXT = Settings(class_labels=NULL_CLASS), Settings(prompt="")
 # Flow matching's noise levels as the model's scheduler shifts them: 1, 0.9, 0.75, 0.5.
 WAN = TDM(
-    (1000.0, 900.0, 750.0, 500.0), 4.0, NO_TEXT, rank=32, updates=200, fake_updates=3, warmup=60,
+    (1000.0, 900.0, 750.0, 500.0), 4.0, NO_TEXT, rank=16, updates=200, fake_updates=3, warmup=60,
     lr=5e-4, fake_lr=2e-3, precision="bf16",
 )  # fmt: skip
 # Twenty by forty blocks of 1,280 tokens; every step and layer is sparse.

@@ -9,8 +9,9 @@ fastest goes into ``quant.kernels.gpu.CONFIGS`` by hand. --few: only what is in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,13 +38,25 @@ CANDIDATES = [
 ]  # fmt: skip
 
 
-def shown(what: str, work: float, fn: Callable[[], object]) -> None:
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Goes on after what a kernel or its compiler refuses, and says why."""
     try:
-        median: Any = do_bench(fn, warmup=5, rep=25, return_mode="median")
+        yield
     except (RuntimeError, ValueError, TritonError) as error:
         print(f"  {what}: {type(error).__name__}: {' '.join(str(error).split())[:120]}", flush=True)
-        return
-    print(f"  {1e3 * median:9.1f} us {work / median / 1e9:7.0f} TOPS  {what}", flush=True)
+
+
+def shown(what: str, work: float, fn: Callable[[], object]) -> None:
+    """Prints what a call takes; work: operations, or 0."""
+    with explained(what):
+        median: Any = do_bench(fn, warmup=5, rep=25, return_mode="median")
+        print(f"  {1e3 * median:9.1f} us {work / median / 1e9:7.0f} TOPS  {what}", flush=True)
+
+
+def require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("this times tiles on a GPU, and there is none here")
 
 
 def tuned(m: int, k: int, n: int, candidates: list[Config]) -> None:
@@ -72,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--few", action="store_true")
     few = parser.parse_args().few
+    require_gpu()
     torch.manual_seed(0)
     for shape in SHAPES:
         tuned(*shape, [] if few else CANDIDATES)

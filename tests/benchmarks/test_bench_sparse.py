@@ -26,7 +26,7 @@ def test_every_round_takes_turns():
 
 def test_a_row_is_what_the_schema_wants(monkeypatch):
     monkeypatch.setitem(bench_sparse.SHAPES, "cpu", ((512, 16, 1),))
-    monkeypatch.setattr(bench_sparse, "DENSITIES", (0.5,))
+    monkeypatch.setitem(bench_sparse.DENSITIES, "cpu", (0.5,))
     right = {}
 
     def flex():  # compiling takes half a minute; what is timed is checked here
