@@ -33,22 +33,27 @@ def multiplies_integers(device: torch.device) -> bool:
     return gpu.runs_on(device)
 
 
+ROUNDED = 1e-4  # of the largest timestep: what hosts round by on the way to the denoiser
+
+
 class Bins(nn.Module):
     """Which group of timesteps is being computed: ``index``, one element, shared by all layers.
 
     times, groups: calibrated timesteps and the group of each; another timestep is in the group of
-    the nearest one.
+    the nearest one. off: how far the farthest of late was from that.
     """
 
     times: Tensor
     groups: Tensor
     index: Tensor
+    off: Tensor
 
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.register_buffer("times", torch.zeros(steps, dtype=torch.int32))  # bits of float32
         self.register_buffer("groups", torch.zeros(steps, dtype=torch.int64))
         self.register_buffer("index", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("off", torch.zeros(1), persistent=False)
 
     def fill(self, times: Tensor, groups: Tensor) -> Bins:
         self.times.copy_(bits_of(times))
@@ -59,8 +64,13 @@ class Bins(nn.Module):
         """From a denoiser's argument, a number or tensor. Of several the largest counts: tokens of
         a frame that is given have time 0."""
         time = torch.as_tensor(timestep, device=self.index.device).amax().reshape(1).float()
-        near = (floats_of(self.times) - time).abs().argmin().reshape(1)
+        off, near = (floats_of(self.times) - time).abs().min(0, keepdim=True)
         self.index.copy_(self.groups[near])
+        self.off.copy_(torch.maximum(self.off, off))
+
+    def is_off_grid(self) -> bool:
+        """Whether a timestep since ``off`` was 0 was none of those calibrated; waits for it."""
+        return bool(self.off > ROUNDED * floats_of(self.times).max())
 
 
 class _NoGradient(torch.autograd.Function):
@@ -110,6 +120,11 @@ class _Quantised(nn.Module):
     def pieces(self) -> list[_Quantised]:
         """Parts with grids of their own, by channels of the input."""
         return [self]
+
+    @property
+    def by_time(self) -> bool:
+        """Whether activations have several scales, by groups of timesteps."""
+        return self.scheme == "static" and len(self.ascale) > 1
 
     def clipped(self, x: Tensor) -> list[float]:
         """Share of x outside the static grid of the present group; empty without such grids."""

@@ -58,6 +58,7 @@ class Recording:
     layers: dict[str, LayerInputs] = field(default_factory=dict)
     pieces: dict[str, tuple[LayerInputs, LayerInputs]] = field(default_factory=dict)  # of splits
     times: list[float] = field(default_factory=list)  # of the grid, in order, each once
+    guided: set[bool | None] = field(default_factory=set)  # as runs say it
 
 
 def skip_splits(denoiser: Denoiser) -> dict[str, int]:
@@ -110,6 +111,7 @@ def record(
         now["time"] = time = _time(denoiser.argument("timestep", args, kwargs))
         if time not in seen.times:
             seen.times.append(time)
+        seen.guided.add(None if clock.run is None else clock.run.guided)
         if is_due(""):
             seen.calls.append(Call(tree_map(_copied, args), tree_map(_copied, kwargs), time))
         return call_next(*args, **kwargs)

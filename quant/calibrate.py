@@ -91,6 +91,7 @@ class TFMQCalibration(Trainer):
         tensors: dict[str, Tensor] = {}
         layers: dict[str, Any] = {}
         errors: dict[str, float] = {}
+        guided: set[bool | None] = set()
         began, before = time.monotonic(), 0.0
         for denoiser in denoisers(pipe):
             seen = record(pipe, denoiser, inputs, recipe, calls=self.calls, seed=self.seed)
@@ -98,6 +99,7 @@ class TFMQCalibration(Trainer):
                 say(f"{denoiser.slot}: never called, and left as it is")
                 continue
             say(f"{denoiser.slot}: {len(seen.layers)} layers seen at {len(seen.times)} timesteps")
+            guided |= seen.guided
             one = OneDenoiser(self, denoiser, seen, folder, say)
             one.quantise(tensors, layers)
             errors[denoiser.slot] = one.temporal_error()
@@ -114,6 +116,7 @@ class TFMQCalibration(Trainer):
             **fingerprints(pipe),
             tensors=tensors,
             grid=sampling_grid(pipe.scheduler)[1],
+            guidance=guided.pop() if len(guided) == 1 else None,
             inputs_sha256=inputs_digest(inputs),
             settings={
                 "layers": layers,

@@ -68,6 +68,7 @@ class TFMQ(Method):
         assert isinstance(live, _Live)
         artifact = Artifact.load(self.artifact)
         check_fits(artifact, pipe)
+        live.made_with = artifact.guidance
         asked = {path.partition(".")[0] for path in layers_of(artifact)}
         for denoiser in denoisers(pipe):
             if denoiser.slot in asked:
@@ -197,6 +198,8 @@ class _Live(Attached):
 
     def on_run(self, run: Run) -> None:
         self.saturated.clear()
+        for bins in self.bins.values():
+            bins.off.zero_()
         self._say_if_slow()
         parts = {slot: compiled_entry(m) for slot, m in denoiser_modules(self._pipe())}
         pairs = zip(self.own, self.samples.changed(), strict=True)
@@ -218,11 +221,23 @@ class _Live(Attached):
         if graphs:
             self.detail["graphs"] = "ranges of layers' inputs are not looked at in compiled graphs"
             self.count("changed", run.calls)
+        self._say_if_off_grid()
         self.detail["layers"] = dict(Counter(_kind(x) for x in self.layers.values()))
         self.detail["weights_bytes"] = self.replaced
         if self.saturated:
             self.detail["clipped_calls"] = dict(self.saturated)
         self.detail["quantised_bytes"] = sum(x.memory() for x in self.layers.values())
+
+    def _say_if_off_grid(self) -> None:
+        """Timesteps in between calibrated ones cost little, but a user must be able to see it."""
+        by_time = any(p.by_time for layer in self.layers.values() for p in layer.pieces())
+        if not by_time:
+            return
+        self.count("syncs", int(any(b.index.is_cuda for b in self.bins.values())))
+        if any(bins.is_off_grid() for bins in self.bins.values()):
+            said = "some timesteps were not calibrated: scales of the nearest ones were used"
+            self.detail["grid"] = said
+            self._warn_once(said, f"TFMQ: {said}", UserWarning)
 
     def memory(self) -> dict[str, int]:
         held = sum(layer.memory() for layer in self.layers.values())

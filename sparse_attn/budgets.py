@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -114,6 +114,7 @@ class Budgets:
     curves: dict[str, Curves]
     checks: Checks
     allocate: Scope
+    guidance: bool | None = None  # whether it was calibrated with guidance; None: not known
 
     @classmethod
     def load(cls, ref: ArtifactRef, pipe: Any, **wanted: Any) -> Budgets:
@@ -140,7 +141,8 @@ class Budgets:
             raise ValueError(f"{ref.path} has no budgets for {missing[0]}; calibrate again")
         # the first artifacts do not say, and were of layers
         allocate = artifact.settings.get("allocate", "layer")
-        return cls.of(tensors, [d.slot for d in found], allocate)
+        found_budgets = cls.of(tensors, [d.slot for d in found], allocate)
+        return replace(found_budgets, guidance=artifact.guidance)
 
     @classmethod
     def of(cls, tensors: dict[str, np.ndarray], slots: list[str], allocate: Scope) -> Budgets:

@@ -123,11 +123,13 @@ def measured_budgets(
         file = None if parts is None else Path(parts) / f"{key[:8]}-{every}-checks.json"
         checks = _kept(file) or _check(pipe, live, inputs, tensors, file)
     tensors |= {name: torch.tensor(x, dtype=torch.float64) for name, x in checks.items()}
+    guided = {figures.get("guided") for of_input in found for figures in of_input.values()}
     return Artifact(
         method=METHOD,
         **fingerprints(pipe),
         tensors=tensors,
         match="architecture",
+        guidance=guided.pop() if len(guided) == 1 else None,
         inputs_sha256=inputs_digest([_plain(x) for x in inputs]),
         settings=asdict(settings),
     )
@@ -169,11 +171,11 @@ def _measure(
     """By slot: what `_LiveProbe.end` says, and "losses" of stages."""
     live.begin()
     plain = _sample(pipe, arguments, at)
-    found = live.end()
+    found: dict[str, dict[str, Any]] = dict(live.end())
     if not found:
         raise ValueError("calibrate: no attention of this run could be sparse; see its report")
     for slot, figures in found.items():
-        figures["losses"] = []
+        figures |= {"losses": [], "guided": live.guided}
         for stage in live.stages(slot):
             live.sparse_steps = {(slot, step) for step in stage}
             sample = _sample(pipe, arguments, at)

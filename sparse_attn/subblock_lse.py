@@ -77,6 +77,7 @@ class SubblockLSE(SparseAttention, Method):
     def prepare(self, pipe: Any, live: LiveSparse) -> None:
         if self.artifact is not None and self.density < 1:
             budgets = Budgets.load(self.artifact, pipe, blocks=self.blocks, pooled=self.pooled)
+            live.made_with = budgets.guidance
             live.tables = budgets.at_density(self.density)
 
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:

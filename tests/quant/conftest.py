@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -60,6 +62,7 @@ def _fit(how, host, folder, say=lambda _: None, recipe=None):
     tensors = {k: v for k, v in host.inputs.items() if isinstance(v, torch.Tensor)}
 
     class WithTensors(type(host.pipe)):
+        @functools.wraps(call)
         def __call__(self, **kwargs):
             return call(self, **{**tensors, **kwargs})
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from accel.artifact import Artifact, Fingerprint
 from accel.measure import mean_psnr
-from accel.method import FallbackWarning, Recipe, attached
+from accel.method import FallbackWarning, GuidanceWarning, Recipe, attached
 from accel.testing import (
     assert_equal,
     assert_same_state,
@@ -192,6 +192,41 @@ def test_scales_follow_the_timestep(calibrated):
         )
         host.run()
     assert seen == [0, 1, 2, 3]  # four steps, a group each
+
+
+def test_timesteps_that_were_not_calibrated_are_told(calibrated, recwarn):
+    host = tiny("ddim")
+    with attached(TFMQ(calibrated("ddim", activations="groups", groups=4)[1]), host.pipe) as live:
+        host.run()
+        assert not [w for w in recwarn if "not calibrated" in str(w.message)]
+        host.inputs["num_inference_steps"] = 3  # of 1,000: none of the four but the last
+        with pytest.warns(UserWarning, match="nearest ones"):
+            host.run()
+        host.run()
+        host.inputs["num_inference_steps"] = 4
+        host.run()
+        before, there, _, after = live.report()["runs"]
+    assert not [w for w in recwarn if "nearest ones" in str(w.message)], "it warned again"
+    assert "grid" in there["detail"]
+    assert "grid" not in before["detail"] | after["detail"]
+
+
+def test_one_scale_for_all_timesteps_fits_any_grid(calibrated):
+    host = tiny("ddim")
+    with attached(TFMQ(calibrated("ddim", activations="static")[1]), host.pipe) as live:
+        host.inputs["num_inference_steps"] = 3
+        host.run()
+        (run,) = live.report()["runs"]
+    assert "grid" not in run["detail"]
+
+
+def test_runs_without_the_guidance_of_the_calibration_are_told(calibrated):
+    artifact, ref = calibrated("dit")
+    host = tiny("dit")
+    assert artifact.guidance == (host.inputs["guidance_scale"] > 1)
+    host.inputs["guidance_scale"] = 1.0 if artifact.guidance else 4.0
+    with attached(TFMQ(ref), host.pipe), pytest.warns(GuidanceWarning, match="guidance"):
+        host.run()
 
 
 def test_gradients_are_those_of_the_models_own_weights(calibrated):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 from accel.denoiser import denoisers
 from accel.measure import mean_psnr, pipeline_samples
-from accel.method import attached
+from accel.method import GuidanceWarning, attached
 from accel.testing import assert_same_state, host_state, tiny
 from sparse_attn._live import Place
 from sparse_attn.block_map import BlockMap, keep_share
@@ -40,9 +41,12 @@ def answered(host, monkeypatch):
     host.run()
     call = type(host.pipe).__call__
     embeds = {k: v for k, v in host.inputs.items() if isinstance(v, torch.Tensor)}
-    monkeypatch.setattr(
-        type(host.pipe), "__call__", lambda self, **kwargs: call(self, **embeds, **kwargs)
-    )
+
+    @functools.wraps(call)
+    def with_embeds(self, **kwargs):
+        return call(self, **embeds, **kwargs)
+
+    monkeypatch.setattr(type(host.pipe), "__call__", with_embeds)
     return host
 
 
@@ -97,6 +101,22 @@ def test_losses_are_measured_on_the_sample(host, tmp_path):
         both = pipeline_samples(host.pipe, inputs(host), 0)
     whole = (both - plain).square().mean().item()
     assert 0.3 < whole / sum(parts["losses"]) < 3  # parts add up, about
+
+
+def test_guidance_is_told_also_by_parts_that_are_kept(host, tmp_path):
+    call = {**inputs(host), "guidance_scale": 5.0}
+    made = [
+        SubblockLSE.calibrate(host.pipe, [call], SETTINGS, str(tmp_path / "parts")) for _ in "ab"
+    ]
+    assert [artifact.guidance for artifact in made] == [True, True]
+    ref = made[1].save(tmp_path / "budgets.safetensors")
+    with attached(method(ref, density=0.4), host.pipe), pytest.warns(GuidanceWarning):
+        pipeline_samples(host.pipe, {**call, "guidance_scale": 1.0}, 0)
+
+
+def test_inputs_with_and_without_guidance_tell_nothing(host):
+    calls = [{**inputs(host), "guidance_scale": scale} for scale in (5.0, 1.0)]
+    assert SubblockLSE.calibrate(host.pipe, calls, SETTINGS).guidance is None
 
 
 def test_a_denoiser_that_is_called_at_one_step_has_budgets(monkeypatch):
