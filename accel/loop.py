@@ -14,13 +14,15 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
 POSITION = "position.json"
@@ -141,6 +143,22 @@ def step_seed(seed: int, step: int) -> int:
     return (seed << 40) + step
 
 
+@contextmanager
+def _own_state() -> Iterator[None]:
+    """Accelerate's device and precision, which are those of a process, for one training alone."""
+    shared = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+    try:
+        yield
+    finally:
+        for state, values in zip(shared, before, strict=True):
+            state.clear()
+            state.update(values)
+
+
+@_own_state()
 def fit(
     name: str,
     model: nn.Module,
@@ -164,7 +182,8 @@ def fit(
     out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     groups = parameter_groups(model)
-    model, *optimizers = accelerator.prepare(model, *_optimizers(model, groups, settings))
+    made = _optimizers(model, groups, settings, accelerator.device)
+    model, *optimizers = accelerator.prepare(model, *made)
     position = start or Position()
     bare = accelerator.unwrap_model(model)
     ema = Ema(bare, settings.ema_decay, position.step)
@@ -277,7 +296,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return own() if own else [{"params": list(model.parameters()), "rate": 1.0}]
 
 
-def _optimizers(model: Any, groups: list[dict], settings: LoopSettings) -> list:
+def _optimizers(model: Any, groups: list[dict], settings: LoopSettings, device: Any) -> list:
     """AdamW and, if it is wanted, Muon on the model's matrices."""
     own = {id(p) for p in model.matrices()} if settings.muon else set()
 
@@ -287,7 +306,7 @@ def _optimizers(model: Any, groups: list[dict], settings: LoopSettings) -> list:
         return [{"params": params, "rate": g["rate"]} for params, g in rated if params]
 
     common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    kind = {"fused": True, "capturable": True} if settings.graph else {}
+    kind = {"fused": True, "capturable": device.type == "cuda"} if settings.graph else {}
     made: list = [torch.optim.AdamW(parts(False), betas=settings.betas, **kind, **common)]
     if own:
         made.append(torch.optim.Muon(parts(True), adjust_lr_fn="match_rms_adamw", **common))

@@ -167,7 +167,8 @@ def main() -> None:
             "--device cuda: there is no CUDA device here; leave it out to train on a CPU"
         )
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")  # of CUDA; nothing to a CPU's float32
+    if given.device == "cuda":  # in TensorFloat-32
+        torch.set_float32_matmul_precision("high")
     student = STUDENTS[given.name]
     trainer = limited(student.trainer, given.updates, given.minutes)
     trainer = dataclasses.replace(trainer, compile=given.compile)

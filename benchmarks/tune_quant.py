@@ -43,7 +43,7 @@ def explained(what: str) -> Iterator[None]:
     """Goes on after what a kernel or its compiler refuses, and says why."""
     try:
         yield
-    except (RuntimeError, ValueError, TritonError) as error:
+    except (RuntimeError, ValueError, AssertionError, TritonError) as error:
         print(f"  {what}: {type(error).__name__}: {' '.join(str(error).split())[:120]}", flush=True)
 
 

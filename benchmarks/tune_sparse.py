@@ -68,11 +68,11 @@ def tuned(width: int, key_block: int, density: float, configs: list[Config]) -> 
     for config in configs:
         what = f"blocks of {key_block} keys, {tuple(config)}"
         with explained(what):
-            if (off := error(width, key_block, config)) > MOST_ERROR:
+            if not (off := error(width, key_block, config)) <= MOST_ERROR:  # or not a number
                 print(f"  {what}: WRONG by {off:.3f}", flush=True)
                 continue
-        run = functools.partial(triton_forward.attend, q, k, v, blocks, config=config)
-        shown(what, work, run)
+            run = functools.partial(triton_forward.attend, q, k, v, blocks, config=config)
+            shown(what, work, run)
 
 
 def dense_kernels(width: int) -> None:
@@ -114,7 +114,8 @@ class Shuffled(BlockMap):
         lists, counts = triton_select.listed(self.keep)
         at = torch.arange(lists.shape[-1], device=lists.device)
         drawn = torch.rand(lists.shape, device=lists.device)
-        order = torch.where(at < counts[..., None], drawn, drawn + 1).argsort(-1)
+        # the last one stays: kernels cut what a ragged block lacks off the end of a list
+        order = torch.where(at < counts[..., None] - 1, drawn, at + 1.0).argsort(-1)
         return lists.gather(-1, order).contiguous(), counts
 
 

@@ -147,8 +147,9 @@ def through_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def share_outside(x: Tensor, scale: Tensor, zero: Tensor) -> float:
     """Share of x that a static grid (one element each) clips; 1 if any of it is not a number."""
-    low, high = float(x.amin()), float(x.amax())  # aminmax is slow where channels come last
-    step, at = float(scale), float(zero)
+    ends = x.amin(), x.amax()  # aminmax is slow where channels come last
+    read = torch.stack([t.reshape(()).float() for t in (*ends, scale, zero)])
+    low, high, step, at = read.tolist()  # one wait for the device
     bottom, top = (-0.5 - at) * step, (255.5 - at) * step
     if bottom <= low and high <= top:
         return 0.0

@@ -147,7 +147,7 @@ class _Live(Attached):
         """Whether the calibrated range is not one for these inputs."""
         with unwatched():  # a look at values, which decides nothing of what a trace shows
             shares = layer.clipped(x)
-        self.count("syncs", 4 * len(shares) * x.is_cuda)
+        self.count("syncs", len(shares) * x.is_cuda)
         if max(shares, default=0.0) <= CLIPPED:
             return False
         self.saturated[path] += 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from accel.denoiser import Denoiser, denoisers
+from accel.device import forked_rng
 from accel.files import write_atomically
 from accel.loop import step_generator
 from accel.patch import Patch
@@ -61,7 +62,7 @@ class Call:
 
         patch.around_call(parts[0].module, layer)
         try:
-            with torch.random.fork_rng(devices=[]):  # its noise is thrown away
+            with forked_rng():  # its noise is thrown away
                 pipe(**arguments)
         except _Seen as seen:
             args, kwargs = seen.args_of_call, seen.kwargs_of_call

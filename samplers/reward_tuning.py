@@ -17,6 +17,7 @@ from torch import Tensor
 
 from accel.artifact import Artifact, Fingerprint, inputs_digest
 from accel.clock import clock_of
+from accel.device import forked_rng
 from accel.loop import LoopSettings, fit, step_generator
 from accel.method import Recipe, Trainer
 from samplers.distillation import Call, Weights, check_same_run, unguided
@@ -82,7 +83,7 @@ class RewardTuning(Trainer):
         model = Fingerprint.of(network)
         record = {"trainer": repr(self), "inputs": inputs_digest(inputs), "model": model.digest()}
         check_same_run(Path(out) / RUN, record)
-        with torch.random.fork_rng():
+        with forked_rng():
             torch.manual_seed(self.seed)
             weights = Weights(network, self.rank)
         single = {**calls[0], "prompt": calls[0]["prompt"][0]}

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from accel.artifact import Artifact, Fingerprint, inputs_digest
 from accel.clock import Clock, clock_of
+from accel.device import forked_rng, on_device
 from accel.loop import LoopSettings, fit
 from accel.method import Recipe, Trainer, attached
 from accel.settings import Settings
@@ -229,11 +230,11 @@ class TDM(Trainer):
         record = {"trainer": repr(self), "recipe": student_recipe.to_json()}
         record |= {"inputs": inputs_digest(inputs), "model": model.digest()}
         check_same_run(Path(out) / RUN, record)
-        with torch.random.fork_rng():
+        with forked_rng():
             torch.manual_seed(self.seed)
             pair = Pair(network, self.rank, self.fake_lr / self.lr)
         blocks = compiled_blocks(calls[0].denoiser) if self.compile else nullcontext()
-        with attached(student_recipe, pipe), blocks:
+        with attached(student_recipe, pipe), blocks, on_device(device):
             pairs = list(zip(calls, bare, strict=True))
             on = process.to(device)
             losses = _Losses(self, clock_of(pipe), on, pairs, bool(student_recipe.methods))

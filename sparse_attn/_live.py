@@ -481,9 +481,10 @@ def compared_with_dense(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tenso
 
 
 def _read(found: dict[tuple[int, int], list[Tensor]]) -> dict[tuple[int, int], Any]:
-    """Means of what was kept on the device, in one read."""
-    means = torch.stack([torch.stack(values).mean(0) for values in found.values()])
-    return dict(zip(found, means.tolist(), strict=True))
+    """Means of what was kept on the device, in one read; layers may be on several."""
+    means = [torch.stack(values).mean(0) for values in found.values()]
+    read = torch.stack([mean.to(means[0].device) for mean in means]).tolist()
+    return dict(zip(found, read, strict=True))
 
 
 def _mean(values: Any) -> float:

@@ -237,8 +237,9 @@ MODEL = Model(
             "no",
             {"unet": Stage(32, LoopSettings(minutes=70, lr=2e-3, warmup=500))},
         ),
-        # For a better model where a GPU is at hand. In TensorFloat-32: with the eight bits of bf16,
-        # the noise of the last timesteps is off by more than the signal there.
+        # For a better model where a GPU is at hand; it has not run on one yet, and no shipped
+        # weights come from it. In TensorFloat-32: with the eight bits of bf16, the noise of the
+        # last timesteps is off by more than the signal there.
         "gpu": Preset(
             "cuda",
             "no",

@@ -89,6 +89,7 @@ def _compiled(
                 attributes[(i,)] = [["tt.divisibility", 16]]  # as the launcher finds them
     source = ASTSource(fn, signature, constexprs=meta, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options["enable_fp_fusion"] = fn is gpu.multiply
     found: Any = triton.compile(source, target=GPUTarget("cuda", part, 32), options=options)
     registers, spilled = _resources(found.asm["cubin"])
     name = fn.__name__

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from accel.device import on_device
+
 NAMESPACE = "accel_quant"
 LARGEST_E4M3 = 448.0
 GROUP = 8  # tiles of rows that share the weight's tiles in the cache
@@ -209,11 +211,12 @@ def quantised_rows(
     rows = torch.empty(0 if static else m, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(k)
     kernel: Any = quantise_rows[(m,)]
-    kernel(
-        x, codes, rows, scale if static else rows, zero if static else rows, k, x.stride(0),
-        STATIC=static, FLOATS=floats, LARGEST=LARGEST_E4M3 if floats else 127.0, BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=False,
-    )  # fmt: skip
+    with on_device(x.device):
+        kernel(
+            x, codes, rows, scale if static else rows, zero if static else rows, k, x.stride(0),
+            STATIC=static, FLOATS=floats, LARGEST=LARGEST_E4M3 if floats else 127.0, BLOCK=block,
+            num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=False,
+        )  # fmt: skip
     return codes, rows
 
 
@@ -230,7 +233,7 @@ def multiplied(
     (m, k), n = codes.shape, weight.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
     chosen = config or config_for(part(codes.device), m, n, k)
-    descriptors = chosen.descriptors and k % 16 == 0 and n * out.element_size() % 16 == 0
+    descriptors = chosen.descriptors and all(map(_describable, (codes, weight, out)))
     tile_m, tile_n, tile_k = chosen[:3]
     a, w, o = codes, weight, out
     if descriptors:
@@ -241,15 +244,22 @@ def multiplied(
     tiles = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
     programs = chosen.programs * part(codes.device).processors
     kernel: Any = multiply[(min(tiles, programs) if programs else tiles,)]
-    kernel(
-        a, w, o, rows, scales, scales if bias is None else bias,
-        zero if static else scales, sums if static else scales,
-        m, n, k, codes.stride(0), weight.stride(0), out.stride(0),
-        STATIC=static, BIAS=bias is not None, DESCRIPTORS=descriptors, WHOLE_K=k % tile_k == 0,
-        BLOCK_M=tile_m, BLOCK_N=tile_n, BLOCK_K=tile_k, GROUP=GROUP,
-        PERSISTENT=programs > 0, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
-    )  # fmt: skip
+    with on_device(codes.device):
+        kernel(
+            a, w, o, rows, scales, scales if bias is None else bias,
+            zero if static else scales, sums if static else scales,
+            m, n, k, codes.stride(0), weight.stride(0), out.stride(0),
+            STATIC=static, BIAS=bias is not None, DESCRIPTORS=descriptors, WHOLE_K=k % tile_k == 0,
+            BLOCK_M=tile_m, BLOCK_N=tile_n, BLOCK_K=tile_k, GROUP=GROUP, PERSISTENT=programs > 0,
+            num_warps=chosen.num_warps, num_stages=chosen.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a descriptor takes it: address and rows at multiples of 16 bytes, and any of them."""
+    whole = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return whole and x.numel() > 0
 
 
 # Each as one operator, so that a compiled graph holds it as a whole, and its work is counted.

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels import triton_backward, triton_forward
-from sparse_attn.kernels.launch import Config
+from sparse_attn.kernels.launch import OPTIONS, Config
 
 # compute capability -> bytes of shared memory that one program may have
 PARTS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -77,6 +77,7 @@ def compiled(
             attributes[(i,)] = [["tt.divisibility", 16]]  # as the launcher finds them
     source = ASTSource(fn, signature, constexprs=meta, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options |= OPTIONS
     found = triton.compile(source, target=GPUTarget("cuda", part, 32), options=options)
     registers, spilled = _resources(found.asm["cubin"])
     return Compiled(kernel, part, head, registers, spilled, found.metadata.shared)

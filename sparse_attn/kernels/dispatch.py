@@ -13,6 +13,8 @@ from sparse_attn.kernels.reference import Attention, Pooled
 
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name, too
 MOST_LISTED = 8192  # blocks of keys, in one program
+MOST_WIDE = 128  # head size; of 256, tiles of mass want 129 KiB of shared memory, and some have 99
+MOST_OF_A_MEAN = 256  # tokens, in one tile
 
 
 def kernel_for(device_type: str) -> str:
@@ -34,13 +36,14 @@ def kernel_for(device_type: str) -> str:
 
 
 def selects(x: Tensor, block: int, parts: int = 1) -> bool:
-    """Whether ``triton_select`` has the means of x (b, h, s, d): on a GPU, without gradients, of
-    blocks that are powers of two."""
+    """Whether ``triton_select`` has the means of `parts` of each block of x (b, h, s, d): on a GPU,
+    without gradients, of few tokens and powers of two."""
     if x.device.type not in TRITON_DEVICES or find_spec("triton") is None:
         return False
     if x.requires_grad and torch.is_grad_enabled():
         return False
-    return block % parts == 0 and block & (block - 1) == 0 and x.shape[-1] <= 256
+    fits = block // parts <= MOST_OF_A_MEAN and x.shape[-1] <= MOST_WIDE
+    return fits and block % parts == 0 and block & (block - 1) == 0
 
 
 def lists(keep: Tensor) -> bool:

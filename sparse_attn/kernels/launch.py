@@ -12,6 +12,10 @@ from torch import Tensor
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels.reference import Pooled
 
+# Of every launch. Products and sums in one instruction: Triton 3.10 does not unless it is told to,
+# and 3.9 warns of that.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
 
 class Config(NamedTuple):
     """A tile of queries and keys, and what runs it."""

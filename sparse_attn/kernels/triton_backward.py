@@ -18,9 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accel.device import on_device
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels import launch, triton_forward
 from sparse_attn.kernels.launch import (
+    OPTIONS,
     Config,
     capability,
     last_stride_one,
@@ -245,13 +247,14 @@ class _Backward:
         lists, counts = self.blocks.lists(), self.blocks.counts
         more = pooled_arguments(self.q, self.k, self.pooled, self.blocks)
         kernel: Any = backward_q[(-(-s // meta["BLOCK_M"]), h, b)]
-        kernel(
-            self.q, self.k, self.v, self.grad, dq, self.lse, self.delta, lists, counts, *more[:3],
-            *strides(self.q, self.k, self.v, self.grad, dq), *more[3:],
-            h, s, self.blocks.keys, 0 if self.pooled is None else self.pooled.k.shape[2],
-            counts.shape[-1], lists.shape[-1], self.scale,
-            **meta, num_warps=self.config.num_warps, num_stages=self.config.num_stages,
-        )  # fmt: skip
+        with on_device(self.q.device):
+            kernel(
+                self.q, self.k, self.v, self.grad, dq, self.lse, self.delta, lists, counts,
+                *more[:3], *strides(self.q, self.k, self.v, self.grad, dq), *more[3:],
+                h, s, self.blocks.keys, 0 if self.pooled is None else self.pooled.k.shape[2],
+                counts.shape[-1], lists.shape[-1], self.scale, **meta, **OPTIONS,
+                num_warps=self.config.num_warps, num_stages=self.config.num_stages,
+            )  # fmt: skip
         return dq
 
     def keys(
@@ -269,13 +272,14 @@ class _Backward:
         lists, counts = seen_by.lists(), seen_by.counts
         table = self.q if bias is None else bias
         kernel: Any = backward_kv[(-(-k.shape[2] // meta["BLOCK_N"]), k.shape[1], b)]
-        kernel(
-            self.q, k, v, self.grad, dk, dv, self.lse, self.delta, lists, counts, table,
-            *strides(self.q, k, v, self.grad, dk, dv),
-            *((0,) * 4 if bias is None else bias.stride()),
-            h, s, k.shape[2], counts.shape[-1], lists.shape[-1], self.scale,
-            **meta, num_warps=self.config.num_warps, num_stages=self.config.num_stages,
-        )  # fmt: skip
+        with on_device(self.q.device):
+            kernel(
+                self.q, k, v, self.grad, dk, dv, self.lse, self.delta, lists, counts, table,
+                *strides(self.q, k, v, self.grad, dk, dv),
+                *((0,) * 4 if bias is None else bias.stride()),
+                h, s, k.shape[2], counts.shape[-1], lists.shape[-1], self.scale, **meta, **OPTIONS,
+                num_warps=self.config.num_warps, num_stages=self.config.num_stages,
+            )  # fmt: skip
         return dk, dv
 
     def everything(self) -> tuple[BlockMap, Tensor]:

@@ -25,9 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accel.device import on_device
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels import launch
 from sparse_attn.kernels.launch import (
+    OPTIONS,
     Config,
     capability,
     last_stride_one,
@@ -119,7 +121,7 @@ def forward(
             k = K.load([b, g, at, 0]).reshape(BLOCK_N, BLOCK_D)
             logits = tl.dot(q, k.T, input_precision=PRECISION)
             v = V.load([b, g, at, 0]).reshape(BLOCK_N, BLOCK_D)
-        elif BLOCK_N <= KEY_BLOCK:
+        elif KEY_BLOCK % BLOCK_N == 0:
             at = _key(index, start, KEY_BLOCK)
             k_at = K + b64 * k_b + g64 * k_h + at.to(tl.int64) * k_s
             v_at = V + b64 * v_b + g64 * v_h + at.to(tl.int64) * v_s
@@ -198,7 +200,7 @@ def constants(
     """What the kernel is compiled for."""
     found = launch.constants(blocks, width, repeat, config, dtype, pooled)
     # a tile that one descriptor reads is of one block
-    return {**found, "DESCRIBED": config.described and config.block_n <= blocks.key_block}
+    return {**found, "DESCRIBED": config.described and blocks.key_block % config.block_n == 0}
 
 
 def _described(x: Tensor, meta: dict[str, Any]) -> Any:
@@ -235,11 +237,12 @@ def attend(
     grid = (nq * (blocks.query_block // meta["BLOCK_M"]), h, b)
     read = (_described(k, meta), _described(v, meta)) if meta["DESCRIBED"] else (k, v)
     kernel: Any = forward[grid]
-    kernel(
-        q, *read, out, lse, lists, counts, order, *more[:3],
-        *strides(q, k, v, out), *more[3:],
-        h, s, blocks.keys, 0 if pooled is None else pooled.k.shape[2], nq, lists.shape[-1],
-        1 / math.sqrt(width) if scale is None else scale,
-        **meta, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
-    )  # fmt: skip
+    with on_device(q.device):
+        kernel(
+            q, *read, out, lse, lists, counts, order, *more[:3],
+            *strides(q, k, v, out), *more[3:],
+            h, s, blocks.keys, 0 if pooled is None else pooled.k.shape[2], nq, lists.shape[-1],
+            1 / math.sqrt(width) if scale is None else scale,
+            **meta, **OPTIONS, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        )  # fmt: skip
     return Attention(out, lse)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.launch import last_stride_one, padded
+from accel.device import on_device
+from sparse_attn.kernels.launch import OPTIONS, last_stride_one, padded
 
 LOG2E = tl.constexpr(math.log2(math.e))
 ROWS = 64  # tokens of a program that takes means
@@ -117,11 +118,12 @@ def block_means(x: Tensor, block: int, *, squares: bool = False) -> Tensor:
     mean = torch.empty(b, h, count, d, dtype=torch.float32, device=x.device)
     parts = max(1, ROWS // block)
     kernel: Any = means[(-(-count // parts), h, b)]
-    kernel(
-        x, mean, *x.stride()[:3], h, s, count,
-        PART=block, PARTS=parts, HEAD_DIM=d, BLOCK_D=padded(d),
-        SQUARES=squares, num_warps=4 if block <= ROWS else 8,
-    )  # fmt: skip
+    with on_device(x.device):
+        kernel(
+            x, mean, *x.stride()[:3], h, s, count,
+            PART=block, PARTS=parts, HEAD_DIM=d, BLOCK_D=padded(d),
+            SQUARES=squares, **OPTIONS, num_warps=4 if block <= ROWS else 8,
+        )  # fmt: skip
     return mean
 
 
@@ -134,11 +136,12 @@ def subblock_mass(q: Tensor, k: Tensor, blocks: tuple[int, int], parts: int) -> 
     nq, nk = -(-s // blocks[0]), -(-keys // blocks[1])
     out = torch.empty(b, h, nq, nk, dtype=torch.float32, device=q.device)
     kernel: Any = mass[(-(-nq // QUERIES), h, b)]
-    kernel(
-        q, k, out, h, g, q.shape[2], k.shape[2], keys, nq, nk, 1 / math.sqrt(d),
-        REPEAT=h // g, PARTS=parts, PART=part_k, HEAD_DIM=d, BLOCK_D=padded(d),
-        QUERIES=QUERIES, KEYS=KEYS, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    with on_device(q.device):
+        kernel(
+            q, k, out, h, g, q.shape[2], k.shape[2], keys, nq, nk, 1 / math.sqrt(d),
+            REPEAT=h // g, PARTS=parts, PART=part_k, HEAD_DIM=d, BLOCK_D=padded(d),
+            QUERIES=QUERIES, KEYS=KEYS, **OPTIONS, num_warps=4, num_stages=2,
+        )  # fmt: skip
     return out
 
 
@@ -149,5 +152,7 @@ def listed(keep: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(keep.shape, dtype=torch.int32, device=keep.device)
     counts = torch.empty(keep.shape[:-1], dtype=torch.int32, device=keep.device)
     kernel: Any = lists[(counts.numel(),)]
-    kernel(keep, out, counts, nk, BLOCK=triton.next_power_of_2(nk), num_warps=4)
+    block = triton.next_power_of_2(nk)
+    with on_device(keep.device):
+        kernel(keep, out, counts, nk, BLOCK=block, **OPTIONS, num_warps=4 if block < 4096 else 8)
     return out, counts

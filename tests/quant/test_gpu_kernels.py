@@ -5,6 +5,10 @@ The interpreter multiplies bit patterns of bfloat16, so that type needs a GPU.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -125,6 +129,60 @@ def test_a_graph_does_the_same_and_is_one():
 
     compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layers(x))
+
+
+def test_no_rows_and_weights_at_odd_addresses(monkeypatch):
+    """Tiles through descriptors, which want neither."""
+    monkeypatch.setattr(gpu, "config_for", lambda *_: Config(32, 32, 32, 4, 2, True))
+    x, weight, scales, bias = problem(9, 32, 16, torch.float16)
+    wanted = reference.linear_token(x.float(), weight, scales, bias.float())
+    x, weight, scales, bias = there(x, weight, scales, bias)
+    odd = torch.cat((weight.flatten()[:1], weight.flatten()))[1:].view_as(weight)
+    assert odd.data_ptr() % 16
+    check(gpu.linear_token(x, odd, scales, bias), wanted, torch.float16)
+    assert gpu.linear_token(x[:0], weight, scales, bias).shape == (0, 16)
+
+
+def test_every_launch_is_made_where_its_tensors_are(monkeypatch):
+    current, launched = [], []
+
+    @contextmanager
+    def on_device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*tensors, **options):
+                assert current == [torch.device("cpu")]
+                launched.append(options["enable_fp_fusion"])
+
+            return launch
+
+    monkeypatch.setattr(gpu, "on_device", on_device)
+    for name in ("quantise_rows", "multiply"):
+        monkeypatch.setattr(gpu, name, Kernel())
+    x, weight, scales, bias = problem(9, 32, 16, torch.float16)
+    gpu.linear_token(x, weight, scales, bias)
+    assert launched == [False, True]  # codes are the reference's to the bit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [80, 86, 89, 90, 100, 120])
+def test_compiles_without_spills_for_every_part(part):
+    """In a fresh process without the interpreter."""
+    code = (
+        "import sys; from quant.kernels.compile_only import gpu, multiplied, quantised\n"
+        "part = int(sys.argv[1]); key = divmod(part, 10); key = gpu.SAME_AS.get(key, key)\n"
+        "found = [multiplied(part, config) for config in gpu.CONFIGS[key]]\n"
+        "found += [quantised(part, 1536, False), quantised(part, 12288, True)]\n"
+        "print([c for c in found if c.problems()])"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", code, str(part)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiTPipeline
 from torch import nn
 
@@ -185,6 +186,23 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="broken: loss nan at step 8"):
         loop.fit("broken", nn.Linear(1, 1), loss_of, settings, tmp_path)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
+def test_each_training_has_its_own_precision_and_leaves_accelerate_as_it_was(tmp_path):
+    found = []
+
+    def loss_of(model, step):
+        found.append(torch.is_autocast_enabled("cpu"))
+        return model(torch.ones(1, 1)).sum()
+
+    theirs = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    before = dict(vars(theirs.state))
+    for precision in ("bf16", "no"):
+        settings, out = LoopSettings(steps=1), tmp_path / precision
+        loop.fit("own", nn.Linear(1, 1), loss_of, settings, out, precision=precision)
+    assert found == [True, False]
+    assert vars(theirs.state) == before
+    assert theirs.gradient_accumulation_steps == 3
 
 
 def test_average_lags_behind_the_weights():

@@ -71,12 +71,12 @@ def test_keys_through_descriptors(attention, width, blocks, with_pooled):
 def test_strides_that_descriptors_can_not_have_are_read_by_pointers(attention):
     """Rows of 24 of 25 numbers lie 100 bytes apart; descriptors want multiples of 16."""
     q, k, v, blocks = attention.problem(d=24)
-    wide = torch.cat([k, k[..., :1]], -1)
+    wide = torch.cat([k, k[..., :1]], -1).to(DEVICE)
     odd = wide[..., :24]
     assert not triton_forward.describable(odd)
     config = Config(32, 16, 4, 2, described=True)
     found = triton_forward.attend(
-        *(x.to(DEVICE) for x in (q, odd, v)),
+        *(x.to(DEVICE) for x in (q, odd, v)),  # a copy would have other strides
         BlockMap(blocks.keep.to(DEVICE), 32, 16, blocks.queries, blocks.keys),
         config=config,
     )

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from sparse_attn import estimators
 from sparse_attn.block_map import BlockMap, block_mean_squares, block_means
-from sparse_attn.kernels import triton_select
+from sparse_attn.kernels import dispatch, triton_select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in the interpreter
 # Products of means are in TF32 on a GPU: 10 bits.
@@ -44,6 +44,25 @@ def test_mass_is_that_of_plain_operations(queries, keys, heads, groups, d, block
     found = triton_select.subblock_mass(q.to(DEVICE), k.to(DEVICE), blocks, 4).cpu()
     torch.testing.assert_close(found, estimators.subblock_mass(q, k, blocks), **CLOSE)
     torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:-1]), **CLOSE)
+
+
+def test_what_does_not_fit_a_tile_is_left_to_plain_operations(monkeypatch):
+    """Asked of the meta device, as of a GPU."""
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("meta",))
+
+    def selects(d, *how):
+        return dispatch.selects(torch.empty(1, 1, 1024, d, device="meta"), *how)
+
+    assert selects(128, 256)
+    assert selects(128, 1024, 4)
+    assert not selects(160, 64)  # shared memory of small parts
+    assert not selects(64, 512)  # registers
+    assert not selects(64, 48)
+    assert not dispatch.selects(torch.empty(1, 1, 64, 64), 64)
+    wanted = torch.empty(1, 1, 64, 64, device="meta", requires_grad=True)
+    assert not dispatch.selects(wanted, 64)
+    with torch.no_grad():
+        assert dispatch.selects(wanted, 64)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
