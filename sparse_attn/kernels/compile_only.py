@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,14 +20,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_attn.block_map import BlockMap
-from sparse_attn.kernels import triton_backward, triton_forward
-from sparse_attn.kernels.launch import OPTIONS, Config
+from sparse_attn.kernels import triton_backward, triton_forward, triton_select
+from sparse_attn.kernels.launch import OPTIONS, Config, padded
 
 # compute capability -> bytes of shared memory that one program may have
 PARTS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 HEADS = (64, 96, 128)
 MOST_SPILLED = 64  # bytes
-STRIDES = re.compile(r"^(q|k|v|o|do|dk|dv|pk|pv|bias)_[bhsqp]$")
+STRIDES = re.compile(r"^(q|k|v|o|do|dk|dv|pk|pv|bias|x)_[bhsqp]$")
+ATTENTION, SELECTION = ("forward", "backward_q", "backward_kv"), ("means", "mass", "lists")
 
 
 class Compiled(NamedTuple):
@@ -65,6 +66,25 @@ def compiled(
     blocks = BlockMap(keep, 128, key_block, 128, 128)
     meta = module.constants(blocks, head, 1, config, dtype, pooled)
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return _compiled(fn, part, head, meta, config, element)
+
+
+def selection(kernel: str, part: int, head: int) -> Compiled:
+    """One of ``SELECTION``, for blocks of 64 tokens in four parts, of 1,024 blocks."""
+    fn, d = getattr(triton_select, kernel), {"HEAD_DIM": head, "BLOCK_D": padded(head)}
+    tile = {"QUERIES": triton_select.QUERIES, "KEYS": triton_select.KEYS}
+    meta: dict[str, Any] = {
+        "means": {"PART": 16, "PARTS": triton_select.ROWS // 16, "SQUARES": False, **d},
+        "mass": {"REPEAT": 1, "PARTS": 4, "PART": 16, **d, **tile},
+        "lists": {"BLOCK": 1024},
+    }[kernel]
+    config = Config(0, 0, 4, 2 if kernel == "mass" else 3)
+    return _compiled(fn, part, head, meta, config, "bf16" if kernel == "means" else "fp32")
+
+
+def _compiled(
+    fn: Any, part: int, head: int, meta: dict[str, Any], config: Config, element: str
+) -> Compiled:
     signature, attributes = {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in meta:
@@ -76,18 +96,19 @@ def compiled(
         if signature[name].startswith("*") or STRIDES.match(name):
             attributes[(i,)] = [["tt.divisibility", 16]]  # as the launcher finds them
     source = ASTSource(fn, signature, constexprs=meta, attrs=attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    options |= OPTIONS
-    found = triton.compile(source, target=GPUTarget("cuda", part, 32), options=options)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
+    found: Any = triton.compile(source, target=GPUTarget("cuda", part, 32), options=options)
     registers, spilled = _resources(found.asm["cubin"])
-    return Compiled(kernel, part, head, registers, spilled, found.metadata.shared)
+    return Compiled(fn.__name__, part, head, registers, spilled, found.metadata.shared)
 
 
 def _type_of(name: str, element: str) -> str:
-    if name in ("Lse", "Bias", "Delta"):
+    if name in ("Lse", "Bias", "Delta", "Mean", "Mass"):
         return "*fp32"
-    if name in ("Index", "Count", "Order"):
+    if name in ("Index", "Count", "Order", "List"):
         return "*i32"
+    if name == "Keep":
+        return "*i1"
     if name[0].isupper():
         return f"*{element}"
     return "fp32" if name == "scale" else "i32"
@@ -112,13 +133,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", type=int, choices=list(PARTS))
     parser.add_argument("--head", type=int)
-    parser.add_argument("--kernel", choices=("forward", "backward_q", "backward_kv"))
+    parser.add_argument("--kernel", choices=(*ATTENTION, *SELECTION))
     args = parser.parse_args()
     print("kernel       part head registers spilled shared")
-    for kernel in [args.kernel] if args.kernel else ["forward", "backward_q", "backward_kv"]:
+    for kernel in [args.kernel] if args.kernel else [*ATTENTION, *SELECTION]:
         for part in [args.part] if args.part else PARTS:
             for head in [args.head] if args.head else HEADS:
-                c = compiled(kernel, part, head)
+                c = (compiled if kernel in ATTENTION else selection)(kernel, part, head)
                 line = f"{c.kernel:12} sm{c.part:<3} {c.head:4} {c.registers:9} {c.spilled:7}"
                 print(f"{line} {c.shared:6} {'; '.join(c.problems()) or 'ok'}", flush=True)
 

@@ -119,11 +119,11 @@ def test_the_dispatcher_says_what_is_missing(monkeypatch):
         dispatch.kernel_for("cuda")
 
 
-def compiled(*cases):
+def compiled(*cases, by="compiled(*case)"):
     """In a fresh process without the interpreter; cases (kernel, part, head[, pooled])."""
     code = (
-        "import json, sys; from sparse_attn.kernels.compile_only import compiled\n"
-        "found = [compiled(*case) for case in json.loads(sys.argv[1])]\n"
+        "import json, sys; from sparse_attn.kernels.compile_only import *\n"
+        f"found = [{by} for case in json.loads(sys.argv[1])]\n"
         "print(json.dumps([[c.spilled, c.shared, c.problems()] for c in found]))"
     )
     env = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -148,3 +148,22 @@ def test_compiles_without_spills_for_every_part(kernel, part):
     assert {case: problems for case, (*_, problems) in zip(cases, found, strict=True)} == {
         case: [] for case in cases
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [80, 86, 89, 90, 100, 120])
+def test_selection_compiles_without_spills_for_every_part(part):
+    cases = [("lists", part, 64)]
+    cases += [(kernel, part, head) for head in (64, 96, 128) for kernel in ("means", "mass")]
+    found = compiled(*cases, by="selection(*case)")
+    assert {case: problems for case, (*_, problems) in zip(cases, found, strict=True)} == {
+        case: [] for case in cases
+    }
+    assert max(head for _, _, head in cases) == dispatch.MOST_WIDE
+
+
+@pytest.mark.slow
+def test_keys_through_descriptors_compile():
+    config = "Config(128, 64, 8, 3, described=True)"
+    found = compiled(64, 96, 128, by=f"compiled('forward', 90, case, config={config})")
+    assert [problems for *_, problems in found] == [[], [], []]
