@@ -49,8 +49,8 @@ class Config(NamedTuple):
 
 # By compute capability: for many tiles, for few, and for a few rows. (0, 0): any other part.
 CONFIGS: dict[tuple[int, int], tuple[Config, Config, Config]] = {
-    (8, 0): (Config(128, 128, 128, 4, 3), Config(64, 64, 128, 4, 4), Config(16, 64, 256, 4, 4)),
-    (8, 6): (Config(128, 128, 64, 4, 3), Config(64, 64, 128, 4, 3), Config(16, 64, 256, 4, 3)),
+    (8, 0): (Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4), Config(16, 64, 256, 4, 4)),
+    (8, 6): (Config(128, 128, 64, 8, 3), Config(64, 64, 128, 4, 3), Config(16, 64, 256, 4, 3)),
     (9, 0): (
         Config(128, 128, 128, 4, 3, True),
         Config(64, 64, 128, 4, 4),

@@ -177,7 +177,7 @@ def test_compiles_without_spills_for_every_part(part):
         "part = int(sys.argv[1]); key = divmod(part, 10); key = gpu.SAME_AS.get(key, key)\n"
         "found = [multiplied(part, config) for config in gpu.CONFIGS[key]]\n"
         "found += [quantised(part, 1536, False), quantised(part, 12288, True)]\n"
-        "print([c for c in found if c.problems()])"
+        "print([c[:5] for c in found if c.problems()])"
     )
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", code, str(part)]
