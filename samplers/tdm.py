@@ -368,12 +368,7 @@ class _Losses:
         return fake_loss(self.process, out, x, clean[at], times)
 
     def _student(
-        self,
-        model: Pair,
-        call: Call,
-        bare: Call | None,
-        states: list[State],
-        draws: Draws,
+        self, model: Pair, call: Call, bare: Call | None, states: list[State], draws: Draws
     ) -> Tensor:
         index = int(torch.randint(len(states), (1,), generator=draws.host))
         start = states[index].x
