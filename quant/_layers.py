@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant._rounding import bits_of, floats_of, per_channel, share_outside, unpack4
+from quant._rounding import bits_of, floats4, floats_of, per_channel, share_outside, unpack4
 from quant.kernels import cpu, reference
 
 Scheme = Literal["static", "token", "weight"]
@@ -137,8 +137,9 @@ class _Quantised(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that this layer stands for, float32; for whoever looks at type or device."""
-        scale = per_channel(floats_of(self.wscale), len(self.shape))
-        return self.codes().float() * scale
+        packed = self.bits == 4
+        codes = floats4(self.qweight, self.shape) if packed else self.qweight.float()
+        return codes.mul_(per_channel(floats_of(self.wscale), len(self.shape)))
 
     def _activation(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the present group, one element each."""
@@ -192,10 +193,8 @@ class _Quantised(nn.Module):
         return isinstance(self, QuantLinear) and x.is_cuda and multiplies_integers(x.device)
 
     def _float_weight(self, like: Tensor) -> Tensor:
-        held = self._ready.get("float")
-        if held is None or (held.device, held.dtype) != (like.device, like.dtype):
-            self._ready["float"] = held = self.weight.to(like.device, like.dtype)
-        return held
+        """Made at every call, not kept: who leaves activations whole wants the memory."""
+        return self.weight.to(like.device, like.dtype)
 
     def _bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias.float()

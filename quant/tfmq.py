@@ -6,8 +6,8 @@ activation scales for groups of timesteps (finite set calibration), weights by b
 with AdaRound along the sampler's own trajectory. Ours: symmetric weights, no attention products,
 for each linear layer the activation scheme that does best on held-out samples, dynamic rows among
 them, because static scales by timestep help UNets and not transformers. First and last layer stay
-whole, as in the paper. Costs: packed weights beside the model's own (``weights="disk"`` maps them),
-and where activations are whole once more in floating point.
+whole, as in the paper. Costs: packed weights beside the model's own (``weights="disk"`` maps them).
+Where activations are whole, a layer's weights are made at each call, and none are kept.
 """
 
 from __future__ import annotations

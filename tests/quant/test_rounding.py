@@ -11,6 +11,7 @@ from quant._rounding import (
     beta_at,
     bits_of,
     first_rounding,
+    floats4,
     floats_of,
     gptq,
     largest_scale,
@@ -109,6 +110,7 @@ def test_four_bits_come_back(rows, rest, seed):
     packed = pack4(codes)
     assert packed.shape == (rows, (codes[0].numel() + 1) // 2)
     assert torch.equal(unpack4(packed, shape), codes.to(torch.int8))
+    assert torch.equal(floats4(packed, shape), codes.float())
 
 
 def test_scales_survive_a_loader_that_casts_floats():

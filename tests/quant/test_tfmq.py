@@ -69,6 +69,20 @@ def test_more_bits_are_nearer(calibrated):
     assert psnr[8] > psnr[4] + 10
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_where_activations_are_whole_weights_stay_packed(bits, calibrated):
+    """After a run, too: none are kept in floating point."""
+    artifact, ref = calibrated("dit", bits=bits, activations="whole", temporal="plain")
+    held = sum(t.nbytes for n, t in artifact.tensors.items() if n.endswith((":q", ":wscale")))
+    host = tiny("dit")
+    with attached(TFMQ(ref), host.pipe) as live:
+        host.run()
+        biases = sum(p.nbytes for x in live.layers.values() for p in x.parameters())
+        assert live.memory()["bytes_host"] == held + biases
+        (run,) = live.report()["runs"]
+    assert set(run["detail"]["layers"]) == {f"weight, {bits} bits, float"}
+
+
 def test_four_bits_take_half_the_file(calibrated):
     sizes = {}
     for bits in (4, 8):
