@@ -1,6 +1,6 @@
 """Times tiles of the sparse kernel and the parts of a selection on a GPU.
 
-    python -m benchmarks.tune_sparse [--head 128] [--density 0.2] [--few]
+    python -m benchmarks.tune_sparse [--head 128] [--keys 64] [--density 0.2] [--few]
 
 Every configuration is first held against float64 on a small problem: one that is wrong is not
 timed. Then microseconds (median, cache flushed between calls) and tera-operations a second beside
@@ -30,16 +30,16 @@ QUERY_BLOCK, KEY_BLOCKS = 128, (64, 128)
 MOST_ERROR = 1e-2  # relative (L2), of bfloat16
 
 
+TILES = [  # queries, keys, warps, stages
+    (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3),
+    (128, 128, 8, 2), (128, 128, 8, 3), (128, 128, 4, 2), (128, 32, 4, 4),
+]  # fmt: skip
+
+
 def candidates(key_block: int) -> list[Config]:
     """Tiles with and without descriptors; these read tiles of one block."""
-    shapes = [(128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 128, 8), (128, 128, 4), (128, 32, 4)]
-    return [
-        Config(m, n, warps, stages, described)
-        for m, n, warps in shapes
-        for stages in (2, 3, 4)
-        for described in (False, True)
-        if not described or n <= key_block
-    ]
+    plain = [Config(*tile) for tile in TILES]
+    return plain + [c._replace(described=True) for c in plain if c.block_n <= key_block]
 
 
 def problem(tokens: int, heads: int, width: int, key_block: int, density: float) -> Any:
@@ -122,6 +122,7 @@ class Shuffled(BlockMap):
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--head", type=int, choices=list(HEADS), help="default: each")
+    parser.add_argument("--keys", type=int, choices=KEY_BLOCKS, help="of a block; default: each")
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--few", action="store_true", help="only what is in the table")
     given = parser.parse_args()
@@ -132,7 +133,7 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, {size}, density {given.density:g}", flush=True)
         with torch.no_grad():
             dense_kernels(width)
-            for key_block in KEY_BLOCKS:
+            for key_block in [given.keys] if given.keys else KEY_BLOCKS:
                 table = triton_forward.config_for(part, width, torch.bfloat16)
                 configs = [table] if given.few else [table, *candidates(key_block)]
                 tuned(width, key_block, given.density, configs)
