@@ -8,7 +8,7 @@ row sums, with its bias, in the model's type. In compiled graphs rows are quanti
 operations instead, which the compiler fuses into what made them; its division may move a value at
 the middle of two codes. e4m3 rows go through ``torch._scaled_mm``.
 Layout: x (m, k) by rows, last stride 1. Tensor memory descriptors where k and n allow (sm90 on).
-Hardware: compiled for sm80, 86, 89, 90, 100 and 120 and run in the interpreter.
+Hardware: compiled for sm80, 86, 89, 90, 100 and 120 and run in the interpreter; not yet on a GPU.
 Limits: k up to 65,536 in one row; float16, bfloat16, float32; convolutions are not here.
 """
 

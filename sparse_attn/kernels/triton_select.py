@@ -5,6 +5,9 @@ specification and run where these do not. In plain operations a selection is som
 writes a logit for every pair of sub-blocks several times over; here the mass kernel goes over the
 keys twice, once for the softmax's denominator and once for the mass, and writes one number for each
 pair of blocks. Products in TF32 where the part has it: means of 16 tokens only rank blocks.
+Layout: q and k by strides, last stride 1; means, mass and lists in one piece.
+Hardware: compiled for sm80, 86, 89, 90, 100 and 120 and run in the interpreter; not yet on a GPU.
+Limits: ``dispatch.selects``.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from quant._rounding import (
     beta_at,
@@ -20,6 +21,7 @@ from quant._rounding import (
     per_channel,
     rounding_loss,
     searched_scale,
+    share_outside,
     soft_codes,
     soft_rounding,
     soft_weight,
@@ -126,6 +128,24 @@ def test_static_grids_hold_zero_and_the_range(low, high):
     error = (through_static(x, scale, zero) - x).abs().max()
     assert float(error) <= 0.51 * float(scale) + 1e-7 + 0.5 * float(scale)  # zero point, rounding
     assert float(through_static(torch.zeros(1), scale, zero)) == 0
+
+
+def test_what_a_static_grid_clips_is_known_after_one_wait():
+    scale, zero = torch.tensor([0.5]), torch.tensor([100], dtype=torch.int32)
+    inside = torch.tensor([-50.0, 0.0, 77.5])  # codes 0, 100 and 255
+    reads = []
+
+    class Reads(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__float__):
+                reads.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Reads():
+        assert share_outside(inside, scale, zero) == 0
+    assert len(reads) == 1
+    assert share_outside(torch.cat([inside, torch.tensor([78.0])]), scale, zero) == 0.25
+    assert share_outside(torch.tensor([0.0, float("nan")]), scale, zero) == 1
 
 
 def test_rows_of_their_own_scale():
