@@ -155,7 +155,7 @@ class TDM(Trainer):
     of the fake, and ``warmup`` of those come before the first. ``separate``: a step's samples are
     noised up to its own anchor only. ``precision`` as Accelerate names it. ``minutes``: of
     training at most; the learning rate follows whichever of the two ends is nearer. ``compile``:
-    the network's blocks, which takes a minute at the start; not with a student's recipe.
+    the network's blocks, which takes a while at the start; not with a student's recipe.
     """
 
     anchors: tuple[float, ...]
