@@ -96,6 +96,12 @@ PARTS = (
         "{w}: AdaRound, + TIAR, by timestep",
     ),
     ("AdaRound for GPTQ", "{w}: GPTQ", "{w}: AdaRound, temporal whole, by layer"),
+    (
+        "twenty times the iterations of AdaRound",
+        "{w}: AdaRound, temporal whole, by layer",
+        "{w}: AdaRound, many iterations",
+    ),
+    ("many iterations of AdaRound for GPTQ", "{w}: GPTQ", "{w}: AdaRound, many iterations"),
     ("skips split", "{w}: plain, skips not split", "{w}: plain"),
     ("skips split, with GPTQ", "{w}: GPTQ, skips not split", "{w}: GPTQ"),
     ("skips whole instead of split", "{w}: GPTQ", "{w}: GPTQ, skips whole"),
