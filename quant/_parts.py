@@ -16,8 +16,8 @@ from accel.artifact import Fingerprint, inputs_digest
 from accel.denoiser import denoisers
 from accel.files import write_atomically
 from accel.method import Recipe
+from accel.resuming import require_same_work
 
-LONG = 60  # letters; beyond that a value says nothing to a person
 # what another run over a folder may change: it has nothing to do with the weights
 NOT_WEIGHTS = ("activations", "groups", "only_faster")
 
@@ -28,14 +28,7 @@ class Parts:
     def __init__(self, path: Path, settings: dict[str, Any], conditions: dict[str, Any]) -> None:
         self.path = path
         weights_only = {k: v for k, v in settings.items() if k not in NOT_WEIGHTS}
-        text = json.dumps({"how": weights_only, **conditions}, sort_keys=True)
-        mark = path / "calibration.json"
-        if mark.is_file() and mark.read_text() != text:
-            raise ValueError(
-                f"{path} holds another calibration ({_difference(mark.read_text(), text)}); give "
-                "another folder, or delete it if that one is of no use any more"
-            )
-        write_atomically(mark, text.encode())
+        require_same_work(path / "calibration.json", conditions | weights_only, "calibration")
 
     def _file(self, slot: str, unit: str) -> Path:
         return self.path / f"{slot}.{unit}.safetensors"
@@ -62,19 +55,3 @@ def conditions(pipe: Any, inputs: list[dict[str, Any]], recipe: Recipe) -> dict[
         "model": hashlib.sha256(text.encode()).hexdigest(),
         "recipe": recipe.digest(),
     }
-
-
-def _difference(old: str, new: str) -> str:
-    try:
-        was, now = (_flat(json.loads(text)) for text in (old, new))
-    except (ValueError, AttributeError, KeyError):
-        return "its calibration.json is damaged"
-    keys = sorted(k for k in {**was, **now} if was.get(k) != now.get(k))
-    told = [f"{k} {was.get(k)!r} there, {now.get(k)!r} here" for k in keys]
-    return ", ".join(
-        t if len(t) < LONG else f"of another {k}" for k, t in zip(keys, told, strict=True)
-    )
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    return {**{k: v for k, v in record.items() if k != "how"}, **record["how"]}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from torch.func import functional_call
 
 from accel.denoiser import Denoiser, denoisers
 from accel.device import forked_rng
-from accel.files import write_atomically
 from accel.loop import step_generator
 from accel.patch import Patch
 
@@ -225,13 +222,3 @@ def unguided(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
     """A call without guidance, unless it says otherwise."""
     takes = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
     return {"guidance_scale": 1.0, **call} if takes else call
-
-
-def check_same_run(file: Path, record: dict[str, Any]) -> None:
-    """Raises ValueError where a folder holds a training that was begun with something else."""
-    if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(record)):
-        raise ValueError(
-            f"{file.parent} holds a training of another model or other settings; "
-            "name another folder"
-        )
-    write_atomically(file, json.dumps(record).encode())

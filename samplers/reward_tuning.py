@@ -20,7 +20,8 @@ from accel.clock import clock_of
 from accel.device import forked_rng
 from accel.loop import LoopSettings, fit, step_generator
 from accel.method import Recipe, Trainer
-from samplers.distillation import Call, Weights, check_same_run, unguided
+from accel.resuming import require_same_work
+from samplers.distillation import Call, Weights, unguided
 from samplers.search.budget import Cost
 from samplers.search.differentiate import forward
 from samplers.search.leg import State
@@ -82,7 +83,7 @@ class RewardTuning(Trainer):
             raise ValueError("RewardTuning trains in float32; load the pipeline so")
         model = Fingerprint.of(network)
         record = {"trainer": repr(self), "inputs": inputs_digest(inputs), "model": model.digest()}
-        check_same_run(Path(out) / RUN, record)
+        require_same_work(Path(out) / RUN, record, "training")
         with forked_rng():
             torch.manual_seed(self.seed)
             weights = Weights(network, self.rank)

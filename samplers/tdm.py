@@ -32,13 +32,13 @@ from accel.clock import Clock, clock_of
 from accel.device import forked_rng, on_device
 from accel.loop import LoopSettings, fit
 from accel.method import Recipe, Trainer, attached
+from accel.resuming import require_same_work
 from accel.settings import Settings
 from samplers.distillation import (
     Call,
     Draws,
     Pair,
     calls_of,
-    check_same_run,
     compiled_blocks,
     instead,
     unguided,
@@ -229,7 +229,7 @@ class TDM(Trainer):
         model = Fingerprint.of(network)
         record = {"trainer": repr(self), "recipe": student_recipe.to_json()}
         record |= {"inputs": inputs_digest(inputs), "model": model.digest()}
-        check_same_run(Path(out) / RUN, record)
+        require_same_work(Path(out) / RUN, record, "training")
         with forked_rng():
             torch.manual_seed(self.seed)
             pair = Pair(network, self.rank, self.fake_lr / self.lr)

@@ -7,7 +7,7 @@ from torch import nn
 from accel.denoiser import denoisers
 from accel.patch import Patch
 from accel.testing import TINY_NAMES, assert_equal, tiny
-from samplers.distillation import HIGH, LOW, Call, Weights, check_same_run, lora_layers, merge
+from samplers.distillation import HIGH, LOW, Call, Weights, lora_layers, merge
 
 
 @pytest.mark.parametrize("name", ["dit", "sd", "wan", "flux"])
@@ -119,16 +119,3 @@ def test_low_rank_students_load_as_lora():
 def test_full_students_are_no_lora():
     with pytest.raises(ValueError, match="full weight"):
         lora_layers({"a.weight": torch.zeros(2, 2)}, "unet")
-
-
-def test_what_a_training_was_begun_with_survives_a_full_disk(tmp_path, full_disk):
-    file = tmp_path / "run" / "run.json"
-    with full_disk(), pytest.raises(OSError, match="File too large"):
-        check_same_run(file, {"seed": 12345678})
-    check_same_run(file, {"seed": 12345678})
-    with full_disk(), pytest.raises(OSError, match="File too large"):
-        check_same_run(file, {"seed": 12345678})
-    check_same_run(file, {"seed": 12345678})
-    with pytest.raises(ValueError, match="other settings"):
-        check_same_run(file, {"seed": 1})
-    assert [path.name for path in file.parent.iterdir()] == ["run.json"]
