@@ -107,7 +107,7 @@ def specs(model: str) -> list[Spec]:
         Spec("quanto: int4 weights", peer=Quanto(4)),
         Spec("torchao: int8 weight-only", peer=TorchAO("int8 weight-only")),
     ]
-    if model == MODEL:  # minutes there, an hour in a UNet
+    if model != SD:  # minutes there, an hour of it
         many = replace(gptq[4], rounding="adaround", steps=MANY_STEPS)
         found.append(Spec("W4A8: AdaRound, many iterations", many))
     return found + [
