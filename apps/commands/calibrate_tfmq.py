@@ -48,6 +48,9 @@ def tfmq(
     ] = None,
     activations: Annotated[Activations, typer.Option(help="8 bits, or whole.")] = Activations.auto,
     rounding: Annotated[Rounding, typer.Option(help="Of weights.")] = Rounding.gptq,
+    iterations: Annotated[
+        int, typer.Option(min=1, help="Of AdaRound, for each part; thousands are nearer.")
+    ] = 300,
     temporal: Annotated[
         Temporal, typer.Option(help="What depends on the timestep: whole, apart, or like the rest.")
     ] = Temporal.cache,
@@ -88,6 +91,7 @@ def tfmq(
             bits=bits,
             activations=activations.value,
             rounding=rounding.value,
+            steps=iterations,
             temporal=temporal.value,
             only_faster=bits == 8 and plan is None if only_faster is None else only_faster,
             plan=None if plan is None else Settings(read_plan(plan)),

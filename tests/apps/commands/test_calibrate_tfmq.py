@@ -62,3 +62,17 @@ def test_eight_bits_are_for_speed_unless_told_otherwise(jobs, tmp_path, monkeypa
     assert done.exit_code == 2
     assert "ask for every layer" in done.output
     assert not (tmp_path / "q.yaml").exists()
+
+
+@pytest.mark.parametrize(("given", "steps"), [([], 300), (["--iterations", "2000"], 2000)])
+def test_iterations_are_those_of_adaround(given, steps, jobs, tmp_path, monkeypatch):
+    from quant.calibrate import TFMQCalibration
+
+    def seen(self, *args, **kwargs):
+        raise ValueError(f"{self.rounding}, {self.steps} steps")
+
+    monkeypatch.setattr(TFMQCalibration, "fit", seen)
+    call = ["calibrate", "tfmq", "--model", MODEL, "--out", str(tmp_path / "q.yaml")]
+    call += ["--jobs", str(jobs), "--rounding", "adaround", "--count", "1", *given]
+    done = CliRunner().invoke(app, call)
+    assert f"adaround, {steps} steps" in done.output
