@@ -118,10 +118,22 @@ def compiled_entry(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def compile_call(module: Any) -> tuple[str, Callable]:
+    """What ``module.compile()`` would store, and under which name: to be taken away again."""
+    return "_compiled_call_impl", torch.compile(module._call_impl, dynamic=False)
+
+
 def is_compiled(module: Any) -> bool:
     """Whether calls of ``module`` enter one compiled graph (or several) as a whole."""
     compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
     return compiled_in_place or compiled_entry(module) is not module
+
+
+def accelerate_state() -> list[dict[str, Any]]:
+    """Where Accelerate keeps its device and precision, which are those of a process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    return [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
 
 
 def recompile_limit_hit() -> type[Exception]:

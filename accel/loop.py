@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
+
+from accel.compat import accelerate_state
 
 POSITION = "position.json"
 
@@ -146,7 +147,7 @@ def step_seed(seed: int, step: int) -> int:
 @contextmanager
 def _own_state() -> Iterator[None]:
     """Accelerate's device and precision, which are those of a process, for one training alone."""
-    shared = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    shared = accelerate_state()
     before = [dict(state) for state in shared]
     for state in shared:
         state.clear()

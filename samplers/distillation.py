@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from accel.compat import compile_call
 from accel.denoiser import Denoiser, denoisers
 from accel.device import forked_rng
 from accel.loop import step_generator
@@ -210,8 +211,7 @@ def compiled_blocks(denoiser: Denoiser) -> Iterator[None]:
     """Blocks of a transformer compiled one by one: they are alike, so that is done once for all."""
     patch, get = Patch(), denoiser.module.get_submodule
     for block in denoiser.blocks:
-        call = torch.compile(get(block.path)._call_impl, dynamic=False)
-        patch.swap(get(block.path), "_compiled_call_impl", call)
+        patch.swap(get(block.path), *compile_call(get(block.path)))
     try:
         yield
     finally:

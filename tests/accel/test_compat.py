@@ -53,7 +53,7 @@ def test_private_names_of_the_host_are_touched_nowhere_else():
     private = {
         *("_diffusers_hook", "_fn_refs", "_hook_order", "_hf_hook", "_old_forward"),
         *("_cache_config", "_state_cache", "_reset_stateful_cache", "_child_registries_cache"),
-        *("_compiled_call_impl", "_orig_mod"),
+        *("_compiled_call_impl", "_call_impl", "_orig_mod", "_shared_state"),
     }
     for folder in ("accel", "samplers", "caches", "quant", "sparse_attn", "apps"):
         for path in (root / folder).rglob("*.py"):
