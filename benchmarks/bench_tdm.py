@@ -14,7 +14,6 @@ draws ``benchmarks/pictures/students.png``: teacher, students, teacher in as few
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from benchmarks.digits_study import (
     row,
     study,
 )
-from benchmarks.distil import RECIPES, SPARSE, STUDENTS, recipe_file, students_of
+from benchmarks.distil import SPARSE, STUDENTS, recipe_file, students_of
 from benchmarks.results_file import DEVICES, RESULTS, add_fresh, read, write
 from samplers.swap import SwapScheduler
 
@@ -109,12 +108,14 @@ def main() -> None:
     old = None if given.fresh and not given.only else read(name, given.device)
     measured: dict[str, Any] = dict(kept_rows(old, bench.protocol(), block))
     made = rows(given.model)
+    # of artifacts, also of students that are not shipped
+    folders = sorted({str(recipe_file(name).resolve().parent) for name in students_of(given.model)})
     for label, recipe in made.items():
         wanted = not given.only or label.startswith(tuple(given.only))
         if not wanted or (label in measured and not given.fresh):
             continue
         result = bench.compare(recipe, rounds=given.rounds)
-        measured[label] = row(recipe, result, str(Path(RECIPES)))
+        measured[label] = row(recipe, result, *folders)
         print(label, *(measured[label][k] for k in ("speedup", "judged")), flush=True)
         measured = {label: measured[label] for label in made if label in measured}
         shown = head(bench, given.samples, block, 1 if given.model == WAN else BATCH)

@@ -6,7 +6,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sparse_attn.block_map import BlockMap
@@ -39,7 +38,7 @@ def padded(width: int) -> int:
     """Head size as tiles have it. Raises ValueError above 256."""
     if width > 256:
         raise ValueError(f"sparse attention: head size {width}, at most 256")
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def constants(
