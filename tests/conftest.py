@@ -40,3 +40,44 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return full
+
+
+@pytest.fixture
+def reads():
+    """``with reads() as seen``: how often the block asked a tensor for values, as a list."""
+    import torch  # only after what is settled above
+    from torch.overrides import TorchFunctionMode
+
+    @contextlib.contextmanager
+    def watched():
+        seen = []
+
+        class Reads(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                if func in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__float__):
+                    seen.append(func)
+                return func(*args, **(kwargs or {}))
+
+        with Reads():
+            yield seen
+
+    return watched
+
+
+@pytest.fixture
+def made_current(monkeypatch):
+    """``made_current(module)``: the devices that its ``on_device`` has made current, now."""
+
+    def watch(module):
+        current = []
+
+        @contextlib.contextmanager
+        def on_device(device):
+            current.append(device)
+            yield
+            current.pop()
+
+        monkeypatch.setattr(module, "on_device", on_device)
+        return current
+
+    return watch

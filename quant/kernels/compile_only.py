@@ -1,52 +1,21 @@
-"""Compiles the GPU kernels for NVIDIA parts that are not there: registers, spills, memory.
+"""Compiles the GPU kernels for NVIDIA parts that are not there; see ``accel.compile_only``.
 
-    python -m quant.kernels.compile_only [--part 90]
-
-Catches most of what breaks on a part without having one. ptxas and cuobjdump come with triton.
+python -m quant.kernels.compile_only [--part 90]
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
-import tempfile
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
+from accel.compile_only import PARTS, Compiled, compile_for
 from quant.kernels import gpu
 
-# compute capability -> KiB of shared memory that one program may have
-PARTS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-MOST_SPILLED = 64  # bytes
 TYPES = {
     **dict.fromkeys(("A", "W", "Codes"), "i8"),
     **dict.fromkeys(("Zero", "Sums"), "i32"),
     **dict.fromkeys(("X", "Out", "Bias"), "bf16"),
 }
-
-
-class Compiled(NamedTuple):
-    """What one kernel needs on one part."""
-
-    kernel: str
-    part: int
-    registers: int
-    spilled: int  # bytes
-    shared: int  # bytes
-    ptx: str
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.spilled > MOST_SPILLED:
-            found.append(f"spills {self.spilled} bytes")
-        if self.shared > PARTS[self.part] * 1024:
-            found.append(f"wants {self.shared} bytes of shared memory")
-        return found
 
 
 def multiplied(part: int, config: gpu.Config, static: bool = True) -> Compiled:
@@ -76,39 +45,17 @@ def _compiled(
     fn: Any, part: int, meta: dict[str, Any], blocks: dict[str, Any], config: gpu.Config,
     types: dict[str, str] | None = None,
 ) -> Compiled:  # fmt: skip
-    known, signature, attributes = TYPES | (types or {}), {}, {}
-    for i, name in enumerate(fn.arg_names):
-        if name in meta:
-            signature[name] = "constexpr"
-        elif name in blocks:
+    known, found, whole = TYPES | (types or {}), {}, set()
+    for name in fn.arg_names:
+        if name in blocks:
             kind, *block = blocks[name]
-            signature[name] = f"tensordesc<{kind}{block}>"
-        else:
-            signature[name] = f"*{known.get(name, 'fp32')}" if name[0].isupper() else "i32"
-            if name != "m":
-                attributes[(i,)] = [["tt.divisibility", 16]]  # as the launcher finds them
-    source = ASTSource(fn, signature, constexprs=meta, attrs=attributes)
+            found[name] = f"tensordesc<{kind}{block}>"
+        elif name not in meta:
+            found[name] = f"*{known.get(name, 'fp32')}" if name[0].isupper() else "i32"
+            whole |= {name} - {"m"}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     options["enable_fp_fusion"] = fn is gpu.multiply
-    found: Any = triton.compile(source, target=GPUTarget("cuda", part, 32), options=options)
-    registers, spilled = _resources(found.asm["cubin"])
-    name = fn.__name__
-    return Compiled(name, part, registers, spilled, found.metadata.shared, found.asm["ptx"])
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes that it keeps in memory for want of them."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [str(folder / "cuobjdump"), "--dump-resource-usage", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (
-        max(map(int, re.findall(rf"{what}:(\d+)", text)), default=0)
-        for what in ("REG", "STACK", "LOCAL")
-    )
-    return registers, stack + local
+    return compile_for(part, fn, found, meta, whole, options)
 
 
 def main() -> None:

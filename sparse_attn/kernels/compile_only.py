@@ -1,53 +1,24 @@
-"""Compiles the Triton kernels for NVIDIA parts that are not there: registers, spills, memory.
+"""Compiles the Triton kernels for NVIDIA parts that are not there; see ``accel.compile_only``.
 
-    python -m sparse_attn.kernels.compile_only [--part 90] [--head 128] [--kernel forward]
-
-Catches most of what breaks on a part without having one. ptxas and cuobjdump come with triton.
+python -m sparse_attn.kernels.compile_only [--part 90] [--head 128] [--kernel forward]
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import subprocess
-import tempfile
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from accel.compile_only import PARTS, Compiled, compile_for
 from sparse_attn.block_map import BlockMap
 from sparse_attn.kernels import triton_backward, triton_forward, triton_select
 from sparse_attn.kernels.launch import OPTIONS, Config, padded
 
-# compute capability -> bytes of shared memory that one program may have
-PARTS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 HEADS = (64, 96, 128)
-MOST_SPILLED = 64  # bytes
 STRIDES = re.compile(r"^(q|k|v|o|do|dk|dv|pk|pv|bias|x)_[bhsqp]$")
 ATTENTION, SELECTION = ("forward", "backward_q", "backward_kv"), ("means", "mass", "lists")
-
-
-class Compiled(NamedTuple):
-    """What one kernel needs on one part."""
-
-    kernel: str
-    part: int
-    head: int
-    registers: int
-    spilled: int  # bytes
-    shared: int  # bytes
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.spilled > MOST_SPILLED:
-            found.append(f"spills {self.spilled} bytes")
-        if self.shared > PARTS[self.part] * 1024:
-            found.append(f"wants {self.shared} bytes of shared memory")
-        return found
 
 
 def compiled(
@@ -66,7 +37,7 @@ def compiled(
     blocks = BlockMap(keep, 128, key_block, 128, 128)
     meta = module.constants(blocks, head, 1, config, dtype, pooled)
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    return _compiled(fn, part, head, meta, config, element)
+    return _compiled(fn, part, meta, config, element)
 
 
 def selection(kernel: str, part: int, head: int) -> Compiled:
@@ -79,27 +50,17 @@ def selection(kernel: str, part: int, head: int) -> Compiled:
         "lists": {"BLOCK": 1024},
     }[kernel]
     config = Config(0, 0, 4, 2 if kernel == "mass" else 3)
-    return _compiled(fn, part, head, meta, config, "bf16" if kernel == "means" else "fp32")
+    return _compiled(fn, part, meta, config, "bf16" if kernel == "means" else "fp32")
 
 
-def _compiled(
-    fn: Any, part: int, head: int, meta: dict[str, Any], config: Config, element: str
-) -> Compiled:
-    signature, attributes = {}, {}
-    for i, name in enumerate(fn.arg_names):
-        if name in meta:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = _type_of(name, element)
-        if meta.get("DESCRIBED") and name in ("K", "V"):
-            signature[name] = f"tensordesc<{element}[1, 1, {meta['BLOCK_N']}, {meta['BLOCK_D']}]>"
-        if signature[name].startswith("*") or STRIDES.match(name):
-            attributes[(i,)] = [["tt.divisibility", 16]]  # as the launcher finds them
-    source = ASTSource(fn, signature, constexprs=meta, attrs=attributes)
+def _compiled(fn: Any, part: int, meta: dict[str, Any], config: Config, element: str) -> Compiled:
+    types = {name: _type_of(name, element) for name in fn.arg_names if name not in meta}
+    if meta.get("DESCRIBED"):
+        tile = f"tensordesc<{element}[1, 1, {meta['BLOCK_N']}, {meta['BLOCK_D']}]>"
+        types |= {"K": tile, "V": tile}
+    whole = {name for name, kind in types.items() if kind[0] == "*" or STRIDES.match(name)}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
-    found: Any = triton.compile(source, target=GPUTarget("cuda", part, 32), options=options)
-    registers, spilled = _resources(found.asm["cubin"])
-    return Compiled(fn.__name__, part, head, registers, spilled, found.metadata.shared)
+    return compile_for(part, fn, types, meta, whole, options)
 
 
 def _type_of(name: str, element: str) -> str:
@@ -114,21 +75,6 @@ def _type_of(name: str, element: str) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes that it keeps in memory for want of them."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [str(folder / "cuobjdump"), "--dump-resource-usage", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (
-        max(map(int, re.findall(rf"{what}:(\d+)", text)), default=0)
-        for what in ("REG", "STACK", "LOCAL")
-    )
-    return registers, stack + local
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", type=int, choices=list(PARTS))
@@ -140,7 +86,7 @@ def main() -> None:
         for part in [args.part] if args.part else PARTS:
             for head in [args.head] if args.head else HEADS:
                 c = (compiled if kernel in ATTENTION else selection)(kernel, part, head)
-                line = f"{c.kernel:12} sm{c.part:<3} {c.head:4} {c.registers:9} {c.spilled:7}"
+                line = f"{c.kernel:12} sm{c.part:<3} {head:4} {c.registers:9} {c.spilled:7}"
                 print(f"{line} {c.shared:6} {'; '.join(c.problems()) or 'ok'}", flush=True)
 
 

@@ -53,7 +53,7 @@ def means(
 
 
 @triton.jit
-def _logits(q, K, at, count, sizes, tokens, scale2, d, PART: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _logits(q, K, at, count, tokens, scale2, d, PART: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Of means, in base 2; each part of keys weighs its tokens, those beyond the last none."""
     there = at < count
     k_at = K + at[:, None] * HEAD_DIM + d[None, :]
@@ -84,14 +84,14 @@ def mass(
     m = tl.full((QUERIES * PARTS,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES * PARTS,), tl.float32)
     for start in range(0, nk * PARTS, KEYS * PARTS):
-        x = _logits(q, K, start + columns, k_count, PART, keys, scale2, d, PART, HEAD_DIM)
+        x = _logits(q, K, start + columns, k_count, keys, scale2, d, PART, HEAD_DIM)
         m_new = tl.maximum(m, tl.max(x, 1))
         total = total * tl.exp2(m - m_new) + tl.sum(tl.exp2(x - m_new[:, None]), 1)
         m = m_new
     lse = m + tl.log2(total)
     i = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     for start in range(0, nk * PARTS, KEYS * PARTS):
-        x = _logits(q, K, start + columns, k_count, PART, keys, scale2, d, PART, HEAD_DIM)
+        x = _logits(q, K, start + columns, k_count, keys, scale2, d, PART, HEAD_DIM)
         p = tl.exp2(x - lse[:, None])
         p = tl.sum(p.reshape(QUERIES * PARTS, KEYS, PARTS), 2)
         p = tl.sum(p.reshape(QUERIES, PARTS, KEYS), 1) / PARTS

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -143,14 +142,8 @@ def test_no_rows_and_weights_at_odd_addresses(monkeypatch):
     assert gpu.linear_token(x[:0], weight, scales, bias).shape == (0, 16)
 
 
-def test_every_launch_is_made_where_its_tensors_are(monkeypatch):
-    current, launched = [], []
-
-    @contextmanager
-    def on_device(device):
-        current.append(device)
-        yield
-        current.pop()
+def test_every_launch_is_made_where_its_tensors_are(made_current, monkeypatch):
+    current, launched = made_current(gpu), []
 
     class Kernel:
         def __getitem__(self, grid):
@@ -160,7 +153,6 @@ def test_every_launch_is_made_where_its_tensors_are(monkeypatch):
 
             return launch
 
-    monkeypatch.setattr(gpu, "on_device", on_device)
     for name in ("quantise_rows", "multiply"):
         monkeypatch.setattr(gpu, name, Kernel())
     x, weight, scales, bias = problem(9, 32, 16, torch.float16)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -34,31 +32,25 @@ def everything(device):
     return [mass, *listed, out.detach(), q.grad, k.grad, v.grad]
 
 
-def test_every_launch_is_made_where_its_tensors_are(monkeypatch):
-    current, launched = [], []
-
-    @contextmanager
-    def on_device(device):
-        current.append(device)
-        yield
-        current.pop()
+def test_every_launch_is_made_where_its_tensors_are(made_current, monkeypatch):
+    launched = []
 
     class Kernel:
-        def __init__(self, name):
-            self.name = name
+        def __init__(self, name, current):
+            self.name, self.current = name, current
 
         def __getitem__(self, grid):
             def launch(tensor, *args, **options):
-                assert current == [tensor.device]
+                assert self.current == [tensor.device]
                 assert options["enable_fp_fusion"]
                 launched.append(self.name)
 
             return launch
 
     for module, names in LAUNCHED.items():
-        monkeypatch.setattr(module, "on_device", on_device)
+        current = made_current(module)
         for name in names:
-            monkeypatch.setattr(module, name, Kernel(name))
+            monkeypatch.setattr(module, name, Kernel(name, current))
     everything("cpu")
     assert set(launched) == {name for names in LAUNCHED.values() for name in names}
 
