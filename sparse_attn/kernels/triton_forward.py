@@ -183,6 +183,7 @@ CONFIGS: dict[tuple[int, int], dict[int, Config]] = {
     (12, 0): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
     (0, 0): {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 4, 2)},
 }
+FILLED_120 = Config(64, 32, 8, 3)  # of heads filled up to 128 there: masks take registers, too
 SAME_AS = {(8, 7): (8, 0), (8, 9): (8, 6), (12, 1): (12, 0), (10, 3): (10, 0)}
 
 
@@ -191,6 +192,8 @@ def config_for(capability: tuple[int, int], width: int, dtype: torch.dtype) -> C
     key = SAME_AS.get(capability, capability)
     if dtype == torch.float32 or key not in CONFIGS:
         key = (0, 0)
+    if key == (12, 0) and 64 < width < 128:
+        return FILLED_120
     return CONFIGS[key][max(64, padded(width))]
 
 
