@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Self
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from samplers.host import with_shift
+
 
 class Extension:
     """Mixin before a stock scheduler: ``settings`` join its configuration.
@@ -22,8 +24,15 @@ class Extension:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if issubclass(cls, SchedulerMixin):
+        if cls.joins_stock():
             cls.__init__ = register_to_config(_with_settings(cls.__init__, cls))  # type: ignore
+
+    @classmethod
+    def joins_stock(cls) -> bool:
+        """Whether this class has a stock scheduler beside us; not one that was made of such a class
+        since, whose methods are its own."""
+        made = [c for c in cls.__mro__[1:] if issubclass(c, SchedulerMixin)]
+        return bool(made) and not any(issubclass(c, Extension) for c in made)
 
     @classmethod
     def check(cls, settings: Mapping[str, Any]) -> None:
@@ -37,10 +46,11 @@ class Extension:
         """As of a stock scheduler, and every setting carries over.
 
         The stock one drops what its giver was not told and had by default: a new ``LCMScheduler``
-        hands on none of its betas, and other classes have others.
+        hands on none of its betas, and other classes have others. So does the shift of a flow.
         """
         if isinstance(config, Mapping):  # else the stock class says what it wants
-            config = {k: v for k, v in config.items() if k != "_use_default_values"}
+            config = with_shift(config, cls)
+            config.pop("_use_default_values", None)
         return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
 
 

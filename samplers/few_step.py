@@ -6,7 +6,9 @@ with the predicted clean sample x_0 and noise e, fresh noise z, and the levels a
 next step (flow: 1 - sigma, sigma). ``eta`` 1 is DDIM (Song et al. 2021) and Euler; 0 is the sampler
 of latent consistency models (Luo et al. 2023); ``gamma`` is that of trajectory consistency (Zheng
 et al. 2024, TCD), which keeps the noise of a cleaner level and is defined here for flows, too. The
-last step adds no noise, so one step is x_0.
+last step draws no noise and goes to the stock scheduler's last level. That is x_0 but for diffusion
+with ``set_alpha_to_one=False``, such as Stable Diffusion's: there it is DDIM's result, which keeps
+the predicted noise at the level of time 0 (3 % of it).
 
 ``eta`` is a setting and no argument of ``step``: pipelines of Stable Diffusion pass eta = 0 to any
 scheduler that takes one, whatever its user has set.
@@ -15,21 +17,20 @@ scheduler that takes one, whatever its user has set.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module of a foreign scheduler.
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from samplers.extension import Extension
-from samplers.host import carried, is_flow, refuse
+from samplers.host import is_flow, made_for, refuse
 from samplers.predictions import DIFFUSION, FLOW, split
 
 SETTINGS: dict[str, Any] = {
@@ -37,14 +38,6 @@ SETTINGS: dict[str, Any] = {
     "gamma": None,  # instead of eta: 0 keeps all, 1 nothing
     "anchors": None,  # times, falling, that the model was distilled at; steps are chosen from them
 }
-
-
-@dataclass
-class FewStepOutput(BaseOutput):
-    """``prev_sample``: the next input; ``pred_original_sample``: the clean one, both like x."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
 
 
 def choose(anchors: list[float], count: int) -> list[float]:
@@ -87,15 +80,24 @@ class FewStep(Extension):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> FewStepOutput | tuple[Tensor, Tensor]:
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """From the network's output for `sample` (any shape alike) to the next sample.
 
-        `generator`: of the fresh noise, one or one for each sample; unused where `eta` is 1.
+        `generator`: of the fresh noise, one or one for each sample; unused where `eta` is 1. Raises
+        ValueError before there is a grid, and off it.
         """
+        if getattr(self, "num_inference_steps", None) is None:
+            raise ValueError(f"{type(self).__name__} has no grid yet; call set_timesteps first")
         if self.step_index is None:
-            self._init_step_index(timestep)  # type: ignore[attr-defined]
+            try:
+                self._init_step_index(timestep)  # type: ignore[attr-defined]
+            except (ValueError, IndexError) as error:
+                grid = self.timesteps.tolist()
+                raise ValueError(f"{float(timestep):g} is no time of the grid {grid}") from error
         at = self.step_index
         assert at is not None
+        if at >= len(self.timesteps):
+            raise ValueError(f"{type(self).__name__} is at its grid's end; call set_timesteps")
         x0, noise = self._split(model_output.float(), sample.float(), *self._level(at))
         last = at + 1 == len(self.timesteps)
         eta = 1.0 if last else self._eta(at + 1)
@@ -107,7 +109,7 @@ class FewStep(Extension):
         following = (alpha * x0 + s * noise).to(sample.dtype)
         x0 = x0.to(sample.dtype)
         self._step_index = at + 1
-        return FewStepOutput(following, x0) if return_dict else (following, x0)
+        return DDIMSchedulerOutput(following, x0) if return_dict else (following, x0)
 
     def _eta(self, at: int) -> float:
         """Share of the predicted noise in the input of step `at`."""
@@ -149,12 +151,15 @@ class FewStepScheduler(FewStep, DDIMScheduler):
     ) -> None:
         """A grid of `num_inference_steps` (of the anchors, where there are any), or `timesteps`.
 
-        Raises ValueError for neither, or for more steps than anchors.
+        Raises ValueError for neither, for more steps than anchors, or times that are none.
         """
+        known = self.config.num_train_timesteps
         if timesteps is None and num_inference_steps is None:
             raise ValueError("FewStepScheduler: give num_inference_steps or timesteps")
         if timesteps is None and self.config.anchors is not None:
             timesteps = choose(list(self.config.anchors), num_inference_steps)  # type: ignore
+        if not all(0 <= time < known for time in (() if timesteps is None else timesteps)):
+            raise ValueError(f"FewStepScheduler: timesteps = {timesteps}; 0 to {known - 1}")
         count = num_inference_steps if timesteps is None else len(timesteps)
         super().set_timesteps(count, device)  # type: ignore
         if timesteps is not None:
@@ -210,6 +215,8 @@ class FewStepFlowScheduler(FewStep, FlowMatchEulerDiscreteScheduler):
         last = self.config.num_train_timesteps
         if self.config.invert_sigmas:
             refuse(self, "invert_sigmas", "noise has to be at sigma 1")
+        if self.config.stochastic_sampling:
+            refuse(self, "stochastic_sampling", "that is eta = 0 here")
         if not all(0 < anchor <= last for anchor in self.config.anchors or ()):
             refuse(self, "anchors", f"times above 0, up to {last}")
 
@@ -221,9 +228,10 @@ class FewStepFlowScheduler(FewStep, FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """As the stock scheduler's; anchors, where there are any, take the place of its grid."""
+        """As the stock scheduler's; anchors, where there are any, take the place of its grid, but
+        not of `timesteps`."""
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        if self.config.anchors is not None:
+        if self.config.anchors is not None and timesteps is None:
             count = len(self.timesteps)
             times = torch.tensor(choose(list(self.config.anchors), count), dtype=torch.float32)
             self.timesteps = times.to(device)
@@ -245,7 +253,6 @@ def few_step_scheduler(pipe: Any, anchors: tuple[float, ...], eta: float = 1.0) 
     """The sampler of a distilled model, from its pipeline's own scheduler; nothing is clipped."""
     settings: dict[str, Any] = {"anchors": list(anchors), "eta": eta}
     if is_flow(pipe.scheduler):
-        known = carried(pipe.scheduler, FewStepFlowScheduler)
-        return FewStepFlowScheduler.from_config(known, **settings)
+        return made_for(pipe.scheduler, FewStepFlowScheduler, **settings, stochastic_sampling=False)
     settings |= {"clip_sample": False, "thresholding": False}
-    return FewStepScheduler.from_config(carried(pipe.scheduler, FewStepScheduler), **settings)
+    return made_for(pipe.scheduler, FewStepScheduler, **settings)

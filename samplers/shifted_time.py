@@ -30,7 +30,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module of a foreign scheduler.
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -134,7 +133,7 @@ class ShiftedTime(Extension):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Pipelines read the signatures of both: what they do not name is not passed."""
         super().__init_subclass__(**kwargs)
-        if not issubclass(cls, SchedulerMixin):
+        if not cls.joins_stock():
             return
         for name, ours in (("set_timesteps", cls._set_timesteps), ("step", cls._step)):
             stock = getattr(super(), name)

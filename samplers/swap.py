@@ -1,6 +1,6 @@
 """Any stock diffusers scheduler, or one of ours, in place of the pipeline's own, with settings.
 
-Built with ``from_config``, so betas, prediction type and shift carry over. Where a pipeline gives
+Settings carry over, noise levels and prediction type do or it is refused. Where a pipeline gives
 a stochastic scheduler no generator (81 do not), each sample gets its own, seeded from its first
 noise: the result depends on the seed alone, never on batch mates or the global generator. That
 costs one wait for the device a run.
@@ -19,10 +19,10 @@ from accel.clock import Run
 from accel.method import Attached, Claim, Method
 from accel.settings import Settings
 from samplers.host import (
-    carried,
     check_step_call,
     check_steps_asked,
     is_flow,
+    made_for,
     noise_scale,
     sample_generators,
     scales_initial_noise,
@@ -97,7 +97,7 @@ class SwapScheduler(Method):
     def _made_for(self, pipe: Any) -> Any:
         cls = _scheduler_class(self.scheduler)
         try:
-            return cls.from_config(carried(pipe.scheduler, cls), **self.config)
+            return made_for(pipe.scheduler, cls, **self.config)
         except UNCHECKED as error:
             said = f"{self.scheduler} cannot be made with {self.config}: {error}"
             raise ValueError(said) from error

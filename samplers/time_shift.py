@@ -15,7 +15,7 @@ from accel.artifact import Artifact, fingerprints, inputs_digest
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method, attached
-from samplers.host import check_step_call
+from samplers.host import check_step_call, made_for
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class TimeShift(Method):
                 f"TimeShift: no shifted form of {wanted}; set scheduler to one of "
                 f"{', '.join(known)}"
             )
-        return known[wanted].from_config(pipe.scheduler.config, **self._settings())
+        return made_for(pipe.scheduler, known[wanted], **self._settings())
 
 
 def _outputs(pipe: Any, method: TimeShift, calls: list[tuple[dict[str, Any], int]]) -> Any:

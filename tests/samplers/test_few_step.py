@@ -191,6 +191,41 @@ def test_settings_and_tensors_survive_saving(cls, stock, tmp_path):
                 assert torch.equal(getattr(scheduler, name), getattr(stock, name))
 
 
+def test_the_shift_of_a_multistep_solver_carries_over():
+    host = tiny("wan").pipe.scheduler
+    made = FewStepFlowScheduler.from_config(host.config)
+    assert made.config.shift == host.config.flow_shift != 1
+    other = FewStepFlowScheduler.from_config(made.config, shift=5.0)
+    assert FewStepFlowScheduler.from_config(other.config).config.shift == 5
+
+
+@pytest.mark.parametrize("cls", [FewStepScheduler, FewStepFlowScheduler])
+def test_times_of_the_call_s_own_come_before_anchors(cls):
+    ours = cls(anchors=[900, 600, 300])
+    ours.set_timesteps(timesteps=[800, 400])
+    assert ours.timesteps.tolist() == [800, 400]
+
+
+@pytest.mark.parametrize("cls", [FewStepScheduler, FewStepFlowScheduler])
+def test_a_step_that_cannot_be_made_says_why(cls):
+    x, ours = torch.zeros(SHAPE), cls()
+    with pytest.raises(ValueError, match="call set_timesteps first"):
+        ours.step(x, 999, x)
+    ours.set_timesteps(4)
+    with pytest.raises(ValueError, match=r"998 is no time of the grid \["):
+        ours.step(x, 998, x)
+    for t in ours.timesteps:
+        ours.step(x, t, x)
+    with pytest.raises(ValueError, match="grid's end"):
+        ours.step(x, ours.timesteps[0], x)
+
+
+def test_times_that_are_none_are_refused():
+    for times in ([500, -1], [1000, 500]):
+        with pytest.raises(ValueError, match="0 to 999"):
+            FewStepScheduler().set_timesteps(timesteps=times)
+
+
 def test_image_to_image_starts_inside_the_grid():
     ours = FewStepScheduler(eta=1.0)
     ours.set_timesteps(4)
@@ -230,5 +265,7 @@ def test_models_of_another_kind_are_refused():
     """Before the run, by a swap, too: a velocity of a flow is no v of a diffusion."""
     with pytest.raises(ValueError, match="prediction_type = 'flow_prediction'"):
         SwapScheduler("FewStepScheduler").attach(tiny("wan").pipe)
+    with pytest.raises(ValueError, match="eta = 0"):
+        FewStepFlowScheduler(stochastic_sampling=True)
     with pytest.raises(ValueError, match="invert_sigmas = True"):
         FewStepFlowScheduler(invert_sigmas=True)

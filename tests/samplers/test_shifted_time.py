@@ -301,6 +301,20 @@ def test_bad_settings(settings, words):
         TimeShiftDDIMScheduler(**settings)
 
 
+def test_a_class_of_ours_can_be_subclassed():
+    class Listens(TimeShiftDDIMScheduler):
+        heard = 0
+
+        def step(self, *args, **kwargs):
+            self.heard += 1
+            return super().step(*args, **kwargs)
+
+    ours = Listens.from_config(TimeShiftDDIMScheduler(beta_start=0.001).config, window=40)
+    plain = TimeShiftDDIMScheduler(beta_start=0.001, window=40)
+    assert_equal(run(ours, latents()), run(plain, latents()), "a subclass")
+    assert (ours.config.window, ours.heard) == (40, 10)
+
+
 def test_half_precision_stays_half():
     for per_sample in (False, True):
         scheduler = TimeShiftDDIMScheduler(window=40, variant="pnm", per_sample=per_sample)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+)
 
 import accel
 from accel.method import Recipe
 from accel.settings import Settings
 from accel.testing import assert_equal, checks, conform, tiny
 from caches.native import FirstBlockCache
+from samplers.few_step import few_step_scheduler
 from samplers.host import noise_scale, sample_seed, scales_initial_noise, step_keywords
 from samplers.swap import SwapScheduler
 
@@ -131,6 +137,59 @@ def test_wrong_kind_is_refused_before_the_run(scheduler, pipeline, words):
         SwapScheduler(scheduler).attach(host.pipe)
 
 
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "PNDM", "EulerDiscrete", "FewStep"])
+def test_the_levels_of_the_model_are_kept_by_classes_that_would_lay_others(name, zero):
+    """CogVideoX shifts its signal-to-noise ratio, and PNDM cannot reach zero by itself."""
+    pipe = tiny("cogvideox").pipe
+    stock = {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
+    pipe.scheduler = type(pipe.scheduler)(**stock | {"rescale_betas_zero_snr": zero})
+    own = pipe.scheduler.alphas_cumprod.double()
+    made = SwapScheduler(f"{name}Scheduler")._made_for(pipe)
+    # float32 products of a thousand factors, each off by 2**-24
+    torch.testing.assert_close(made.alphas_cumprod.double(), own, rtol=1000 * 2**-24, atol=2**-23)
+    made.set_timesteps(4)
+    assert not hasattr(made, "sigmas") or made.sigmas.isfinite().all()
+    few = few_step_scheduler(pipe, (999, 499)).alphas_cumprod.double()
+    torch.testing.assert_close(few, own, rtol=1000 * 2**-24, atol=2**-23)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ("EDMEulerScheduler", "other noise levels"),
+        ("IPNDMScheduler", "other noise levels"),
+        ("CogVideoXDDIMScheduler", "other noise levels"),
+        ("KarrasVeScheduler", "knows no v_prediction"),
+        ("RePaintScheduler", "knows no v_prediction"),
+    ],
+)
+def test_what_cannot_serve_the_model_is_refused(scheduler, words):
+    pipe = tiny("sd").pipe
+    if "v_" in words:
+        pipe.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, prediction_type="v_prediction"
+        )
+    with pytest.raises(ValueError, match=words):
+        SwapScheduler(scheduler).attach(pipe)
+
+
+def test_levels_that_are_asked_for_are_laid():
+    asked = SwapScheduler("DDIMScheduler", Settings(beta_schedule="squaredcos_cap_v2"))
+    made = asked._made_for(tiny("sd").pipe)
+    assert torch.equal(
+        made.alphas_cumprod, DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    )
+
+
+def test_nothing_is_clipped_where_the_pipeline_does_not_clip():
+    host = tiny("pixart")
+    assert "clip_sample" not in host.pipe.scheduler.config
+    for name in ("DDIMScheduler", "DDPMScheduler", "FewStepScheduler"):
+        assert not SwapScheduler(name)._made_for(host.pipe).config.clip_sample
+    assert SwapScheduler("DDIMScheduler")._made_for(tiny("ddpm").pipe).config.clip_sample
+
+
 def test_host_defect_dit_ignores_the_noise_scale():
     """Why sigma-space schedulers are refused there: the first latents are never scaled."""
     host = tiny("dit")
@@ -187,7 +246,40 @@ def test_a_setting_of_the_wrong_type_is_named():
 
 
 def test_step_keywords_are_read_from_the_pipeline():
-    assert "eta" in step_keywords(type(tiny("ddim").pipe))
+    pipeline = type(tiny("ddim").pipe)
+
+    class Wrapped(pipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    class Own(pipeline):
+        def __call__(self, x):
+            return self.scheduler.step(x, 0, x, generator=None)
+
+    for cls in (pipeline, Wrapped):
+        assert "eta" in step_keywords(cls)
+    assert step_keywords(Own) == {"generator"}
+
+
+def test_sigma_space_goes_where_the_scheduler_noises_the_first_latents():
+    host = tiny("sd-img2img")
+
+    class Community(type(tiny("sd").pipe)):
+        """Outside of diffusers."""
+
+    class Scales(type(tiny("dit").pipe)):
+        def first(self, x):
+            return x * self.scheduler.init_noise_sigma
+
+    assert scales_initial_noise(Community)
+    assert scales_initial_noise(Scales)
+    assert not scales_initial_noise(type(tiny("dit").pipe))
+    by_hand = tiny("sd-img2img")
+    with accel.attached(SwapScheduler("EulerDiscreteScheduler"), host.pipe):
+        swapped = host.run()
+    config = {k: v for k, v in by_hand.pipe.scheduler.config.items() if k[0] != "_"}
+    by_hand.pipe.scheduler = EulerDiscreteScheduler.from_config(config)
+    assert_equal(swapped, by_hand.run(), "the scheduler by hand")
 
 
 def test_a_pipeline_without_source_is_served():
