@@ -39,6 +39,12 @@ class ShiftedSigmas(ShiftedTime):
     variants = ("paper", "dpm", "constant")
     sigmas: Tensor
 
+    def check_stock(self) -> None:
+        """Raises ValueError where variant "dpm" would not read noise."""
+        reads = self.config.window and self.config.variant == "dpm"
+        if reads and self.config.prediction_type != "epsilon":
+            refuse(self, "prediction_type", "variant 'dpm' reads the variance of predicted noise")
+
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """As the stock scheduler's; forgets the run before."""
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
@@ -46,25 +52,25 @@ class ShiftedSigmas(ShiftedTime):
 
     def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args, **kwargs) -> Any:
         """As the stock scheduler's, on a grid that is moved."""
-        first, after = self._at < 0, self._at + 1
+        first, after = self._at < 0, len(self._grid)
         if self.config.window:
-            self._at = self._grid.index(float(timestep)) if first else after
-            self.timesteps[self._at], after = self._grid[self._at], self._at + 1
-        shifts = self.config.window and after < len(self._grid)
-        shifts = shifts and self._grid[after] > self.config.cutoff
+            at = self._advance(timestep)
+            self.timesteps[at], after = self._grid[at], at + 1
+        shifts = after < len(self._grid) and self._grid[after] > self.config.cutoff
         if shifts and self.config.variant == "dpm" and not first:
-            self._move(after, self._nearest(model_output, self._grid[after]))
+            self._put(after, self._nearest(model_output, self._grid[after]))
         out = super().step(model_output, timestep, sample, *args, **kwargs)  # type: ignore[misc]
         if shifts and self._retimes:
             scale = self._scale(self.sigmas[after])
-            self._move(after, self._nearest(out[0] / scale, self._grid[after]))
+            self._put(after, self._nearest(out[0] / scale, self._grid[after]))
             out[0].mul_(self._scale(self.sigmas[after]) / scale)
         return out
 
-    def _move(self, at: int, time: Tensor) -> None:
+    def _put(self, at: int, time: Tensor) -> None:
+        """A step of the grid to another time."""
         self.timesteps[at] = time
         self.sigmas[at] = self._sigma(time)
-        self.shifts += 1
+        self.shifts = self.shifts + (time != self._grid[at])
 
     def _sigma(self, time: Tensor) -> Tensor:
         alpha = self.alphas_cumprod[time.to(self.alphas_cumprod.device)]
@@ -78,6 +84,12 @@ class ShiftedSigmas(ShiftedTime):
 class TimeShiftEulerDiscreteScheduler(ShiftedSigmas, EulerDiscreteScheduler):
     """`EulerDiscreteScheduler` with shifted time."""
 
+    def check_stock(self) -> None:
+        """Raises ValueError for times that are no indices of noise levels."""
+        super().check_stock()
+        if self.config.window and self.config.timestep_type == "continuous":
+            refuse(self, "timestep_type", "a shift wants 'discrete' times")
+
     def _scale(self, sigma: Tensor) -> Tensor:
         return (sigma**2 + 1).sqrt()
 
@@ -87,6 +99,7 @@ class TimeShiftDPMSolverMultistepScheduler(ShiftedSigmas, DPMSolverMultistepSche
 
     def check_stock(self) -> None:
         """Raises ValueError for a flow, whose variance is another."""
+        super().check_stock()
         if self.config.use_flow_sigmas:
             refuse(self, "use_flow_sigmas", "use TimeShiftFlowMatchEulerDiscreteScheduler")
 

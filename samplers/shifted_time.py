@@ -30,6 +30,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module of a foreign scheduler.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class ShiftedTime(Extension):
     max_v0 = MAX_V0
     conditioning: Tensor | None = None  # times (n,) that the next network call should be told
     reads_conditioning = False
-    shifts = 0  # steps of this run that were shifted
+    shifts: int | Tensor = 0  # steps of this run at other times than the grid's; on the device
     _grid: Sequence[int] = ()
 
     @classmethod
@@ -112,12 +113,14 @@ class ShiftedTime(Extension):
         def refuse(name: str, remedy: str) -> None:
             raise ValueError(f"{cls.__name__}: {name} = {settings[name]!r}; {remedy}")
 
-        if settings["window"] < 0:
-            refuse("window", "0 (off) or a number of timesteps")
+        if settings["window"] < 0 or settings["window"] == 1:
+            refuse("window", "0 (off) or a number of timesteps, 2 or more: half of them on a side")
         if settings["variant"] not in cls.variants:
             refuse("variant", f"one of {', '.join(cls.variants)}")
         if settings["variance_model"] not in VARIANCE_MODELS:
             refuse("variance_model", f"one of {', '.join(VARIANCE_MODELS)}")
+        if settings["variant"] == "adm" and settings["variance_model"] != "noise":
+            refuse("variance_model", "variant 'adm' has its own table of variances, without v0")
         if not 2 <= settings.get("history", 4) <= 4:
             refuse("history", "2, 3 or 4")
         v0 = settings["v0"]
@@ -162,14 +165,15 @@ class ShiftedTime(Extension):
         if not self._grid:
             raise ValueError(f"{type(self).__name__} has no grid yet; call set_timesteps first")
         first = self._at < 0
-        at = self._first_step(timestep) if first else self._at + 1
-        self._at = at
+        at = self._advance(timestep)
         self.timesteps[at] = self._grid[at]  # as it was before it was shifted
         move = self._move(at)
         if at == move.first and not self._retimes and not first:
             self._inside = self._to_destination(move, sample)
         times = dict(self._inside) if self._start is None else {move.source: self._start}
-        self.shifts += bool(times)
+        if times:
+            moved = torch.stack([(to != time).any() for time, to in times.items()])
+            self.shifts = self.shifts + moved.any()
         kind = sample.dtype
         wide = any(time.ndim for time in times.values())  # else stays in the sample's precision
         if wide:
@@ -177,11 +181,21 @@ class ShiftedTime(Extension):
         with self._levels({time: self._level(to, sample) for time, to in times.items()}):
             out = super().step(model_output, self._grid[at], sample, *args, **kwargs)  # type: ignore[misc]
         self._tell_next(move, out[0])
-        return _in_precision(out, kind) if wide else out
+        return _in_precision(out, kind)  # also where a solver remembers wide outputs
+
+    def _advance(self, timestep: Any) -> int:
+        """Goes on to the next step. Raises ValueError off the grid and behind its end."""
+        at = self._at + 1 if self._at >= 0 else self._first_step(timestep)
+        if at == len(self._grid):
+            raise ValueError(f"{type(self).__name__} is at its grid's end; call set_timesteps")
+        self._at = at
+        return at
 
     def _first_step(self, timestep: Any) -> int:
         """Where in the grid a run begins."""
-        return self._grid.index(int(timestep))
+        if float(timestep) not in self._grid:
+            raise ValueError(f"{float(timestep):g} is no time of the grid {list(self._grid)}")
+        return self._grid.index(float(timestep))  # type: ignore[arg-type]
 
     def _move(self, at: int) -> Move:
         """The move between two noise levels that step `at` belongs to."""
@@ -201,7 +215,10 @@ class ShiftedTime(Extension):
             self.alphas_cumprod = table
 
     def _to_destination(self, move: Move, sample: Tensor) -> dict[int, Tensor]:
-        """Times of a move from `sample` to where it should arrive; none: as the grid says."""
+        """Times of a move from `sample` to where it should arrive; none: as the grid says.
+
+        A window wider than two strides would let it arrive where it is noisier; it stays then.
+        """
         adm = self.config.variant == "adm"
         centre = move.source if adm else move.target
         if move.target < 0 or centre <= self.config.cutoff:
@@ -209,7 +226,7 @@ class ShiftedTime(Extension):
         end = self._nearest(sample, centre)
         if adm:  # the official stride, a little longer than the grid's
             end = end - len(self.alphas_cumprod) // max(len(self._grid) - 1, 1)
-        end = end.clamp(min=0)
+        end = end.clamp(0, move.source)
         between = self._grid[move.first + 1 : move.last]
         return dict.fromkeys(between, (move.source + end) // 2) | {move.target: end}
 
@@ -220,7 +237,9 @@ class ShiftedTime(Extension):
             self._start, self._inside = None, {}
             ends = after == len(self._grid)
             if self._retimes and not ends and self._grid[after] > self.config.cutoff:
-                told = self._start = self._nearest(result, self._grid[after])
+                # at its target at the lowest: from below it would have to go up
+                lowest = self._move(after).target
+                told = self._start = self._nearest(result, self._grid[after]).clamp(min=lowest)
         else:
             told = self._inside.get(self._grid[after])
         self.conditioning = told if told is not None and told.ndim else None

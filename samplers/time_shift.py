@@ -68,6 +68,7 @@ class TimeShift(Method):
         assert isinstance(live, _LiveTimeShift)
         live.scheduler = self._made_for(pipe)
         live.scheduler.reads_conditioning = True
+        live.replaced = not isinstance(live.scheduler, type(pipe.scheduler))
         live.patch.swap(pipe, "scheduler", live.scheduler)
         for denoiser in denoisers(pipe):
             live.around_denoiser(denoiser.slot, live.tell(denoiser))
@@ -164,6 +165,7 @@ def _outputs(pipe: Any, method: TimeShift, calls: list[tuple[dict[str, Any], int
 
 class _LiveTimeShift(Attached):
     scheduler: Any
+    replaced = False  # another solver than the pipeline's, which is a change by itself
 
     def tell(self, denoiser: Denoiser) -> Callable:
         """A layer that tells a denoiser the time of each sample, where it is not the grid's."""
@@ -179,5 +181,8 @@ class _LiveTimeShift(Attached):
         return layer
 
     def on_run_end(self, run: Run) -> None:
-        self.count("changed", self.scheduler.shifts)
-        self.detail["shifted_steps"] = self.scheduler.shifts
+        if not isinstance(self.scheduler.shifts, int):
+            self.count("syncs")  # it is on the device
+        shifts = int(self.scheduler.shifts)
+        self.count("changed", shifts + self.replaced)
+        self.detail["shifted_steps"] = shifts

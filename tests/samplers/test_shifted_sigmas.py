@@ -134,6 +134,16 @@ def test_a_flow_moves_to_the_sigma_of_its_variance():
         TimeShiftFlowMatchEulerDiscreteScheduler(window=40)
 
 
+def test_a_flow_below_the_sigma_of_least_variance_is_not_shifted():
+    scheduler = TimeShiftFlowMatchEulerDiscreteScheduler(
+        window=100, variance_model="signal", v0=50.0
+    )
+    _, told = run(scheduler)
+    _, stock = run(FlowMatchEulerDiscreteScheduler())
+    assert told == stock
+    assert int(scheduler.shifts) == 0
+
+
 @pytest.mark.parametrize("cls", STOCK)
 def test_signatures_settings_and_tensors_are_stock(cls, tmp_path):
     for name in ("step", "set_timesteps"):
@@ -152,5 +162,11 @@ def test_signatures_settings_and_tensors_are_stock(cls, tmp_path):
 def test_models_of_another_kind_are_refused():
     with pytest.raises(ValueError, match="use_flow_sigmas = True"):
         TimeShiftDPMSolverMultistepScheduler(use_flow_sigmas=True)
+    for cls in (TimeShiftDPMSolverMultistepScheduler, TimeShiftEulerDiscreteScheduler):
+        cls(variant="dpm", prediction_type="v_prediction")  # off
+        with pytest.raises(ValueError, match="prediction_type = 'v_prediction'"):
+            cls(variant="dpm", prediction_type="v_prediction", window=40)
+    with pytest.raises(ValueError, match="timestep_type = 'continuous'"):
+        TimeShiftEulerDiscreteScheduler(timestep_type="continuous", window=40)
     with pytest.raises(ValueError, match="invert_sigmas = True"):
         TimeShiftFlowMatchEulerDiscreteScheduler(invert_sigmas=True)

@@ -290,6 +290,8 @@ def test_settings_and_tensors_survive_saving(cls, tmp_path):
     ("settings", "words"),
     [
         ({"window": -1}, "window = -1"),
+        ({"window": 1}, "window = 1"),
+        ({"variant": "adm", "variance_model": "signal", "v0": 0.3}, "without v0"),
         ({"variant": "papers"}, "one of paper, pnm"),
         ({"variance_model": "data"}, "one of noise, signal"),
         ({"variance_model": "signal"}, "v0 = None"),
@@ -315,15 +317,63 @@ def test_a_class_of_ours_can_be_subclassed():
     assert (ours.config.window, ours.heard) == (40, 10)
 
 
-def test_half_precision_stays_half():
-    for per_sample in (False, True):
-        scheduler = TimeShiftDDIMScheduler(window=40, variant="pnm", per_sample=per_sample)
-        scheduler.set_timesteps(4)
-        x = latents().half()
+@pytest.mark.parametrize("cls", STOCK)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_half_precision_stays_half(cls, per_sample):
+    """Also below the cutoff, where PNDM remembers wide outputs of shifted steps."""
+    scheduler = cls(window=40, variant="pnm", per_sample=per_sample, cutoff=400)
+    scheduler.reads_conditioning = True
+    scheduler.set_timesteps(10)
+    x = latents().half()
+    for t in scheduler.timesteps:
+        out = scheduler.step(x, t, x)
+        assert {part.dtype for part in out.values()} == {torch.float16}
+        x = out.prev_sample
+    assert scheduler.shifts > 0
+
+
+@pytest.mark.parametrize("cls", STOCK)
+@pytest.mark.parametrize("variant", ["paper", "pnm", "adm"])
+def test_windows_wider_than_two_strides_never_go_up(cls, variant):
+    """Ten steps apart, of samples that always look noisier or cleaner than the window holds."""
+    for size in (0.1, 10.0):
+        scheduler = cls(window=400, cutoff=0, variant=variant)
+        scheduler.set_timesteps(10)
         for t in scheduler.timesteps:
-            out = scheduler.step(x, t, x)
-            assert out.prev_sample.dtype == out.pred_original_sample.dtype == torch.float16
-            x = out.prev_sample
+            x = scheduler.step(0.1 * latents(), t, size * latents())[0]
+            assert x.isfinite().all()
+            starts, moves = scheduler._start, scheduler._at + 1
+            if starts is not None:
+                assert starts >= scheduler._move(moves).target
+            for to in scheduler._inside.values():
+                assert to <= scheduler._move(scheduler._at).source
+
+
+def test_only_steps_at_other_times_count_as_shifted():
+    scheduler = TimeShiftDDIMScheduler(window=2, cutoff=0, clip_sample=False, variant="pnm")
+    scheduler.set_timesteps(10)
+    for t in scheduler.timesteps[:-2]:
+        found = int(scheduler._nearest(latents(), int(t) - 100))
+        before = int(scheduler.shifts)
+        scheduler.step(latents(), t, latents())
+        moved = t != 900 and found != int(t) - 100
+        assert int(scheduler.shifts) - before == moved
+    exact = latents()[1:2] * (1 - scheduler.alphas_cumprod[700]).sqrt()
+    scheduler.set_timesteps(10)
+    for t in scheduler.timesteps[:2]:
+        scheduler.step(exact, t, exact)
+    assert int(scheduler.shifts) == 0, "the variance is that of the grid's time"
+
+
+def test_a_run_ends_with_its_grid():
+    scheduler = TimeShiftDDIMScheduler(window=40)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="998 is no time of the grid"):
+        scheduler.step(latents(), 998, latents())
+    for t in scheduler.timesteps:
+        scheduler.step(latents(), t, latents())
+    with pytest.raises(ValueError, match="grid's end"):
+        scheduler.step(latents(), scheduler.timesteps[0], latents())
 
 
 def test_a_stock_pipeline_is_saved_and_loaded_with_it(tmp_path):

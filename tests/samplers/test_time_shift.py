@@ -72,8 +72,11 @@ def test_the_network_is_told_other_times():
 
 def test_any_supported_scheduler_can_be_asked_for():
     host = tiny("ddpm")
-    with accel.attached(TimeShift(window=0, scheduler="DDIMScheduler"), host.pipe):
+    other = TimeShift(window=0, scheduler="DDIMScheduler")
+    with accel.attached(other, host.pipe, strict=True) as live:
         assert isinstance(host.pipe.scheduler, TimeShiftDDIMScheduler)
+        host.run()
+        assert live.report()["effect"] == "some", "another solver is a change"
     assert type(host.pipe.scheduler) is DDPMScheduler
 
 
