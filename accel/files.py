@@ -33,14 +33,22 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _sync(path.parent)
+
+
+def move_folder(folder: Path, to: Path) -> None:
+    """Give a folder of files its final name when all of it is on disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+    os.replace(folder, to)
+    _sync(to.parent)
 
 
 def remove(path: Path) -> None:
     """Remove a file if it is there, durably."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
 def clear_temporaries(folder: Path) -> int:
@@ -52,8 +60,8 @@ def clear_temporaries(folder: Path) -> int:
     return len(left)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,15 +8,12 @@ says how many (`cycle`), and checkpoints are written between them.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from accel.checkpoints import Position, restore, save
 from accel.compat import accelerate_state
-
-POSITION = "position.json"
 
 
 @dataclass(frozen=True)
@@ -67,27 +63,6 @@ class LoopSettings:
             self.minutes is not None and self.minutes <= 0
         ):
             raise ValueError(f"LoopSettings: steps={self.steps}, minutes={self.minutes} train none")
-
-
-@dataclass
-class Position:
-    """Where a run is: the next step, seconds spent in the loop, and the losses so far.
-
-    The next step is the data position, too. `origin_*` say where the last warm restart was.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    origin_step: int = 0
-    origin_seconds: float = 0.0
-    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss since last)
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(vars(self)))
-
-    @classmethod
-    def read(cls, path: Path) -> Position:
-        return cls(**json.loads(path.read_text()))
 
 
 class Ema:
@@ -175,9 +150,10 @@ def fit(
     """Trains `model` in place; returns its EMA weights and the final position.
 
     `out` receives `checkpoint-<step>` folders (the last two are kept). `resume` continues from the
-    newest, or from the beginning where there is none. `precision` is Accelerate's name for mixed
-    precision ("no", "bf16"). `start` is the position of a warm restart: the model already has its
-    weights, the optimiser is new. Raises FloatingPointError when the loss is no longer finite; the
+    newest that can be read, or from the beginning where there is none. `precision` is Accelerate's
+    name for mixed precision ("no", "bf16"). `start` is the position of a warm restart: the model
+    already has its weights, the optimiser is new. Raises ValueError where there are checkpoints and
+    none can be read, FloatingPointError when the loss is no longer finite; the
     checkpoints before that remain.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -189,11 +165,8 @@ def fit(
     bare = accelerator.unwrap_model(model)
     ema = Ema(bare, settings.ema_decay, position.step)
     accelerator.register_for_checkpointing(ema)
-    newest = newest_checkpoint(out) if resume else None
-    if newest is not None:
-        accelerator.load_state(str(newest))
-        position = Position.read(newest / POSITION)
-        print(f"{name}: resumed at step {position.step} from {newest.name}", flush=True)
+    if resume:
+        position = restore(name, accelerator, out) or position
 
     def take(step: int | None) -> Tensor:
         with accelerator.autocast():
@@ -222,10 +195,10 @@ def fit(
         due |= bool(every) and position.step % every == 0
         if due and position.step % settings.cycle == 0:
             report.require_finite()
-            _save(accelerator, position, out)
+            save(accelerator, position, out)
             saved = time.monotonic()
     report.require_finite()
-    _save(accelerator, position, out)
+    save(accelerator, position, out)
     return ema.weights, position
 
 
@@ -314,12 +287,6 @@ def _optimizers(model: Any, groups: list[dict], settings: LoopSettings, device: 
     return made
 
 
-def newest_checkpoint(out: Path) -> Path | None:
-    """The newest complete checkpoint folder below `out`."""
-    found = [p for p in out.glob("checkpoint-*") if p.suffix != ".tmp"]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
-
-
 class _Report:
     """Keeps the time, the curve and the reader of the log up to date; stops at a broken loss."""
 
@@ -375,21 +342,3 @@ def _progress(settings: LoopSettings, position: Position) -> float:
     by_steps = steps / settings.steps if settings.steps else 0.0
     by_time = seconds / (60 * settings.minutes) if settings.minutes else 0.0
     return max(by_steps, by_time)
-
-
-def _save(accelerator: Accelerator, position: Position, out: Path) -> None:
-    """Written under a temporary name and renamed, so that a kill never leaves half a checkpoint."""
-    final = out / f"checkpoint-{position.step}"
-    if final.exists():
-        return
-    partial = final.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    accelerator.save_state(str(partial))
-    position.write(partial / POSITION)
-    os.replace(partial, final)
-    kept = sorted(
-        (p for p in out.glob("checkpoint-*") if p.suffix != ".tmp"),
-        key=lambda p: int(p.name.split("-")[1]),
-    )
-    for old in kept[:-2]:
-        shutil.rmtree(old)

@@ -12,7 +12,8 @@ LONG = 60  # letters; beyond that a value says nothing to a person
 
 
 def require_same_work(mark: Path, record: dict[str, Any], what: str) -> None:
-    """Write ``record`` to ``mark``, in the folder of a ``what``, unless another one is there.
+    """Write ``record`` to ``mark``, in the folder of a ``what``, unless another one is there, or
+    checkpoints of nobody knows what.
 
     record: plain JSON, all that the result depends on.
 
@@ -24,6 +25,11 @@ def require_same_work(mark: Path, record: dict[str, Any], what: str) -> None:
         raise ValueError(
             f"{mark.parent} holds another {what} ({_difference(mark, json.loads(text))}); give "
             "another folder, or delete it if that one is of no use any more"
+        )
+    if not mark.is_file() and any(mark.parent.glob("checkpoint-*")):
+        raise ValueError(
+            f"{mark.parent} holds checkpoints, and no {mark.name} that says of which {what}; "
+            "delete the folder, or give another"
         )
     write_atomically(mark, text.encode())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from accel.loop import POSITION, Position, newest_checkpoint
+from accel.checkpoints import POSITION, Position, newest_checkpoint
 from accel.zoo.training import SETTINGS, TRAINING, Model, last_checkpoint
 
 # Each module has a `MODEL`.

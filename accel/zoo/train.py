@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from accel import zoo
+from accel.checkpoints import newest_checkpoint
 from accel.files import write_atomically
-from accel.loop import newest_checkpoint
 from accel.measure import hardware
 from accel.zoo.ship import MODELS, model, ship
 from accel.zoo.training import SETTINGS, TRAINING, LastStage, Preset, Training

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from accel.loop import POSITION, LoopSettings, Position, fit, newest_checkpoint
+from accel.checkpoints import POSITION, Position, newest_checkpoint
+from accel.loop import LoopSettings, fit
 
 SETTINGS = "settings.json"  # in a run's folder: how it was begun
 TRAINING = "training.json"  # in a shipped folder: the same, the data positions and the loss curves

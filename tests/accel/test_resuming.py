@@ -35,6 +35,17 @@ def test_a_damaged_mark_is_said(tmp_path, damage):
     assert mark.read_bytes() == damage
 
 
+def test_checkpoints_of_nobody_knows_what_are_not_gone_on_with(tmp_path):
+    mark = tmp_path / "mark.json"
+    require_same_work(mark, {"bits": 8}, "training")
+    (tmp_path / "checkpoint-3").mkdir()
+    require_same_work(mark, {"bits": 8}, "training")
+    mark.unlink()
+    with pytest.raises(ValueError, match=r"no mark\.json that says of which training; delete"):
+        require_same_work(mark, {"bits": 8}, "training")
+    assert not mark.exists()
+
+
 def test_a_mark_survives_a_full_disk(tmp_path, full_disk):
     mark = tmp_path / "run" / "mark.json"
     for _ in range(2):

@@ -17,7 +17,8 @@ from torch import nn
 
 import accel
 from accel import denoiser
-from accel.loop import LoopSettings, newest_checkpoint
+from accel.checkpoints import newest_checkpoint
+from accel.loop import LoopSettings
 from accel.method import Method, Recipe
 from accel.settings import Settings
 from accel.testing import tiny

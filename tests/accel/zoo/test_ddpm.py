@@ -8,7 +8,8 @@ from safetensors import safe_open
 from torch import nn
 
 from accel import zoo
-from accel.loop import LoopSettings, fit, newest_checkpoint
+from accel.checkpoints import newest_checkpoint
+from accel.loop import LoopSettings, fit
 from accel.zoo import ddpm, train
 from accel.zoo.judge import Judge
 from accel.zoo.training import ema_weights

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import nn
 
 from accel import zoo
-from accel.loop import newest_checkpoint
+from accel.checkpoints import newest_checkpoint
 from accel.zoo import sd, train
 from accel.zoo.judge import Judge
 from accel.zoo.training import ema_weights
