@@ -78,6 +78,12 @@ class Run:
         """The noise level at which each step begins."""
         return self.sigmas[:: self.order][: self.steps]
 
+    def made(self, step: int) -> tuple[int, int]:
+        """How many steps come before this one of the grid, and how many there are in all; image to
+        image begins inside the grid."""
+        begin = self.begin // self.order
+        return step - begin, self.steps - begin
+
     @property
     def steps_done(self) -> int:
         return -(-self.position // self.order) - self.begin // self.order

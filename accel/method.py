@@ -437,6 +437,7 @@ def attached(
     """Attach a method, a recipe or several methods to ``pipe`` for the length of a ``with`` block.
 
     ``strict`` turns the warnings about runs without effect and about fallbacks into errors.
+    Pipelines that share its scheduler and denoiser (``from_pipe``) run under the methods, too.
     """
     recipe = method if isinstance(method, Method) else Recipe(tuple(method))
     live = recipe.attach(pipe, strict=strict)

@@ -74,8 +74,28 @@ class Call:
         if time <= 0:
             raise ValueError(f"the first step of {arguments!r} is at time 0; ask for more steps")
         grid = pipe.scheduler.timesteps.tolist()
-        scale = 1.0 if time in grid else time / grid[0]  # image to image begins inside the grid
+        begin = getattr(pipe.scheduler, "begin_index", None) or 0  # image to image begins inside
+        scale = 1.0 if time in grid else time / grid[begin]
         return cls(parts[0], args, kwargs, tuple(x.shape), scale)
+
+    @classmethod
+    def without_guidance(cls, pipe: Any, arguments: Mapping[str, Any]) -> Call:
+        """`of`, for a student that runs without guidance.
+
+        Raises ValueError also where this run would ask the network twice a step. What the network
+        is told of guidance (Flux) asks nothing twice.
+        """
+        call, scale = cls.of(pipe, arguments), arguments.get("guidance_scale", 1)
+        twice = getattr(pipe, "do_classifier_free_guidance", False)  # of this call
+        if scale > 1 and not twice:
+            alone = cls.of(pipe, {**arguments, "guidance_scale": 1.0})
+            twice = alone.shape[0] < call.shape[0]
+        if twice:
+            raise ValueError(
+                f"{type(pipe).__name__} is guided (guidance_scale {scale}), which what is trained "
+                "is not; leave guidance_scale out of the inputs"
+            )
+        return call
 
     def __call__(
         self, x: Tensor, times: Tensor, weights: Mapping[str, Tensor] | None = None
@@ -100,13 +120,19 @@ class Weights(nn.Module):
     """Weights to train in place of a network's own: all of them, or low-rank changes.
 
     rank: of the changes to the weights of its linear layers (Hu et al. 2021, LoRA); None for a
-    full copy. Starts as the network. Raises ValueError where there is nothing to train.
+    full copy. Starts as the network. Raises ValueError where there is nothing to train, or an
+    adapter is on the network.
     """
 
     def __init__(self, network: nn.Module, rank: int | None = None):
         super().__init__()
         self.rank = rank
         own = dict(network.named_parameters())
+        if any(".base_layer." in name for name in own):
+            raise ValueError(
+                f"{type(network).__name__} has an adapter, of which no artifact would know; fuse "
+                "it (fuse_lora, then unload_lora_weights) or unload it first"
+            )
         if rank is None:
             start = {name: p.detach().float().clone() for name, p in own.items()}
         else:

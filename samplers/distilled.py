@@ -24,7 +24,8 @@ class Distilled(Method):
 
     The number of steps is the student's, whatever a call asks for. Its guidance is built in: jobs
     and measurements are called without, and a call of your own with guidance is refused. Weights
-    are written into the model that is there; what it held is kept in host memory for ``detach``.
+    are written into the model that is there; what it held is kept in host memory for ``detach``,
+    which gives it back: an adapter that is fused meanwhile is gone then.
     """
 
     SLOTS = ("scheduler", "weights")
@@ -103,8 +104,10 @@ class _LiveStudent(Attached):
             raise ValueError(
                 "Distilled samples at the times it was trained for; leave timesteps out of the call"
             )
-        given.pop("sigmas", None)  # some pipelines lay a grid whatever is asked of them
+        sigmas = given.pop("sigmas", None)  # some pipelines lay a grid whatever is asked of them
         self.asked = given.get("num_inference_steps")
+        if self.asked is None and sigmas is not None:
+            self.asked = len(sigmas)
         check_steps_asked(self._pipe(), self.asked, self.steps)
         return call_next(**{**given, "num_inference_steps": self.steps})
 
@@ -119,7 +122,8 @@ class _LiveStudent(Attached):
             null = cast(Any, self.denoiser.module).config.num_embeds_ada_norm
             if bool((labels == null).any()):
                 self._refuse_guidance()
-        self.rows += self.denoiser.batch_rows(args, kwargs)
+        if self.now is None or self.now.call >= 0:  # else another method asks once more
+            self.rows += self.denoiser.batch_rows(args, kwargs)
         self.count("changed")
         return call_next(*args, **kwargs)
 

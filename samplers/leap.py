@@ -163,8 +163,7 @@ class _LiveLeap(Attached):
     def _leaps(self, v: Tensor, step: int, run: Run) -> bool:
         method = self.method
         assert isinstance(method, Leap)
-        begin = run.begin // run.order  # image to image starts inside the grid
-        done, steps = step - begin, run.steps - begin
+        done, steps = run.made(step)
         if done + 1 >= steps:
             return False  # the last step is one anyway
         if method.after is not None:

@@ -66,8 +66,8 @@ class RewardTuning(Trainer):
         and stays as it is.
 
         Raises:
-            ValueError: no inputs or prompts, half precision, a verifier without a gradient, a
-                recipe, or ``out`` holds a training that was begun otherwise.
+            ValueError: no inputs or prompts, guided ones, half precision, an adapter, a verifier
+                without a gradient, a recipe, or ``out`` holds a training that was begun otherwise.
         """
         if student_recipe != PLAIN:
             raise ValueError("RewardTuning tunes the model as it is; leave the recipe out")
@@ -77,16 +77,16 @@ class RewardTuning(Trainer):
         if not inputs or not all(isinstance(call.get("prompt"), list) for call in inputs):
             raise ValueError("RewardTuning wants calls with lists of prompts")
         calls = [unguided(pipe, {**c, "num_inference_steps": self.steps}) for c in inputs]
-        made = [Call.of(pipe, c) for c in calls]
+        made = [Call.without_guidance(pipe, c) for c in calls]
         network = made[0].denoiser.module
         if next(network.parameters()).dtype != torch.float32:
             raise ValueError("RewardTuning trains in float32; load the pipeline so")
-        model = Fingerprint.of(network)
-        record = {"trainer": repr(self), "inputs": inputs_digest(inputs), "model": model.digest()}
-        require_same_work(Path(out) / RUN, record, "training")
         with forked_rng():
             torch.manual_seed(self.seed)
             weights = Weights(network, self.rank)
+        model = Fingerprint.of(network)
+        record = {"trainer": repr(self), "inputs": inputs_digest(inputs), "model": model.digest()}
+        require_same_work(Path(out) / RUN, record, "training")
         single = {**calls[0], "prompt": calls[0]["prompt"][0]}
         with Player(pipe, single) as player:
             levels = player.levels(PLAIN)
@@ -125,7 +125,7 @@ class _Losses:
     def __call__(self, model: Weights, step: int) -> Tensor:
         s, generator = self.settings, step_generator(self.settings.seed, step)
         call, prompts = self.calls[step % len(self.calls)]
-        first = max(0, round((1 - s.late) * s.steps))
+        first = min(s.steps - 1, round((1 - s.late) * s.steps))
         stop = int(torch.randint(first, s.steps, (1,), generator=generator))
         device = next(model.parameters()).device
         x = torch.randn(call.shape, generator=generator).to(device)

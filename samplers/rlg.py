@@ -48,8 +48,9 @@ class RLG(Method):
     """Guide by the difference that a tuning has made.
 
     One of: ``artifact``, changes to the pipeline's weights (of a ``Trainer``; the pipeline is the
-    base), or ``adapter``, a LoRA that is loaded and on (the pipeline is the tuned model). Guided
-    from share ``start`` of the steps to ``stop``; outside only the tuned model runs.
+    base), or ``adapter``, a LoRA that is loaded and on (the pipeline is the tuned model; of it the
+    base goes without the denoiser's part alone, not a text encoder's). Guided from share ``start``
+    of the steps that are made to ``stop``; outside only the tuned model runs.
     """
 
     SLOTS = ("denoiser.call", "temporal", "weights")
@@ -119,16 +120,18 @@ class _LiveRLG(Attached):
     def on_run(self, run: Run) -> None:
         method = self.method
         assert isinstance(method, RLG)
-        self.weighted = range(round(method.start * run.steps), round(method.stop * run.steps))
         if method.artifact is not None and method.weight != 0:
             self.changed = {p: v.to(p.device, p.dtype) for p, v in self.changed.items()}
 
     def call(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
         """Around the denoiser: the tuned model, and the base as a branch of its own."""
-        method, now = self.method, self.now
+        method, now, run = self.method, self.now, self.clock.run
         assert isinstance(method, RLG)
         assert now is not None
-        weight = method.weight if now.step in self.weighted else 1.0
+        assert run is not None
+        done, steps = run.made(now.step)
+        guided = round(method.start * steps) <= done < round(method.stop * steps)
+        weight = method.weight if guided else 1.0
         if weight == 0:
             with self.base():
                 return self.noted(call_next(*args, **kwargs), method.adapter is not None)

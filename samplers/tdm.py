@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,16 +34,9 @@ from accel.loop import LoopSettings, fit
 from accel.method import Recipe, Trainer, attached
 from accel.resuming import require_same_work
 from accel.settings import Settings
-from samplers.distillation import (
-    Call,
-    Draws,
-    Pair,
-    calls_of,
-    compiled_blocks,
-    instead,
-    unguided,
-)
+from samplers.distillation import Call, Draws, Pair, calls_of, compiled_blocks, instead, unguided
 from samplers.few_step import few_step_scheduler
+from samplers.host import check_step_call
 from samplers.predictions import Process, renoise
 
 STUDENT = "samplers.distilled:Distilled"  # the method that samples with what is trained here
@@ -169,7 +162,7 @@ class TDM(Trainer):
     lr: float = 1e-4
     fake_lr: float = 5e-4
     separate: bool = True
-    precision: str = "no"
+    precision: Literal["no", "fp16", "bf16"] = "no"
     minutes: float | None = None
     compile: bool = False
     seed: int = 0
@@ -202,23 +195,26 @@ class TDM(Trainer):
         """Train below `out`, going on where a killed run stopped.
 
         `inputs`: pipeline calls, each a batch of the training; they are made without guidance
-        (``guidance_scale=1``, unless they say otherwise). The pipeline is float32 and stays as it
-        is. The forwards of student and fake run `student_recipe`, of methods that keep nothing from
-        step to step. The artifact is for ``Distilled``.
+        (a ``guidance_scale`` of their own is what the network is told, as Flux's). The pipeline is
+        float32 and stays as it is. The forwards of student and fake run `student_recipe`, of
+        methods that keep nothing from step to step. The artifact is for ``Distilled``.
 
         Raises:
-            ValueError: no inputs, a pipeline in half precision, anchors beyond its times, compiled
-                blocks under a recipe, or `out` holds a training that was begun otherwise.
+            ValueError: no inputs, guided ones, a pipeline in half precision, with an adapter, or
+                whose scheduler no student can replace, anchors beyond its times, compiled blocks
+                under a recipe, or `out` holds a training that was begun otherwise.
         """
         if self.compile and student_recipe.methods:
             raise ValueError("TDM.compile: compiled blocks have no gradients of a recipe's methods")
-        process = Process.of(few_step_scheduler(pipe, self.anchors))
+        scheduler = few_step_scheduler(pipe, self.anchors)
+        check_step_call(pipe, scheduler)  # else the pipeline could not run the student
+        process = Process.of(scheduler)
         if not inputs or self.anchors[0] > process.horizon:
             raise ValueError(
                 f"TDM: {len(inputs)} inputs, anchors {self.anchors} of 0 to {process.horizon:g}"
             )
         without = [unguided(pipe, call) for call in inputs]
-        calls = [Call.of(pipe, call) for call in without]
+        calls = [Call.without_guidance(pipe, call) for call in without]
         bare: list[Call | None] = [None] * len(inputs)
         if self.guidance != 1:
             bare = calls_of(pipe, [instead(call, self.unconditional) for call in without])
@@ -226,13 +222,13 @@ class TDM(Trainer):
         if next(network.parameters()).dtype != torch.float32:
             raise ValueError("TDM trains in float32; load the pipeline so, and set precision")
         device = next(network.parameters()).device
+        with forked_rng():
+            torch.manual_seed(self.seed)
+            pair = Pair(network, self.rank, self.fake_lr / self.lr)
         model = Fingerprint.of(network)
         record = {"trainer": repr(self), "recipe": student_recipe.to_json()}
         record |= {"inputs": inputs_digest(inputs), "model": model.digest()}
         require_same_work(Path(out) / RUN, record, "training")
-        with forked_rng():
-            torch.manual_seed(self.seed)
-            pair = Pair(network, self.rank, self.fake_lr / self.lr)
         blocks = compiled_blocks(calls[0].denoiser) if self.compile else nullcontext()
         with attached(student_recipe, pipe), blocks, on_device(device):
             pairs = list(zip(calls, bare, strict=True))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
 from torch import nn
 
 from accel.denoiser import denoisers
@@ -40,6 +41,37 @@ def _made_again(name):
     assert_equal(first[:, : x.shape[1]].float(), again, "the first call")
     other = call(x, (time / 2).expand(len(x)))
     assert not torch.equal(other, again), "the time is not passed on"
+
+
+def test_the_scale_of_times_is_known_inside_the_grid():
+    host = tiny("flux")
+    pipe = FluxImg2ImgPipeline(**host.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    call = Call.of(pipe, host.inputs | {"image": torch.rand(1, 3, 16, 24), "strength": 0.5})
+    assert call.scale == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(("name", "told"), [("dit", 0), ("sd", 0), ("wan", 0), ("flux", 1)])
+def test_calls_that_ask_the_network_twice_are_refused(name, told):
+    """Doubled batches, with and without a pipeline that says so, two calls, and none."""
+    host = tiny(name)
+    assert host.inputs["guidance_scale"] > 1
+    plain = Call.without_guidance(host.pipe, host.inputs | {"guidance_scale": 1.0})
+    if told:
+        assert Call.without_guidance(host.pipe, host.inputs).shape == plain.shape
+    else:
+        with pytest.raises(ValueError, match="leave guidance_scale out"):
+            Call.without_guidance(host.pipe, host.inputs)
+
+
+def test_an_adapter_is_no_part_of_what_is_trained():
+    peft = pytest.importorskip("peft")
+    network = denoisers(tiny("dit").pipe)[0].module
+    config = peft.LoraConfig(r=2, target_modules=["to_q"])
+    peft.inject_adapter_in_model(config, network, "mine")
+    for rank in (None, 2):
+        with pytest.raises(ValueError, match="has an adapter"):
+            Weights(network, rank)
 
 
 def _first_output(host):

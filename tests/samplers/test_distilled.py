@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
 
 import accel
 from accel.artifact import Artifact, Fingerprint
@@ -12,6 +13,7 @@ from caches.native import FirstBlockCache
 from samplers.distillation import HIGH, LOW
 from samplers.distilled import Distilled
 from samplers.few_step import FewStepScheduler
+from samplers.rlg import RLG
 
 
 def student(folder, name="dit", *, low_rank=False, method=None, eta=1.0, **settings):
@@ -131,6 +133,19 @@ def test_composes_with_a_cache(tmp_path):
         assert live.report()["members"][1]["runs"][0]["steps"] == 3
 
 
+def test_a_second_call_of_another_method_is_no_guidance(tmp_path):
+    peft = pytest.importorskip("peft")
+    host, method = tiny("dit"), student(tmp_path)
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, host.pipe.transformer, "mine")
+    for order in ((method, RLG(adapter="mine")), (RLG(adapter="mine"), method)):
+        with accel.attached(order, host.pipe) as live:
+            host.run(guidance_scale=1.0)
+            assert live.report()["members"][0]["runs"][0]["calls"] == 3 * 2
+            with pytest.raises(ValueError, match="guidance_scale=1"):
+                host.run()
+
+
 def test_half_precision_takes_the_weights_it_can_hold(tmp_path):
     host = tiny("dit")
     host.pipe.to(dtype=torch.bfloat16)
@@ -170,3 +185,17 @@ def test_image_to_image_takes_the_last_of_the_student_s_steps(tmp_path):
         assert live.report()["runs"][0]["steps"] == 2
         with pytest.raises(ValueError, match="num_inference_steps=3"):
             host.run(strength=0.7, guidance_scale=1.0, num_inference_steps=50)
+
+
+def test_image_to_image_that_asks_by_sigmas_is_served(tmp_path):
+    """Flux gives its scheduler sigmas and no number."""
+    host, method = tiny("flux"), student(tmp_path, "flux")
+    host.pipe = FluxImg2ImgPipeline(**host.pipe.components)
+    host.pipe.set_progress_bar_config(disable=True)
+    host.inputs |= {"image": torch.rand(1, 3, 16, 24), "strength": 0.6}
+    with accel.attached(method, host.pipe) as live:
+        host.run(**method.call_changes())
+        run = live.report()["runs"][0]
+        assert (run["steps"], run["detail"]["steps_asked"]) == (2, 3)
+        with pytest.raises(ValueError, match="num_inference_steps=3"):
+            host.run(num_inference_steps=9)

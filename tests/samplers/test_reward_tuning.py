@@ -55,6 +55,12 @@ def test_a_killed_training_goes_on_to_the_same_weights(pipe, tmp_path):
     assert isinstance(whole, Artifact)
 
 
+def test_a_late_share_of_less_than_a_step_is_the_last_one(pipe, tmp_path):
+    late = dataclasses.replace(TRAINER, late=0.04, updates=1)
+    made = late.fit(pipe, [{"prompt": CALLS[0]["prompt"][:1]}], str(tmp_path))
+    assert all(value.isfinite().all() for value in made.tensors.values())
+
+
 def test_what_cannot_be_tuned_is_refused(pipe, tmp_path):
     with pytest.raises(ValueError, match="sharpness has no gradient"):
         RewardTuning("sharpness").fit(pipe, CALLS, str(tmp_path))

@@ -224,6 +224,15 @@ def test_outside_the_interval_the_tuned_model_runs_alone(folder):
     assert run["calls"] == 8 + 2
 
 
+def test_the_interval_is_of_the_steps_that_are_made(folder):
+    """Image to image makes three of five here: with two fifths of five none would be guided."""
+    host = tiny("sd-img2img")
+    with attached(RLG(tuning("sd-img2img", folder), stop=0.4), host.pipe) as live:
+        host.run()
+    (run,) = live.report()["runs"]
+    assert (run["steps"], run["calls"]) == (3, 3 + 1)
+
+
 def test_clock_and_weights_survive_an_exception(folder):
     host = tiny("sd")
     before = host.run()

@@ -128,6 +128,7 @@ def test_without_guidance_no_unconditional_call_is_needed():
         {"updates": 0},
         {"eta": 1.5},
         {"rank": 0},
+        {"precision": "bfloat16"},
     ],
 )
 def test_settings_that_cannot_train_are_refused(wrong):
@@ -230,7 +231,8 @@ def test_a_student_with_sparse_attention_learns_so_from_a_dense_teacher(tmp_path
     seen = _Attentions(host.pipe.transformer, monkeypatch)
     recipe = Recipe((SubblockLSE(density=0.3, dense=(0.0, 0.0), blocks=(16, 16), guard=False),))
     trainer = TDM((900, 500), updates=1, fake_updates=1, warmup=0, rank=2)
-    artifact = trainer.fit(host.pipe, [host.inputs], str(tmp_path), recipe)
+    inputs = [host.inputs | {"guidance_scale": 1.0}]
+    artifact = trainer.fit(host.pipe, inputs, str(tmp_path), recipe)
     layers = len(host.pipe.transformer.blocks)
     # the call is looked at; two steps of a walk; a fake's update; a student's: it, fake, teacher
     assert seen.sparse[-6:] == [layers] * 5 + [0]
@@ -271,7 +273,11 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     sparse = Recipe((SubblockLSE(density=0.5),))
     with pytest.raises(ValueError, match="no gradients of a recipe's methods"):
         TDM(**SHORT, compile=True).fit(tiny("wan").pipe, INPUTS, str(tmp_path), sparse)
+    with pytest.raises(ValueError, match="with eta="):  # as Distilled would say of the student
+        TDM(**SHORT).fit(tiny("ddim").pipe, [{"num_inference_steps": 2}], str(tmp_path))
     host = tiny("dit")
+    with pytest.raises(ValueError, match="leave guidance_scale out"):
+        TDM(**SHORT).fit(host.pipe, [{**INPUTS[0], "guidance_scale": 4.0}], str(tmp_path))
     with pytest.raises(ValueError, match="0 inputs"):
         TDM(**SHORT).fit(host.pipe, [], str(tmp_path))
     with pytest.raises(ValueError, match="anchors"):
@@ -285,7 +291,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
 def test_pipelines_of_every_kind_can_be_distilled(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tdm, "inputs_digest", lambda inputs: "")  # of tensors: tiny has no text
     host = tiny(name)
-    artifact = TDM(**SHORT).fit(host.pipe, [host.inputs], str(tmp_path))
+    told = {} if name == "flux" else {"guidance_scale": 1.0}
+    artifact = TDM(**SHORT).fit(host.pipe, [host.inputs | told], str(tmp_path))
     module = denoiser.denoisers(host.pipe)[0].module
     moved = [
         n for n, p in module.named_parameters() if not torch.equal(p.half(), artifact.tensors[n])
