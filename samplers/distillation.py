@@ -80,10 +80,9 @@ class Call:
 
     @classmethod
     def without_guidance(cls, pipe: Any, arguments: Mapping[str, Any]) -> Call:
-        """`of`, for a student that runs without guidance.
+        """`of`, for what is learned of a network that is asked for each sample once.
 
-        Raises ValueError also where this run would ask the network twice a step. What the network
-        is told of guidance (Flux) asks nothing twice.
+        Raises ValueError also for a guided run. Guidance that the network is told (Flux) is none.
         """
         call, scale = cls.of(pipe, arguments), arguments.get("guidance_scale", 1)
         twice = getattr(pipe, "do_classifier_free_guidance", False)  # of this call
@@ -92,8 +91,8 @@ class Call:
             twice = alone.shape[0] < call.shape[0]
         if twice:
             raise ValueError(
-                f"{type(pipe).__name__} is guided (guidance_scale {scale}), which what is trained "
-                "is not; leave guidance_scale out of the inputs"
+                f"{type(pipe).__name__} is guided (guidance_scale {scale}), and asks for each "
+                "sample twice; leave guidance_scale out of the inputs"
             )
         return call
 

@@ -61,6 +61,11 @@ class Distilled(Method):
         artifact.check_method(self.name())
         live.denoiser = denoisers(pipe)[0]
         module = live.denoiser.module
+        if any(p.is_meta for p in module.parameters()):
+            raise ValueError(
+                "Distilled: weights that come and go layer by layer (sequential offload) cannot be "
+                "written; use enable_model_cpu_offload()"
+            )
         artifact.check_model(module)
         live.steps = self.steps or len(artifact.grid)
         if live.steps > len(artifact.grid):

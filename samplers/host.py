@@ -39,7 +39,7 @@ def step_keywords(pipeline_class: type) -> frozenset[str]:
 def scales_initial_noise(pipeline_class: type) -> bool:
     """Whether a pipeline's first latents have the scale that its scheduler asks for: its source
     multiplies them by ``init_noise_sigma``, or noises a picture by the scheduler itself."""
-    signs = ("init_noise_sigma", "scheduler.add_noise(")
+    signs = ("init_noise_sigma", "self.scheduler.add_noise(")
     return any(sign in _source(c) for c in pipeline_class.__mro__ for sign in signs)
 
 

@@ -97,11 +97,12 @@ class OneMoreStep(Method):
             directions: of the differences that ``spread`` draws from.
 
         Raises:
-            ValueError: not as many pictures as prompts, or a pipeline that needs none of this.
+            ValueError: not as many pictures as prompts, guided calls, or a pipeline that needs none
+                of this.
         """
         check_pipeline(pipe)
         plain = [{"guidance_scale": 1.0, **call} for call in inputs]
-        found = [Call.of(pipe, call) for call in plain]
+        found = [Call.without_guidance(pipe, call) for call in plain]
         texts = torch.cat([_pooled(call.kwargs["encoder_hidden_states"]) for call in found])
         empty = Call.of(pipe, {**plain[0], "prompt": [""]})
         latents = torch.cat([_encoded(pipe, batch) for batch in pictures])

@@ -114,6 +114,13 @@ def test_an_artifact_of_another_kind_or_model_is_refused(tmp_path):
         student(tmp_path, "pixart").attach(host.pipe)
 
 
+def test_weights_that_are_elsewhere_are_refused(tmp_path):
+    host = tiny("dit")
+    host.pipe.transformer.to("meta")  # where sequential offload leaves them
+    with pytest.raises(ValueError, match="sequential offload"):
+        student(tmp_path).attach(host.pipe)
+
+
 def test_a_pair_of_denoisers_is_refused(tmp_path):
     """A student of the first alone would be followed by a teacher that wants many steps."""
     with pytest.raises(ValueError, match="2 denoisers"):

@@ -221,6 +221,9 @@ def test_wrong_settings_and_data_are_refused(artifacts):
     with pytest.raises(ValueError, match="spread"):
         OneMoreStep(made["mean"][1], spread=2.0)
     call = {"prompt": ["a red three"], "num_inference_steps": 3}
+    guided = call | {"guidance_scale": 5.0}
+    with pytest.raises(ValueError, match="leave guidance_scale out"):
+        OneMoreStep.calibrate(pipe, [guided], [torch.zeros(1, 3, 32, 32)])
     with pytest.raises(ValueError, match="1 prompts, 2 pictures"):
         OneMoreStep.calibrate(pipe, [call], [torch.zeros(2, 3, 32, 32)])
     other = Artifact.load(made["mean"][1])
