@@ -37,6 +37,7 @@ class ShiftedSigmas(ShiftedTime):
 
     settings: ClassVar[dict[str, Any]] = {k: v for k, v in SETTINGS.items() if k != "per_sample"}
     variants = ("paper", "dpm", "constant")
+    apart = 1  # timesteps at least between two levels: solvers divide by how far they are
     sigmas: Tensor
 
     def check_stock(self) -> None:
@@ -55,19 +56,23 @@ class ShiftedSigmas(ShiftedTime):
         first, after = self._at < 0, len(self._grid)
         if self.config.window:
             at = self._advance(timestep)
-            self.timesteps[at], after = self._grid[at], at + 1
+            after, now = at + 1, self.timesteps[at].clone()
+            self.timesteps[at] = self._grid[at]
         shifts = after < len(self._grid) and self._grid[after] > self.config.cutoff
         if shifts and self.config.variant == "dpm" and not first:
-            self._put(after, self._nearest(model_output, self._grid[after]))
+            self._put(after, self._nearest(model_output, self._grid[after]), now)
         out = super().step(model_output, timestep, sample, *args, **kwargs)  # type: ignore[misc]
         if shifts and self._retimes:
             scale = self._scale(self.sigmas[after])
-            self._put(after, self._nearest(out[0] / scale, self._grid[after]))
+            self._put(after, self._nearest(out[0] / scale, self._grid[after]), now)
             out[0].mul_(self._scale(self.sigmas[after]) / scale)
         return out
 
-    def _put(self, at: int, time: Tensor) -> None:
-        """A step of the grid to another time."""
+    def _put(self, at: int, time: Tensor, now: Tensor) -> None:
+        """A step of the grid to another time, between those of the steps before and after it."""
+        following = self._grid[at + 1] if at + 1 < len(self._grid) else -1
+        bounded = torch.minimum(time.to(now.device), now - self.apart)
+        time = bounded.clamp(min=following + self.apart).to(time.dtype)
         self.timesteps[at] = time
         self.sigmas[at] = self._sigma(time)
         self.shifts = self.shifts + (time != self._grid[at])
@@ -108,6 +113,7 @@ class TimeShiftFlowMatchEulerDiscreteScheduler(ShiftedSigmas, FlowMatchEulerDisc
     """`FlowMatchEulerDiscreteScheduler` with shifted time; wants ``variance_model="signal"``."""
 
     variants = ("paper", "constant")
+    apart = 0
     max_v0 = float("inf")
 
     def check_stock(self) -> None:

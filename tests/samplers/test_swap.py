@@ -154,6 +154,14 @@ def test_the_levels_of_the_model_are_kept_by_classes_that_would_lay_others(name,
     torch.testing.assert_close(few, own, rtol=1000 * 2**-24, atol=2**-23)
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "FewStepScheduler"])
+def test_ddim_on_cogvideox_is_its_own(name):
+    host = tiny("cogvideox")
+    own = host.run(output_type="latent")
+    with accel.attached(SwapScheduler(name), host.pipe):
+        torch.testing.assert_close(host.run(output_type="latent"), own, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "words"),
     [
