@@ -4,10 +4,11 @@
 
 As ``bench_caches``: every row is timed in turn with the unmodified pipeline and paired with it
 video by video, and the referee judges digit, colour, background and motion. Guidance asks the
-network twice a step, each branch in a call of its own. Gate, ratios and searched schedule are
-calibrated on one other video with other noise; no router is trained, which takes hundreds of
-videos. A minute of one core a row; rows are written as they are measured, and a run that was cut
-off goes on. The control computes as many steps as the searched schedule, at random.
+network twice a step, each branch in a call of its own. Gate and ratios are calibrated on one other
+video with other noise, and ``benchmarks.search_schedules`` searched on three; no router is trained,
+which takes hundreds of videos. A minute of one core a row; rows are written as they are measured,
+and a run that was cut off goes on. The control computes as many steps as the searched schedule, at
+random.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from benchmarks.digits_study import WAN, head, loaded, row, study_of, videos
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, add_fresh, read, write
 from benchmarks.scheduled import scheduled
-from caches.evolution import EvolutionCache, EvolutionSearch
+from benchmarks.search_schedules import front
+from caches.evolution import EvolutionCache
 from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from caches.residual_gate import ResidualGate
@@ -41,9 +43,9 @@ from caches.token_merge import TokenMerge
 MODEL, RESULT = WAN, "caches_wan"
 STEPS, SEED = 20, 1000
 OTHER = 77  # place of the calibration's prompt in the order of prompts
-SEARCH = EvolutionSearch(parts="modules", order=0, population=8, generations=2)
-QUALITIES = (35, 30)  # dB that searched schedule and gate are asked for
-MARGIN = 1.0  # dB more on the calibration video
+QUALITIES = (35, 30, 25)  # dB that searched schedule and gate are asked for
+CONTROLLED = 30
+MARGIN = 1.0  # dB more on the calibration videos
 
 Made = Callable[[], Method]
 
@@ -75,11 +77,11 @@ def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
     for quality in QUALITIES:
         yield (
             f"evolution: {quality} dB asked",
-            partial(searched, pipe, calls, folder, quality, shuffle=False),
+            partial(searched, pipe, steps, folder, quality, shuffle=False),
         )
     yield (
-        f"control: random steps, as many as evolution at {QUALITIES[-1]} dB",
-        partial(searched, pipe, calls, folder, QUALITIES[-1], shuffle=True),
+        f"control: random steps, as many as evolution at {CONTROLLED} dB",
+        partial(searched, pipe, steps, folder, CONTROLLED, shuffle=True),
     )
     yield "MagCache: 0.06", lambda: MagCache(0.06, artifact=_ratios(pipe, calls, folder))
     for quality in QUALITIES:
@@ -87,11 +89,11 @@ def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
 
 
 def searched(
-    pipe: Any, calls: list[dict[str, Any]], folder: Path, quality: float, *, shuffle: bool
+    pipe: Any, steps: int, folder: Path, quality: float, *, shuffle: bool
 ) -> EvolutionCache:
-    """The fastest schedule of a short search with so many dB; shuffled, its steps at random."""
-    found = SEARCH.run(pipe, calls, folder / "search")  # from its ledger, the second time
-    good = [c for c in found.candidates if c.quality >= quality + MARGIN]
+    """The fastest schedule that was found with so many dB; shuffled, its steps at random."""
+    found = front(steps, "video").candidates
+    good = [c for c in found if c.quality >= quality + MARGIN]
     schedule = max(good, key=lambda c: c.speedup).schedule
     if shuffle:
         later = list(schedule.rows[1:])

@@ -2,14 +2,15 @@
 
 A genome is a bit a cell of the schedule: compute, or not. NSGA-II (pymoo) minimises two numbers:
 what a run costs, from a table of measured seconds a column, and how far its outputs are from the
-uncached ones. Against the paper, which spends some million images: the first population solves the
-same problem on recorded drift (`caches._drift`), the search looks at a part of the inputs, and what
-survives is measured on all of them. Every evaluation is written down as it is made, so a search
-that was cut off goes on where it stood.
+uncached ones. Against the paper, which spends some million images: beside the paper's regular
+intervals, the first population solves the same problem on recorded drift (`caches._drift`), the
+search looks at a part of the inputs, and what survives is measured on all of them. Every evaluation
+is written down as it is made, so a search that was cut off goes on where it stood.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -204,16 +205,33 @@ class _Trial:
         return causal(without_dead(schedule, sole_readers(self.denoiser)))
 
     def first_population(self, count: int) -> np.ndarray:
-        """What drift says for rising prices of a computed step, and everything computed."""
-        seeds = [np.ones((self.steps, len(self.columns)), dtype=bool)]
+        """Everything computed; all every n steps, as the paper begins; and drift's solutions.
+
+        Those are for rising prices of a computed step, and take most of the places.
+        """
+        whole = np.ones((self.steps, len(self.columns)), dtype=bool)
+        regular = itertools.islice(self._regular(), count // 3)
+        first = {seed.tobytes(): seed for seed in (whole, *regular)}
         weights = (np.ones(self.steps), -np.diff([*self.drift.sigmas, 0.0]))
+        drifted = {}
         for price in np.geomspace(1e-4, 0.3, 4 * count):
             for weight in weights:
-                seeds.append(self._seed(price, weight / weight.mean()))
-        distinct = {seed.tobytes(): seed.ravel() for seed in seeds}
-        by_work = sorted(distinct.values(), key=lambda g: int(g.sum()))
-        chosen = np.linspace(0, len(by_work) - 1, min(count, len(by_work))).round().astype(int)
-        return np.stack([by_work[i] for i in chosen])
+                seed = self._seed(price, weight / weight.mean())
+                drifted[seed.tobytes()] = seed
+        by_work = sorted((s for k, s in drifted.items() if k not in first), key=np.sum)
+        places = min(count - len(first), len(by_work))
+        chosen = np.linspace(0, len(by_work) - 1, places).round().astype(int)
+        return np.stack([s.ravel() for s in (*first.values(), *(by_work[i] for i in chosen))])
+
+    def _regular(self) -> Iterator[np.ndarray]:
+        """Columns computed every 2, 3, ... steps: the outer ones, then any inside of them."""
+        inner = np.array([self._is_inner(column) for column in self.columns])
+        for interval in range(2, self.steps):
+            for thinned in (~inner, inner):
+                if thinned.any():
+                    bits = np.ones((self.steps, len(self.columns)), dtype=bool)
+                    bits[np.ix_(np.arange(self.steps) % interval > 0, thinned)] = False
+                    yield bits
 
     def _seed(self, price: float, weight: np.ndarray) -> np.ndarray:
         bits = np.ones((self.steps, len(self.columns)), dtype=bool)

@@ -253,6 +253,20 @@ def test_a_search_ends_with_a_front(parts, tmp_path):
         assert live.report()["runs"][0]["reused"] > 0
 
 
+@pytest.mark.parametrize(
+    ("parts", "output", "module"),
+    [("modules", None, "CFCFCF"), ("output+modules", "C" * STEPS, "CFCFCF")],
+)
+def test_a_search_begins_with_regular_intervals_too(parts, output, module, tmp_path):
+    _search(tmp_path, parts=parts)
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()[:6]
+    first = [list(zip(*json.loads(line)["rows"].split(" "), strict=True)) for line in lines]
+    assert any(
+        "".join(columns[-1]) == module and output in (None, "".join(columns[0]))
+        for columns in first
+    )
+
+
 def test_a_search_that_was_cut_off_goes_on(tmp_path):
     pipe, inputs, search, front = _search(tmp_path / "whole", parts="modules")
     half = tmp_path / "half"
