@@ -36,7 +36,7 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_tdm $(FRESH) --model zoo:digits-wan --samples 24 --rounds 3
 	$(PY) -m benchmarks.bench_one_more_step
 	$(VENV)/bin/accel measure recipes/digits-sd-one-more-step.yaml --model zoo:digits-sd
-	$(PY) -m benchmarks.bench_time_shift
+	$(PY) -m benchmarks.bench_time_shift $(FRESH)
 	$(PY) -m benchmarks.bench_leap
 	$(PY) -m benchmarks.bench_temporal_cache
 	$(PY) -m benchmarks.bench_quant $(FRESH)

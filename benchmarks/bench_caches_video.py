@@ -7,8 +7,8 @@ video by video, and the referee judges digit, colour, background and motion. Gui
 network twice a step, each branch in a call of its own. Gate and ratios are calibrated on one other
 video with other noise, and ``benchmarks.search_schedules`` searched on three; no router is trained,
 which takes hundreds of videos. A minute of one core a row; rows are written as they are measured,
-and a run that was cut off goes on. The control computes as many steps as the searched schedule, at
-random.
+and a run that was cut off goes on. Controls: as many steps as the searched schedule computes, at
+random; and fewer steps of the same sampler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from accel.method import Method, Recipe
 from accel.settings import Settings
 from benchmarks.bench_native import here, kept_rows
 from benchmarks.density_rows import density
-from benchmarks.digits_study import WAN, head, loaded, row, study_of, videos
+from benchmarks.digits_study import UNIPC, WAN, head, loaded, row, study_of, videos
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, add_fresh, read, write
 from benchmarks.scheduled import scheduled
@@ -39,6 +39,7 @@ from caches.native import FirstBlockCache, MagCache, TaylorSeer
 from caches.residual_gate import ResidualGate
 from caches.schedule import causal
 from caches.token_merge import TokenMerge
+from samplers.swap import SwapScheduler
 
 MODEL, RESULT = WAN, "caches_wan"
 STEPS, SEED = 20, 1000
@@ -56,6 +57,8 @@ def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
         yield f"FORA: {interval}", partial(IntervalCache, interval, 1, 0, "modules", 0)
         yield f"interval, modules: {interval}", partial(IntervalCache, interval, 2, 0, "modules", 1)
         yield f"interval, output: {interval}", partial(IntervalCache, interval, 2, 0, "output", 1)
+        repeat = partial(IntervalCache, interval, 3, 0, "output", 0)
+        yield f"interval, output, repeated: {interval}", repeat
     yield "interval, blocks: 2", partial(IntervalCache, 2, 3, 0, "blocks", 1)
     for interval in (2, 3):
         yield f"TaylorSeer, lite: {interval}", partial(TaylorSeer, interval, 3, modules="lite")
@@ -83,6 +86,8 @@ def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
         f"control: random steps, as many as evolution at {CONTROLLED} dB",
         partial(searched, pipe, steps, folder, CONTROLLED, shuffle=True),
     )
+    for fewer in (10, 12):
+        yield f"control: {fewer} steps", partial(SwapScheduler, *UNIPC, steps=fewer)
     yield "MagCache: 0.06", lambda: MagCache(0.06, artifact=_ratios(pipe, calls, folder))
     for quality in QUALITIES:
         yield f"residual gate: {quality} dB asked", partial(gate, pipe, calls, folder, quality)

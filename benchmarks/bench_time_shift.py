@@ -1,13 +1,14 @@
 """Time-shift and its baselines on ``zoo:digits-ddpm``: Frechet distance at few steps.
 
     python -m benchmarks.bench_time_shift [--samples 2000] [--sets 3] [--only DDIM] [--steps 10]
+                                          [--fresh]
 
 What is adopted (window, cutoff and variant; the constant offset; the scale of epsilon scaling) is
 chosen on other seeds with the other judge, ``digits-judge``, then measured with the referee: each
 set has its own seeds, and is compared with as many real pictures. Beside it stands the exposure
 bias itself, that of which time-shift is the cure: how samples on their way differ from noised real
-pictures of the same time; it and the cost of a step stay as they are where only some samplers or
-steps are measured.
+pictures of the same time. Rows are written as they are measured, and a run that was cut off goes
+on; all of them take an hour of one core or more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ from accel.metrics.protocol import Protocol, require_same
 from accel.zoo.judge import AttributeJudge, judge, to_tensor
 from accel.zoo.world import DigitWorld
 from benchmarks.digits_study import weights_sha256
-from benchmarks.results_file import read, require_machine, write
+from benchmarks.results_file import add_fresh, read, require_machine, write
 from samplers.epsilon_scaling import EpsilonScaling
 from samplers.shifted_time import TimeShiftPNDMScheduler
 from samplers.time_shift import TimeShift
@@ -55,6 +57,10 @@ SCALES = (1.0025, 1.005, 1.01, 1.02, 1.04)
 WINDOWS, CUTOFFS = (0.1, 0.2, 0.4, 0.8), (200, 400, 600)
 SAMPLERS = ("DDIM", "F-PNDM", "S-PNDM", "DDPM")
 CHOSEN_FOR = ("DDIM", "F-PNDM")
+SEVERAL = ("base", "time-shift", "constant", "epsilon scaling")  # with several sets, at STEPS
+
+Key = tuple[str, int, str]  # sampler, steps, setting
+Row = dict[str, Any]
 
 
 def pipeline(sampler: str) -> Any:
@@ -121,6 +127,7 @@ class Draws:
 
     def __init__(self, sampler: str):
         self.sampler, self.pipe = sampler, pipeline(sampler)
+        self.known: dict[tuple, list[float]] = {}  # distances of what was drawn already
 
     def pictures(self, method: Method | None, samples: int, steps: int, seed: int) -> np.ndarray:
         """(n, 32, 32, 3) uint8; seeds of batches follow from `seed`."""
@@ -132,14 +139,13 @@ class Draws:
                 made.append(as_bytes(output))
         return np.concatenate(made)
 
-    def row(self, name: str, method: Method | None, steps: int, samples: int, sets: int) -> dict:
+    def row(self, name: str, method: Method | None, steps: int, samples: int, sets: int) -> Row:
         """One row of the results."""
-        reader = judge(REFEREE)
-        distances, seeds = [], [SEED + 10_000 * number for number in range(sets)]
-        for number, seed in enumerate(seeds):
-            real = real_features(reader, samples, number)
-            made = self.pictures(method, samples, steps, seed)
-            distances.append(frechet(real, reader.features_of(made)))
+        seeds = [SEED + 10_000 * number for number in range(sets)]
+        key = (method, steps, samples, sets)
+        if key not in self.known:
+            self.known[key] = self.distances(method, steps, samples, seeds)
+        distances = self.known[key]
         print(self.sampler, steps, name, method, [round(d, 2) for d in distances], flush=True)
         return {
             "sampler": self.sampler,
@@ -151,6 +157,17 @@ class Draws:
             "seeds": seeds,
             "frechet": distances,
         }
+
+    def distances(
+        self, method: Method | None, steps: int, samples: int, seeds: list[int]
+    ) -> list[float]:
+        """Frechet distance to as many real pictures, for every set."""
+        reader, found = judge(REFEREE), []
+        for number, seed in enumerate(seeds):
+            real = real_features(reader, samples, number)
+            made = self.pictures(method, samples, steps, seed)
+            found.append(frechet(real, reader.features_of(made)))
+        return found
 
     def calls(self, steps: int) -> int:
         """Network evaluations of one sample."""
@@ -226,14 +243,13 @@ def heard(pipe: Any) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:
 
 
 @torch.inference_mode()
-def exposure(steps: int, samples: int = 200) -> list[dict[str, float]]:
-    """Samples of DDIM on their way against noised real pictures, by time.
+def exposure(sampler: str, steps: int, samples: int = 200) -> list[Row]:
+    """Samples on their way against noised real pictures, call by call.
 
     rms: of the predicted noise; error: of the noise predicted for the real ones; variance: of one
     sample over all its numbers. Each [real, sampled].
     """
-    pipe = pipeline("DDIM")
-    pipe.scheduler.set_timesteps(steps)
+    pipe = pipeline(sampler)
     with heard(pipe) as seen:
         pipe(batch_size=samples, num_inference_steps=steps,
              generator=torch.Generator().manual_seed(SEED), output_type="np")  # fmt: skip
@@ -284,48 +300,61 @@ def protocol(samples: int, sets: int) -> dict[str, Any]:
     ).as_json()
 
 
-def measure(samples: int, sets: int, only: str, at: list[int]) -> list[dict[str, Any]]:
-    """Every row; `only`: of the samplers whose name holds this; `at`: numbers of steps."""
-    rows, v0 = [], clean_variance()
+def settings(draws: Draws, steps: int, v0: float) -> dict[str, Callable[[], Method | None]]:
+    """What is measured, and how its method is found."""
+    made: dict[str, Callable[[], Method | None]] = {
+        "base": lambda: None,
+        "time-shift": lambda: draws.choose_shift(steps, v0),
+    }
+    if draws.sampler in CHOSEN_FOR and steps == STEPS:
+        scales = tuple(EpsilonScaling(scale) for scale in SCALES)
+        made["constant"] = lambda: draws.choose(steps, constants(steps))
+        made["epsilon scaling"] = lambda: draws.choose(steps, scales)
+    if (draws.sampler, steps) == ("DDIM", STEPS):
+        for variant in ("paper", "pnm", "adm", "constant"):
+            made[f"{variant} 40, 200"] = partial(TimeShift, 40, 200, variant)  # type: ignore[arg-type]
+    return made
+
+
+def measure(
+    samples: int, sets: int, only: str, at: list[int], done: frozenset[Key] = frozenset()
+) -> Iterator[Row]:
+    """Rows that are not done; `only`: of samplers whose name holds this; `at`: numbers of steps."""
+    v0 = clean_variance()
     for sampler in (name for name in SAMPLERS if only in name):
         draws = Draws(sampler)
         steps_list = (STEPS, *OTHER_STEPS) if sampler in CHOSEN_FOR else (STEPS, 20)
         for steps in (s for s in steps_list if not at or s in at):
             main = sampler in CHOSEN_FOR and steps == STEPS
-            size = (samples, sets) if main else (samples // 2, 1)
-            rows.append(draws.row("base", None, steps, *size))
-            best = draws.choose_shift(steps, v0)
-            rows.append(draws.row("time-shift", best, steps, *size))
-            if main:
-                rows.append(
-                    draws.row("constant", draws.choose(steps, constants(steps)), steps, *size)
-                )
-                scales = tuple(EpsilonScaling(scale) for scale in SCALES)
-                best = draws.choose(steps, scales)
-                rows.append(draws.row("epsilon scaling", best, steps, *size))
-        if sampler == "DDIM" and (not at or STEPS in at):
-            for variant in ("paper", "pnm", "adm", "constant"):
-                method = TimeShift(40, 200, variant)  # type: ignore[arg-type]
-                rows.append(draws.row(f"{variant} 40, 200", method, STEPS, samples // 2, 1))
-    return rows
+            for setting, choose in settings(draws, steps, v0).items():
+                if (sampler, steps, setting) not in done:
+                    size = (samples, sets) if main and setting in SEVERAL else (samples // 2, 1)
+                    yield draws.row(setting, choose(), steps, *size)
 
 
-def with_others(
-    rows: list[dict[str, Any]], own: dict[str, Any], here: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """New rows, and those of the file that they do not replace.
+def key_of(row: Row) -> Key:
+    """What tells a row from the others."""
+    return row["sampler"], row["steps"], row["setting"]
 
-    Raises ValueError where those are of another protocol, machine or number of threads.
+
+def kept_rows(old: dict[str, Any] | None, own: dict[str, Any], here: dict[str, Any]) -> list[Row]:
+    """Rows of the file, beside which new ones may stand.
+
+    Raises ValueError where they are of another protocol, machine or number of threads.
     """
-    old = read("time_shift")
     if old is None:
-        return rows
+        return []
     require_same(Protocol.read(old["protocol"]), Protocol.read(own))
     require_machine(old["environment"], here)
-    made = {(r["sampler"], r["steps"], r["setting"]) for r in rows}
-    kept = [r for r in old["rows"] if (r["sampler"], r["steps"], r["setting"]) not in made]
+    return old["rows"]
+
+
+def joined(kept: list[Row], rows: list[Row]) -> list[Row]:
+    """New rows, and those that they do not replace, in order."""
+    made = {key_of(row) for row in rows}
     order = {name: i for i, name in enumerate(SAMPLERS)}
-    return sorted([*kept, *rows], key=lambda r: (order[r["sampler"]], r["steps"]))
+    kept = [row for row in kept if key_of(row) not in made]
+    return sorted([*kept, *rows], key=lambda row: (order[row["sampler"]], row["steps"]))
 
 
 def main() -> None:
@@ -335,24 +364,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="samplers whose name holds this")
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="only these")
+    add_fresh(parser)
     given = parser.parse_args()
     torch.set_num_threads(1)
     load, own = load_average(), protocol(given.samples, given.sets)
-    if part := bool(given.only or given.steps):
-        with_others([], own, environment("cpu"))  # refused before anything is measured
-    rows = measure(given.samples, given.sets, given.only, given.steps)
-    old = read("time_shift") if part else None
-    if old is not None:
-        rows = with_others(rows, own, environment("cpu"))
+    part = bool(given.only or given.steps)
+    old = None if given.fresh and not part else read("time_shift")
+    kept, rows = kept_rows(old, own, environment("cpu")), []
     content = {
         "protocol": own,
         "model": MODEL,
         "clean_variance": clean_variance(),
-        "rows": rows,
-        "exposure": old["exposure"] if old else exposure(STEPS),
+        "rows": kept,
+        "exposure": old["exposure"] if old else {s: exposure(s, STEPS) for s in CHOSEN_FOR},
         "overhead": old["overhead"] if old else overhead(TimeShift(40, 200), given.rounds),
     }
-    write("time_shift", "cpu", {"environment": environment("cpu", load), **content})
+    done = frozenset() if given.fresh else frozenset(map(key_of, kept))
+    for row in measure(given.samples, given.sets, given.only, given.steps, done):
+        rows.append(row)
+        block = environment("cpu", load)
+        write("time_shift", "cpu", {"environment": block, **content, "rows": joined(kept, rows)})
 
 
 if __name__ == "__main__":

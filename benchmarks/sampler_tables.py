@@ -86,14 +86,15 @@ def time_shift(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} | {mean(values):.2f}{around} |")
     lines += [
         "",
-        "The exposure bias itself: DDIM's samples on their way beside noised real pictures.",
+        "The exposure bias itself: samples on their way beside noised real pictures, call by call.",
         "",
-        "| time | error of noise | its size, real | sampled | variance, real | sampled |",
-        "|---|---|---|---|---|---|",
+        "| sampler | time | error of noise | its size, real | sampled | variance, real | sampled |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in result["exposure"]:
-        pairs = [f"{x:.4f}" for x in (row["error"], *row["rms"], *row["variance"])]
-        lines.append(f"| {row['time']} | {' | '.join(pairs)} |")
+    for sampler, calls in result["exposure"].items():
+        for row in calls:
+            pairs = [f"{x:.4f}" for x in (row["error"], *row["rms"], *row["variance"])]
+            lines.append(f"| {sampler} | {row['time']} | {' | '.join(pairs)} |")
     return "\n".join(lines)
 
 

@@ -338,7 +338,7 @@ class DrawsRow(_Strict):
 
 
 class ExposureRow(_Strict):
-    """Of one time; pairs are [noised real pictures, samples on their way]."""
+    """Of one call of the network; pairs are [noised real pictures, samples on their way]."""
 
     time: Count
     error: Annotated[float, Field(ge=0)]
@@ -354,7 +354,7 @@ class TimeShiftStudy(_Strict):
     model: str
     clean_variance: Annotated[float, Field(gt=0)]
     rows: list[DrawsRow]
-    exposure: list[ExposureRow]
+    exposure: dict[str, list[ExposureRow]]  # by sampler
     overhead: Interval
 
 

@@ -70,27 +70,40 @@ def test_what_beats_nothing_is_not_chosen(monkeypatch):
     assert draws.choose(3, (TimeShift(600, 0, "constant"),)) is None
 
 
-def test_new_rows_stand_beside_those_of_the_same_protocol_only(monkeypatch):
+def test_new_rows_stand_beside_those_of_the_same_protocol_only():
     def row(sampler, steps, setting, distance):
         return {"sampler": sampler, "steps": steps, "setting": setting, "frechet": [distance]}
 
     own = bench_time_shift.Protocol(model="m", inputs="i", samples=4, seeds="s").as_json()
     old = [row("DDIM", 10, "base", 1.0), row("DDIM", 20, "base", 2.0), row("DDPM", 10, "base", 3.0)]
     there = {"protocol": own, "rows": old, "environment": HERE}
-    monkeypatch.setattr(bench_time_shift, "read", lambda name: there)
-    joined = bench_time_shift.with_others([row("DDIM", 10, "base", 9.0)], own, HERE)
-    assert [r["frechet"] for r in joined] == [[9.0], [2.0], [3.0]]
+    kept = bench_time_shift.kept_rows(there, own, HERE)
+    rows = bench_time_shift.joined(kept, [row("DDIM", 10, "base", 9.0)])
+    assert [r["frechet"] for r in rows] == [[9.0], [2.0], [3.0]]
     other = bench_time_shift.Protocol(model="m", inputs="i", samples=5, seeds="s").as_json()
     with pytest.raises(ValueError, match="samples"):
-        bench_time_shift.with_others([], other, HERE)
+        bench_time_shift.kept_rows(there, other, HERE)
     with pytest.raises(ValueError, match="hardware 'h'"):
-        bench_time_shift.with_others([], own, {**HERE, "hardware": "g"})
+        bench_time_shift.kept_rows(there, own, {**HERE, "hardware": "g"})
+
+
+@shipped
+@few
+def test_a_study_that_was_cut_off_goes_on(monkeypatch):
+    batch = bench_time_shift.BATCH
+    monkeypatch.setattr(bench_time_shift, "STEPS", 4)
+    monkeypatch.setattr(bench_time_shift.Draws, "choose", lambda *given: None)
+    done = frozenset({("F-PNDM", 4, "base"), ("F-PNDM", 4, "constant")})
+    rows = list(bench_time_shift.measure(batch, 1, "F-PNDM", [4], done))
+    assert [row["setting"] for row in rows] == ["time-shift", "epsilon scaling"]
+    assert rows[0]["frechet"] == rows[1]["frechet"]  # nothing was adopted
 
 
 @shipped
 def test_exposure_compares_the_same_times():
-    rows = bench_time_shift.exposure(steps=3, samples=4)
+    rows = bench_time_shift.exposure("DDIM", steps=3, samples=4)
     assert [row["time"] for row in rows] == [666, 333, 0]
+    assert len(bench_time_shift.exposure("F-PNDM", steps=4, samples=4)) == 13
     level = bench_time_shift.pipeline("DDIM").scheduler.alphas_cumprod
     for row in rows:
         expected = level[row["time"]] * bench_time_shift.clean_variance() + 1 - level[row["time"]]
