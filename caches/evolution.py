@@ -145,6 +145,8 @@ class EvolutionSearch:
         algorithm.setup(problem, termination=("n_gen", self.generations), seed=self.seed)
         while algorithm.has_next():
             asked = algorithm.ask()
+            if asked is None:  # of few steps every genome has been asked for
+                return
             genomes = asked.get("X").astype(bool)
             goals = np.array([trial.goals(genome) for genome in genomes])
             Evaluator().eval(StaticProblem(problem, F=goals), asked)

@@ -253,6 +253,15 @@ def test_a_search_ends_with_a_front(parts, tmp_path):
         assert live.report()["runs"][0]["reused"] > 0
 
 
+def test_a_search_ends_where_every_schedule_was_looked_at(tmp_path):
+    """Of three steps there are fewer genomes than one population."""
+    inputs = [{"class_labels": [1], "num_inference_steps": 3}]
+    front = EvolutionSearch().run(tiny("dit").pipe, inputs, tmp_path)
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert len(lines) == 4  # the first step computes
+    assert Front.read(tmp_path).candidates == front.candidates
+
+
 @pytest.mark.parametrize(
     ("parts", "output", "module"),
     [("modules", None, "CFCFCF"), ("output+modules", "C" * STEPS, "CFCFCF")],
