@@ -19,8 +19,9 @@ from typing import Any, Literal
 from accel import compat
 from accel.artifact import Artifact, ArtifactRef
 from accel.clock import Run
-from accel.denoiser import Denoiser, chunked_feed_forward, denoisers
+from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
+from caches._hookable import require_whole_feed_forwards
 from caches._in_graph import Port, inside, layer_in_graph, transparent
 from caches._outputs import (
     combined,
@@ -175,6 +176,8 @@ class LiveSchedule(Attached):
             ValueError: its feed-forwards run in chunks, several calls a step.
         """
         columns = list(columns)
+        if any("." in column for column in columns):
+            require_whole_feed_forwards(denoiser, type(self.method).__name__)
         blocks = {f"{denoiser.slot}.{block.path}": block for block in denoiser.blocks}
         self._open_graphs(denoiser, columns)
         for column in columns:
@@ -184,11 +187,6 @@ class LiveSchedule(Attached):
                 continue
             find = functools.partial(denoiser.module.get_submodule, path)
             module = find()
-            if chunked_feed_forward(module):
-                raise ValueError(
-                    f"{type(self.method).__name__}: {column} runs its feed-forward in chunks; "
-                    "switch chunking off to cache"
-                )
             block, skip = blocks.get(column), _no_skip
             if block is not None and block.ff:
                 self.skippable.add(column)

@@ -1,11 +1,11 @@
-"""What the feature caches that diffusers ships can go on, and which claims that makes."""
+"""What feature caches can go on, and which claims that makes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from accel import compat
-from accel.denoiser import Denoiser, denoisers
+from accel.denoiser import Denoiser, chunked_feed_forward, denoisers
 from accel.method import Claim
 
 
@@ -22,6 +22,18 @@ def last_projection(denoiser: Denoiser) -> str:
         f"TaylorSeer(modules='lite') knows no last projection of {denoiser.cls}; "
         "use modules='attention+ff'"
     )
+
+
+def require_whole_feed_forwards(denoiser: Denoiser, method: str) -> None:
+    """For caches of modules: ValueError where a feed-forward runs in chunks, several calls a step.
+
+    A block decides that, not its feed-forward, so the whole denoiser is looked at.
+    """
+    if chunked_feed_forward(denoiser.module):
+        raise ValueError(
+            f"{method}: {denoiser.cls} runs its feed-forwards in chunks; "
+            "switch chunking off to cache"
+        )
 
 
 def call_claim(pipe: Any) -> Claim:

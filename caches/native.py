@@ -23,7 +23,12 @@ from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method, attached
-from caches._hookable import block_claims, call_claim, last_projection
+from caches._hookable import (
+    block_claims,
+    call_claim,
+    last_projection,
+    require_whole_feed_forwards,
+)
 
 
 def mean_ratios(curves: Sequence[Sequence[float]]) -> list[float]:
@@ -103,6 +108,8 @@ class TaylorSeer(Method):
 
     def _paths(self, denoiser: Denoiser) -> list[str]:
         paths: list[str] = []
+        if self.modules == "attention+ff":
+            require_whole_feed_forwards(denoiser, "TaylorSeer")
         for block in denoiser.blocks:
             paths += [p for p in (block.self_attn, block.self_attn_2, block.cross_attn) if p]
             paths += block.ff if self.modules == "attention+ff" else ()

@@ -78,6 +78,17 @@ def _computed(method, host, column):
     return len(seen), report
 
 
+def test_feed_forwards_in_chunks_are_refused():
+    host = tiny("pixart")
+    for block in host.pipe.transformer.transformer_blocks:
+        block.set_chunk_feed_forward(4, 1)
+    with pytest.raises(ValueError, match="in chunks"):
+        IntervalCache(2).attach(host.pipe)
+    plain = host.run()
+    with attached(IntervalCache(1, parts="output"), host.pipe):
+        assert_equal(plain, host.run(), "the whole network may be kept")
+
+
 @pytest.mark.parametrize("pipeline", ["dit", "pixart", "flux", "wan", "sd3", "cogvideox", "ltx"])
 def test_modules_run_only_at_their_steps(pipeline):
     host = tiny(pipeline)

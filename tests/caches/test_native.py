@@ -63,6 +63,15 @@ def test_unsupported_is_refused_with_nothing_changed(method, pipeline, words):
     assert_same_state(state, host_state(host.pipe))
 
 
+def test_feed_forwards_in_chunks_are_refused():
+    host = tiny("pixart")
+    for block in host.pipe.transformer.transformer_blocks:
+        block.set_chunk_feed_forward(4, 1)
+    with pytest.raises(ValueError, match="in chunks"):
+        TaylorSeer(2, 1).attach(host.pipe)
+    TaylorSeer(2, 1, modules="attention").attach(host.pipe).detach()
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
