@@ -21,6 +21,7 @@ from accel.denoiser import denoisers
 from accel.files import write_atomically
 from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached
+from caches._hookable import require_whole_feed_forwards
 from caches._outputs import first_leaf, map_tensors
 from caches._resuming import other_work
 
@@ -47,6 +48,7 @@ class _Walk(Method):
     def build(self, pipe: Any, live: Attached) -> None:
         assert isinstance(live, LiveWalk)
         (denoiser,) = denoisers(pipe)
+        require_whole_feed_forwards(denoiser, "RouterTrainer")
         for place, column in enumerate(self.watched):
             module = denoiser.module.get_submodule(column.partition(".")[2])
             live.around_call(module, live.blending(place))
@@ -73,11 +75,12 @@ class LiveWalk(Attached):
         self.kept: dict[tuple[str, int, int], Any] = {}  # by branch, solver stage and place
         self.teaching = False
         self.calls: list[tuple[Tensor, Tensor]] = []  # (student, teacher) of this step
-        self.mix: Mix | None = None  # found in the first step that is learned from
+        self.mix: Mix | None = None  # found in the first step of a run that is learned from
 
     def on_run(self, run: Run) -> None:
         self.kept.clear()
         self.calls.clear()
+        self.mix = None  # the next run may have other rows
         self.sigmas = run.step_sigmas
 
     def blending(self, place: int) -> Callable:
@@ -161,29 +164,39 @@ class Mix:
 
     @classmethod
     def of(cls, outputs: Sequence[Tensor], used: Tensor, scale: float) -> Mix:
-        """The way that gives what the solver was called with, found by trying all.
+        """The way that comes nearest to what the solver was called with, found by trying all.
 
-        Some pipelines (DiT) give the solver the guided output twice.
+        Some pipelines (DiT) give the solver the guided output twice. Near means 1e-3 of the largest
+        value, or what the pipeline's own type loses: a rounding of the difference (at most twice
+        the largest output m), of its product with the scale, and of the sum, which together are at
+        most (3 |scale| + 1) eps m.
 
         Raises:
             ValueError: the pipeline guides in another way.
         """
-        outputs = [o[:, : used.shape[1]].detach().float() for o in outputs]
-        used = used.detach().float()
+        outputs = [o[:, : used.shape[1]].detach() for o in outputs]
+        most = max(float(o.abs().max()) for o in outputs)
+        lost = (3 * abs(scale) + 1) * torch.finfo(outputs[0].dtype).eps * most
+        outputs, used = [o.float() for o in outputs], used.detach().float()
+        near = max(1e-3 * float(used.abs().max()), lost)
         half = len(used) // 2
         sizes = [len(used), half] if half and torch.equal(used[:half], used[half:]) else [len(used)]
+        best = None
         for rows in sizes:
             count = sum(-(-len(o) // rows) for o in outputs)
             for plain, toward in itertools.product(range(count), repeat=2):
                 mix = cls(rows, plain, toward, scale)
                 made, want = mix(outputs), used[:rows]
-                near = 1e-3 * want.abs().max()
-                if made.shape == want.shape and bool((made - want).abs().max() <= near):
-                    return mix
-        raise ValueError(
-            f"RouterTrainer: what the solver gets is not plain + {scale} (toward - plain) of two "
-            "outputs of the step; this pipeline guides in another way"
-        )
+                if made.shape == want.shape:
+                    apart = float((made - want).abs().max())
+                    if apart <= near and (best is None or apart < best[0]):
+                        best = apart, mix
+        if best is None:
+            raise ValueError(
+                f"RouterTrainer: what the solver gets is not plain + {scale} (toward - plain) of "
+                "two outputs of the step; this pipeline guides in another way"
+            )
+        return best[1]
 
 
 class RouterTraining:

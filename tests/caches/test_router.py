@@ -256,6 +256,38 @@ def test_training_on_a_solver_of_two_calls_a_step(tmp_path):
     assert torch.isfinite(made.tensors["logits"]).all()
 
 
+def test_inputs_of_several_batch_sizes_are_each_guided_as_they_are(tmp_path, monkeypatch):
+    """What is learned from is what the solver gets, of one sample and of two."""
+    apart = []
+
+    def step(self, call_next, model_output, *args, **kwargs):
+        def learn(step, student, teacher):
+            learned(step, student, teacher)
+            if step == 0:  # where nothing is cached
+                apart.append(float((teacher - model_output[: len(teacher)]).abs().max()))
+
+        learned, self.on_step = self.on_step, learn if self.on_step else None
+        try:
+            return original(self, call_next, model_output, *args, **kwargs)
+        finally:
+            self.on_step = learned
+
+    original = LiveWalk.step
+    monkeypatch.setattr(LiveWalk, "step", step)
+    inputs = [INPUTS[0], {**INPUTS[0], "class_labels": [1, 2]}]
+    RouterTrainer(updates=2, refresh=9).fit(tiny("dit").pipe, inputs, str(tmp_path))
+    assert len(apart) == 2
+    assert max(apart) < 1e-4
+
+
+def test_feed_forwards_in_chunks_are_refused(tmp_path):
+    pipe = tiny("dit").pipe
+    for block in pipe.transformer.transformer_blocks:
+        block.set_chunk_feed_forward(4, 1)
+    with pytest.raises(ValueError, match="in chunks"):
+        RouterTrainer(updates=1).fit(pipe, INPUTS, str(tmp_path))
+
+
 def test_inputs_of_several_guidance_scales_are_refused(tmp_path):
     """What the student's outputs are mixed with is one number."""
     mixed = [INPUTS[0], {**INPUTS[0], "guidance_scale": 1.0}]
@@ -325,6 +357,15 @@ def test_guidance_is_found_by_what_the_solver_gets():
     assert Mix.of([torch.cat([toward, plain])], twice, 4.0) == Mix(2, 1, 0, 4.0)
     with pytest.raises(ValueError, match="another way"):
         Mix.of([plain, toward], torch.randn(2, 3, 4, 4), 4.0)
+
+
+def test_guidance_is_found_in_half_precision():
+    """It loses more than a thousandth; the nearest is taken, as several may be near enough."""
+    generator = torch.Generator().manual_seed(0)
+    plain, change = torch.randn(2, 2, 3, 4, 4, generator=generator).bfloat16()
+    toward = plain + 0.05 * change
+    guided = plain + 8.0 * (toward - plain)
+    assert Mix.of([toward, plain], guided, 8.0) == Mix(2, 1, 0, 8.0)
 
 
 def test_calibration_finds_a_price_for_a_speed_or_a_quality(tmp_path):
