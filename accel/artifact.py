@@ -245,9 +245,23 @@ def _read_header(data: bytes) -> dict[str, Any]:
 
 
 def inputs_digest(inputs: list[dict[str, Any]]) -> str:
-    """SHA-256 of pipeline-call arguments (JSON values only). Raises ``TypeError`` for others."""
-    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    """SHA-256 of pipeline-call arguments. Raises ``ValueError`` for others than JSON values."""
+    try:
+        text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    except TypeError:
+        other = {k: type(v).__name__ for x in inputs for k, v in x.items() if not _is_json(v)}
+        raise ValueError(
+            f"inputs have {other}: JSON values only, so that they can be named"
+        ) from None
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, sort_keys=True)
+    except TypeError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:

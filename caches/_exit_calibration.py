@@ -10,8 +10,8 @@ import numpy as np
 
 from accel.artifact import Artifact
 from accel.denoiser import denoisers
-from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Attached, Method, attached
+from caches._drawn import drawn, fidelity
 from caches._drift import best_steps, measure_drift
 from caches._executor import LiveSchedule, Scheduled
 from caches._exits import ExitHeads, LiveExit, Rest, as_schedule, exit_columns
@@ -155,8 +155,6 @@ class _Trial:
         self, pipe: Any, inputs: list[dict[str, Any]], live: LiveExit, trained: Artifact | None
     ) -> None:
         self.pipe, self.inputs, self.live = pipe, inputs, live
-        if len({x.get("num_inference_steps") for x in inputs}) != 1:
-            raise ValueError("EarlyExit.calibrate wants inputs, all of the same number of steps")
         self.denoiser, *others = denoisers(pipe)
         self.blocks = live.blocks(self.denoiser.slot)
         if any(live.blocks(other.slot) != self.blocks for other in others):
@@ -169,13 +167,9 @@ class _Trial:
             self.exits = tuple(trained.settings["exits"])
             self.tensors = {k: v for k, v in trained.tensors.items() if k.startswith("heads.")}
             live.heads = ExitHeads.of(self.tensors, self.exits)
-        self.plain = self.made()
+        self.plain = drawn(pipe, inputs)
         self.shares = noise_share(live.grid)
         self.harms = self._harms()
-
-    def made(self) -> list[Any]:
-        """Samples of all inputs."""
-        return [pipeline_samples(self.pipe, x, i) for i, x in enumerate(self.inputs)]
 
     def _harms(self) -> np.ndarray:
         """Root mean square error of the finished samples for every step and exit (``harm``)."""
@@ -200,7 +194,8 @@ class _Trial:
         depths = [self.blocks] * len(self.shares)
         depths[step] = depth
         self.live.trial = as_schedule(self.live.columns, depths)
-        moved = [(a - b).square().mean() for a, b in zip(self.made(), self.plain, strict=True)]
+        made = drawn(self.pipe, self.inputs)
+        moved = [(a - b).square().mean() for a, b in zip(made, self.plain, strict=True)]
         return float(sum(moved) / len(moved)) ** 0.5
 
     def schedule(self, price: float) -> Schedule:
@@ -218,8 +213,7 @@ class _Trial:
 
         def keeps(price: float) -> bool:
             self.live.trial = self.schedule(price)
-            nearness = [mean_psnr(a, b) for a, b in zip(self.made(), self.plain, strict=True)]
-            return sum(nearness) / len(nearness) >= quality
+            return fidelity(drawn(self.pipe, self.inputs), self.plain) >= quality
 
         return self._found(halved(keeps, TRIES)[0], f"{quality} dB")
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from accel.artifact import Artifact, ArtifactRef, fingerprints, inputs_digest
 from accel.denoiser import denoisers
 from accel.method import Attached, Method, Recipe, Trainer, attached
+from caches._drawn import digest_of
 from caches._executor import FromArtifact, OnGrid
 from caches._exit_calibration import EXITS, Found, calibrated, spaced_exits
 from caches._exit_training import trained_heads
@@ -74,8 +75,8 @@ class EarlyExit(FromArtifact, Method):
         block; the fidelity is measured on `inputs`, which is worth little below eight samples.
 
         Raises:
-            ValueError: both or none asked for, inputs of different steps, another model than the
-                heads are for, or no schedule does it.
+            ValueError: both or none asked for, inputs of different steps or not JSON, another model
+                than the heads are for, or no schedule does it.
         """
         if (speed is None) == (quality is None):
             raise ValueError("EarlyExit.calibrate: ask for a speed or for a quality")
@@ -86,9 +87,10 @@ class EarlyExit(FromArtifact, Method):
                 f"EarlyExit.calibrate: rest is {kind!r}; "
                 "give skip, residual, forecast or trained heads"
             )
+        digest = digest_of(inputs, "EarlyExit.calibrate")
         found = calibrated(pipe, inputs, kind, trained, (quality, speed))
         settings = {"rest": kind, "quality": quality, "speed": speed}
-        return _artifact(pipe, found, settings, inputs)
+        return _artifact(pipe, found, settings, digest)
 
 
 @dataclass(frozen=True)
@@ -135,13 +137,14 @@ class ExitTraining(Trainer):
         settings = {"rest": "heads", "training": asdict(self)}
         schedule = constant(columns, len(sigmas))
         return _artifact(
-            pipe, Found(schedule, sigmas, exits, heads.tensors(), guided), settings, inputs
+            pipe,
+            Found(schedule, sigmas, exits, heads.tensors(), guided),
+            settings,
+            inputs_digest(inputs),
         )
 
 
-def _artifact(
-    pipe: Any, found: Found, settings: dict[str, Any], inputs: list[dict[str, Any]]
-) -> Artifact:
+def _artifact(pipe: Any, found: Found, settings: dict[str, Any], digest: str) -> Artifact:
     made = to_artifact(
         found.schedule,
         denoisers(pipe)[0],
@@ -149,7 +152,7 @@ def _artifact(
         grid=found.grid,
         guidance=found.guided,
         others=fingerprints(pipe)["others"],
-        inputs_sha256=inputs_digest(inputs),
+        inputs_sha256=digest,
         settings={**settings, "exits": list(found.exits)},
     )
     made.tensors |= found.tensors

@@ -25,6 +25,7 @@ from accel.denoiser import denoisers
 from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Method, Recipe, attached
 from accel.settings import check_fields
+from caches._drawn import drawn
 from caches._drift import Drift, best_steps, forecast_errors, measure_drift
 from caches._executor import FromArtifact, OnGrid
 from caches._front import Candidate, Front, is_dominated
@@ -276,7 +277,7 @@ class _Trial:
         outputs = references
         if not schedule.is_neutral():
             with attached(self._method(schedule), self.pipe):
-                outputs = [pipeline_samples(self.pipe, x, i) for i, x in enumerate(inputs)]
+                outputs = drawn(self.pipe, inputs)
         pairs = zip(outputs, references, strict=True)
         found = float(np.mean([self.quality(*pair) for pair in pairs]))
         return found if found > -np.inf else RUINED

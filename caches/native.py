@@ -23,6 +23,7 @@ from accel.artifact import Artifact, ArtifactRef, Fingerprint, inputs_digest
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method, attached
+from caches._drawn import drawn
 from caches._hookable import (
     block_claims,
     call_claim,
@@ -197,16 +198,18 @@ class MagCache(Method):
     def calibrate(pipe: Any, inputs: list[dict[str, Any]]) -> Artifact:
         """Measure the magnitude ratios: mean over ``inputs`` and guidance branches.
 
+        ``inputs``: pipeline-call arguments; call n has noise of seed n.
+
         Raises:
-            ValueError: ``inputs`` is empty, the runs differ in length, or two denoisers share the
-                steps (their ratios are not one curve).
+            ValueError: ``inputs`` is empty or not JSON, the runs differ in length, or two denoisers
+                share the steps (their ratios are not one curve).
         """
         if not inputs or len(denoisers(pipe)) != 1:
             raise ValueError("MagCache.calibrate wants inputs and a pipeline with one denoiser")
+        digest = inputs_digest(inputs)
         with attached(_MagCalibration(), pipe) as live:
             assert isinstance(live, _LiveMagCalibration)
-            for arguments in inputs:
-                pipe(**arguments)
+            drawn(pipe, inputs)
         if len({len(curve) for curve in live.curves}) != 1:
             raise ValueError("MagCache.calibrate: all inputs must have the same number of steps")
         import torch
@@ -219,7 +222,7 @@ class MagCache(Method):
             match="architecture",
             grid=run.sigmas,
             guidance=run.guided,
-            inputs_sha256=inputs_digest(inputs),
+            inputs_sha256=digest,
         )
 
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accel.artifact import Artifact, ArtifactRef, fingerprints, inputs_digest
+from accel.artifact import Artifact, ArtifactRef, fingerprints
 from accel.denoiser import denoisers
-from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Attached, Claim, Method, attached
+from caches._drawn import digest_of, drawn, fidelity
 from caches._gating import WARMUP, LiveGate, halved, stacked_blocks
 
 if TYPE_CHECKING:
@@ -83,14 +83,14 @@ class ResidualGate(Method):
         Eight samples or more, or the fidelity of others will differ from theirs.
 
         Raises:
-            ValueError: no inputs, not all of the same steps, or no threshold keeps the quality.
+            ValueError: no inputs, not all of the same steps or not JSON, or no threshold keeps the
+                quality.
         """
-        if len({x.get("num_inference_steps") for x in inputs}) != 1:
-            raise ValueError("ResidualGate.calibrate wants inputs, all of the same number of steps")
+        digest = digest_of(inputs, "ResidualGate.calibrate")
         with attached(_Probe(), pipe) as live:
             assert isinstance(live, LiveGate)
             live.only = -1
-            plain = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
+            plain = drawn(pipe, inputs)
             responses = _responses(pipe, inputs, plain, live)
             live.shares, live.responses = list(responses), list(responses.values())
             error = _largest_error(pipe, inputs, plain, live, quality)
@@ -101,7 +101,7 @@ class ResidualGate(Method):
             tensors=_as_tensors(responses, error),
             grid=live.grid,
             guidance=live.guided,
-            inputs_sha256=inputs_digest(inputs),
+            inputs_sha256=digest,
             settings={"quality": quality},
         )
 
@@ -145,7 +145,7 @@ def _responses(
     steps, found = len(live.grid), {}
     for step in sorted({round(s) for s in np.linspace(min(WARMUP, steps - 1), steps - 1, PROBES)}):
         live.only, live.gaps = step, []
-        skipped = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
+        skipped = drawn(pipe, inputs)
         if not live.gaps:
             continue  # another denoiser's first steps
         moved = [(a - b).square().mean() for a, b in zip(skipped, plain, strict=True)]
@@ -163,8 +163,7 @@ def _largest_error(
 ) -> float:
     def keeps(error: float) -> bool:
         live.error = error
-        made = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
-        return sum(map(mean_psnr, made, plain)) / len(plain) >= quality
+        return fidelity(drawn(pipe, inputs), plain) >= quality
 
     best, _ = halved(keeps, TRIES)
     if best is None:

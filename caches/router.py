@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from accel.artifact import Artifact, ArtifactRef, inputs_digest
-from accel.denoiser import denoisers
-from accel.measure import mean_psnr, pipeline_samples
+from accel.artifact import Artifact, ArtifactRef
+from accel.denoiser import Denoiser, denoisers
 from accel.method import Method, Recipe, Trainer, attached
+from caches._drawn import digest_of, drawn, fidelity
 from caches._drift import measure_drift
 from caches._executor import FromArtifact, OnGrid
 from caches._resuming import work_digest
@@ -107,12 +107,10 @@ class RouterTrainer(Trainer):
         `seed` + n. `student_recipe` is attached all the while.
 
         Raises:
-            ValueError: no inputs, not all of the same steps and guidance, two denoisers, or `out`
-                holds another training.
+            ValueError: no inputs, not JSON or not all of the same steps and guidance, less than two
+                steps, two denoisers, or `out` holds another training.
         """
-        if not inputs or len(denoisers(pipe)) != 1:
-            raise ValueError("RouterTrainer wants inputs and a pipeline with one denoiser")
-        (denoiser,) = denoisers(pipe)
+        denoiser, inputs_sha256 = _only_denoiser(pipe), digest_of(inputs, "RouterTrainer")
         columns = module_columns(denoiser)
         recipe = student_recipe or Recipe(())
         digest = work_digest(pipe, inputs, self, recipe)
@@ -126,7 +124,7 @@ class RouterTrainer(Trainer):
             method=RouterCache.name(),
             grid=training.sigmas,
             guidance=training.guided,
-            inputs_sha256=inputs_digest(inputs),
+            inputs_sha256=inputs_sha256,
             seed=self.seed,
         )
         artifact.tensors["logits"] = training.logits()
@@ -149,14 +147,17 @@ class RouterTrainer(Trainer):
         predicted from seconds a module; the fidelity is measured on `inputs`.
 
         Raises:
-            ValueError: both or none asked for, or no training reached it; what they did is said.
+            ValueError: both or none asked for, what `fit` raises, or no training reached it; what
+                they did is said.
         """
+        denoiser = _only_denoiser(pipe)
+        digest_of(inputs, "RouterTrainer")  # before the work
         if (speed is None) == (quality is None):
             raise ValueError("RouterTrainer.calibrate: ask for a speed or for a quality")
         (low, high), best = BETAS, None
         said = []
-        plain = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
-        drift = measure_drift(pipe, inputs[0], module_columns(denoisers(pipe)[0]))
+        plain = drawn(pipe, inputs)
+        drift = measure_drift(pipe, inputs[0], module_columns(denoiser))
         for _ in range(tries):
             beta = (low * high) ** 0.5
             artifact = replace(self, beta=beta).fit(pipe, inputs, f"{out}/beta-{beta:.3g}")
@@ -164,7 +165,10 @@ class RouterTrainer(Trainer):
             full = constant(schedule.columns, schedule.steps)
             costs = (drift.seconds, drift.rest)
             faster = predicted_cost(full, *costs) / predicted_cost(schedule, *costs)
-            nearer = _fidelity(pipe, inputs, plain, artifact, Path(out))
+            trial = Path(out) / "trial.safetensors"
+            with attached(RouterCache(artifact.save(trial)), pipe):
+                nearer = fidelity(drawn(pipe, inputs), plain)
+            trial.unlink()
             said.append(f"{faster:.2f}x at {nearer:.1f} dB")
             reached = faster >= speed if speed is not None else nearer >= (quality or 0.0)
             if reached:
@@ -178,14 +182,11 @@ class RouterTrainer(Trainer):
         return best
 
 
-def _fidelity(
-    pipe: Any, inputs: list[dict[str, Any]], plain: list[Any], artifact: Artifact, folder: Path
-) -> float:
-    """Mean PSNR in dB against the uncached outputs `plain`."""
-    with attached(RouterCache(artifact.save(folder / "trial.safetensors")), pipe):
-        cached = [pipeline_samples(pipe, x, i) for i, x in enumerate(inputs)]
-    (folder / "trial.safetensors").unlink()
-    return sum(map(mean_psnr, cached, plain)) / len(plain)
+def _only_denoiser(pipe: Any) -> Denoiser:
+    found = denoisers(pipe)
+    if len(found) != 1:
+        raise ValueError(f"RouterTrainer wants a pipeline with one denoiser, not {len(found)}")
+    return found[0]
 
 
 def routed(logits: Any, columns: tuple[str, ...], threshold: float) -> Schedule:

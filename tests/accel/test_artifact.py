@@ -177,5 +177,5 @@ def test_plain_safetensors_and_other_formats(tmp_path, dit):
 
 def test_inputs_are_json():
     assert inputs_digest([{"a": 1, "b": 2}]) == inputs_digest([{"b": 2, "a": 1}])
-    with pytest.raises(TypeError):
-        inputs_digest([{"latents": torch.ones(1)}])
+    with pytest.raises(ValueError, match=r"\{'latents': 'Tensor'\}: JSON values only"):
+        inputs_digest([{"a": 1, "latents": torch.ones(1)}])

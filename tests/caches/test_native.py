@@ -275,6 +275,14 @@ def test_mag_calibration_is_the_ratio_of_residual_norms(tmp_path):
         assert live.report()["runs"][1]["detail"]["ratios_resampled"] == [5, 7]
 
 
+def test_mag_calibration_draws_the_same_twice():
+    host, draws = tiny("dit"), torch.random.get_rng_state()
+    inputs = [{"class_labels": [1], "num_inference_steps": 3}]
+    found = [MagCache.calibrate(host.pipe, inputs).tensors["ratios"] for _ in range(2)]
+    assert_equal(*found, "ratios")
+    assert_equal(draws, torch.random.get_rng_state(), "the global generator")
+
+
 def test_mag_artifact_of_another_model_is_refused(tmp_path):
     host, other = tiny("dit"), tiny("pixart")
     inputs = [{"class_labels": [1], "num_inference_steps": 4, "output_type": "np"}]

@@ -41,7 +41,7 @@ def calibrated(name: str, quality: float = 30.0) -> ArtifactRef:
     host = tiny(name)
     given = {k: v for k, v in host.inputs.items() if k not in ("generator", "output_type")}
     given |= {"num_inference_steps": 6}
-    with mock.patch("caches.residual_gate.inputs_digest", str):  # tiny inputs are tensors
+    with mock.patch("caches._drawn.inputs_digest", str):  # tiny inputs are tensors
         artifact = ResidualGate.calibrate(host.pipe, [given], quality=quality)
     artifact.inputs_sha256 = ""
     return artifact.save(FOLDERS[0] / f"{name}-{quality}.safetensors")

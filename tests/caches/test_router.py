@@ -229,7 +229,7 @@ def test_thresholding_and_bounds():
 
 @pytest.mark.parametrize("pipeline", ["dit", "sd", "wan", "flux", "sd3"])
 def test_training_on_every_kind_of_guidance(pipeline, tmp_path, monkeypatch):
-    for module in ("caches.router", "caches._resuming"):  # tiny inputs are tensors
+    for module in ("caches._drawn", "caches._resuming"):  # tiny inputs are tensors
         monkeypatch.setattr(f"{module}.inputs_digest", lambda inputs: "tensors")
     host = tiny(pipeline)
     inputs = [{k: v for k, v in host.inputs.items() if k not in ("generator", "output_type")}]
@@ -293,6 +293,15 @@ def test_inputs_of_several_guidance_scales_are_refused(tmp_path):
     mixed = [INPUTS[0], {**INPUTS[0], "guidance_scale": 1.0}]
     with pytest.raises(ValueError, match="guidance_scale"):
         RouterTrainer(updates=1).fit(tiny("dit").pipe, mixed, str(tmp_path))
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    one_step = [{**INPUTS[0], "num_inference_steps": 1}]
+    with pytest.raises(ValueError, match="nothing to repeat"):
+        RouterTrainer(updates=1).fit(tiny("dit").pipe, one_step, str(tmp_path))
+    two = tiny("wan22")
+    with pytest.raises(ValueError, match="one denoiser, not 2"):
+        RouterTrainer().calibrate(two.pipe, [two.inputs], str(tmp_path), speed=2.0)
 
 
 def test_no_price_keeps_modules_that_matter(tmp_path):
