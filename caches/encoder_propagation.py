@@ -76,7 +76,7 @@ class EncoderPropagation(Scheduled, Method):
             for denoiser in denoisers(pipe):
                 live.around_denoiser(denoiser.slot, live.ahead(denoiser))
         if self.noise:
-            live.patch.around(pipe.scheduler, "step", live.inject)
+            live.follow(pipe.scheduler)
 
     def key_steps(self, steps: int) -> frozenset[int]:
         """Key steps of a run of so many."""
@@ -93,8 +93,20 @@ class _LiveEncoder(LiveSchedule):
 
     parallel = False
 
+    def __init__(self, method: Method, pipe: Any) -> None:
+        super().__init__(method, pipe)
+        self.followed: list[Any] = []  # schedulers whose steps get noise
+
+    def follow(self, scheduler: Any) -> None:
+        """Act on the steps of a scheduler; which one the pipeline has may change."""
+        if not any(known is scheduler for known in self.followed):
+            self.followed.append(scheduler)
+            self.patch.around(scheduler, "step", self.inject)
+
     def on_run(self, run: Run) -> None:
         super().on_run(run)
+        if self.followed:
+            self.follow(self.clock._scheduler)
         self.ready: dict[tuple[str, int], Any] = {}  # (branch, step) -> output
         self.first_noise: Any = None
 
@@ -178,6 +190,8 @@ class _LiveEncoder(LiveSchedule):
         if self.first_noise is None:
             self.first_noise = sample / float(scheduler.init_noise_sigma)
         share = run.timesteps[run.position] / scheduler.config.num_train_timesteps
+        if max(run.timesteps) < 2 <= len(run.timesteps):  # of no training: EDM's are log(sigma) / 4
+            share = 1 - run.position / len(run.timesteps)
         if share < method.noise_below and self.first_noise.shape == sample.shape:
             self.count("changed")
             sample = sample + method.noise * scale * self.first_noise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 
 from accel.method import attached
 from accel.patch import Patch
@@ -154,6 +154,26 @@ def test_the_first_noise_comes_back_in_the_second_half():
             cosine = torch.nn.functional.cosine_similarity(total.flatten(), first.flatten(), dim=0)
             assert cosine > 0.99
     assert total.abs().max() > 0
+
+
+def test_the_second_half_is_counted_where_timesteps_are_logarithms():
+    host = tiny("sd")
+    host.pipe.scheduler = EDMEulerScheduler()
+    with attached(EncoderPropagation(every=2), host.pipe) as live:
+        host.run(num_inference_steps=6)
+    assert live.counts["changed"] == 2  # of 6, those behind the middle
+
+
+def test_the_noise_follows_a_scheduler_that_is_replaced():
+    host, changed = tiny("sd"), []
+    first = host.pipe.scheduler
+    with attached(EncoderPropagation(every=2), host.pipe) as live:
+        for scheduler in (first, type(first).from_config(first.config), first):
+            host.pipe.scheduler = scheduler
+            host.run(num_inference_steps=6)
+            changed.append(live.counts["changed"])
+    assert changed[0] == changed[1] == changed[2] > 0
+    assert "step" not in vars(scheduler)
 
 
 def test_noise_is_as_large_in_sigma_space():
