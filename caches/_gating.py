@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accel.clock import Run
 from accel.denoiser import Block, Denoiser, denoisers
 from accel.method import Attached, Method
-from caches._outputs import passed
+from caches._outputs import memory_name, passed
 from caches.schedule import is_unet, noise_share
 
 if TYPE_CHECKING:
@@ -153,10 +153,11 @@ class LiveGate(Attached):
         self.rows: Tensor | None = None  # indices that compute; None is all
         self.entered: dict[str, Tensor] = {}  # what the first block returned
         self.residual: Tensor | None = None
-        self.peak = 0
+        self.peak, self.where = 0, "bytes_device"
 
     def adopt_all(self, pipe: Any) -> None:
         for denoiser in denoisers(pipe):
+            self.around_denoiser(denoiser.slot, self._whole)
             module = denoiser.module.get_submodule
             first, *others = stacked_blocks(denoiser)
             self.around_call(module(first.path), self._first(first))
@@ -182,9 +183,14 @@ class LiveGate(Attached):
         self.lines, self.rows, self.entered, self.residual = {}, None, {}, None
 
     def memory(self) -> dict[str, int]:
-        return {"bytes_device": self.peak, "bytes_host": 0}
+        return {"bytes_device": 0, "bytes_host": 0, self.where: self.peak}
 
     # -- layers ------------------------------------------------------------------------------
+
+    def _whole(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The denoiser's call: blocks of it that are not called find nothing of another call."""
+        self.rows, self.entered, self.residual = None, {}, None
+        return call_next(*args, **kwargs)
 
     def _first(self, block: Block) -> Callable:
         def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -217,15 +223,18 @@ class LiveGate(Attached):
 
         def layer(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
             output = inner(call_next, *args, **kwargs)
+            if self.residual is None:
+                self.fallback("a call without the first block")  # SD3's skip-layer guidance
+                return output
             found = _streams(output, block)
             rest = {k: found[k] - self.entered[k] for k in found}
             now, residual = self.clock.now, self.residual
             assert now is not None
-            assert residual is not None
             key, at = (now.denoiser, now.branch, now.stage), self.places[now.step]
             line = self.lines.get(key)
             if line is None or not line.fits(residual):
                 place = torch.full((len(residual),), at, device=residual.device)
+                self.lines = {k: v for k, v in self.lines.items() if k[0] == now.denoiser}
                 self.lines[key] = _Line(place, place, (residual, residual), (rest, rest))
             elif self.rows is None:
                 line.add(at, residual, rest, None)
@@ -240,6 +249,7 @@ class LiveGate(Attached):
                 if len(self.rows):
                     line.add(at, residual, rest, self.rows)
             self.peak = max(self.peak, sum(line.bytes() for line in self.lines.values()))
+            self.where = memory_name(residual)
             return output
 
         return layer

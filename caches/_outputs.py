@@ -52,6 +52,11 @@ def size_of(output: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(output))
 
 
+def memory_name(output: Any) -> str:
+    """What a report calls the bytes of an output, by where it is."""
+    return "bytes_host" if first_leaf(output).device.type == "cpu" else "bytes_device"
+
+
 def versions_of(output: Any) -> tuple[int, ...]:
     """Counters of changes in place; of none in inference mode, which does not count."""
     return tuple(0 if leaf.is_inference() else leaf._version for leaf in leaves(output))

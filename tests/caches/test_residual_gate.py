@@ -105,7 +105,7 @@ def test_it_skips_and_computes_on_every_transformer(name):
         bold = host.run(num_inference_steps=6)
         report = live.report()["runs"][0]
     assert report["reused"] > 0
-    assert report["bytes_device"] > 0
+    assert report["bytes_host"] > 0 == report["bytes_device"]  # this is a CPU
     assert torch.isfinite(bold).all()
     assert not torch.equal(plain, bold)
     with attached(ResidualGate(calibrated(name), error=1e-12), host.pipe) as live:
@@ -125,6 +125,35 @@ def test_a_calibration_keeps_the_quality_it_was_asked_for(name):
             found[quality] = live.report()["runs"][0]["reused"]
         assert mean_psnr(made, plain) >= quality
     assert found[25.0] >= found[45.0]
+
+
+@pytest.mark.filterwarnings("ignore::accel.method.FallbackWarning")
+@pytest.mark.parametrize("without", [0, 1, -1], ids=["first", "second", "last"])
+def test_calls_without_a_block_compute_and_leave_nothing_behind(without):
+    """SD3's skip-layer guidance asks the network again without some of its blocks."""
+    host = tiny("sd3")
+    layer = range(len(host.pipe.transformer.transformer_blocks))[without]
+    call = {"num_inference_steps": 6, "skip_guidance_layers": [layer]}
+    call |= {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    plain = host.run(**call)
+    gate = calibrated("sd3")
+    with attached(ResidualGate(gate, error=1e-12), host.pipe):
+        assert_equal(plain, host.run(**call), "a gate that is never satisfied")
+    with attached(ResidualGate(gate, error=BOLD), host.pipe) as live:
+        assert torch.isfinite(host.run(**call)).all()
+        (report,) = live.report()["runs"]
+    assert report["reused"] > 0
+    assert bool(report["fallbacks"]) == (without == 0)
+
+
+def test_what_the_first_of_two_denoisers_kept_is_let_go():
+    host, held = tiny("wan22"), []
+    with attached(ResidualGate(calibrated("wan22"), error=BOLD), host.pipe) as live:
+        live.clock.subscribe(lambda event: held.append({key[0] for key in live.lines}))
+        host.run(num_inference_steps=6)
+    assert {"transformer"} in held
+    assert {"transformer_2"} in held
+    assert max(map(len, held)) == 1
 
 
 def test_rows_decide_for_themselves():
