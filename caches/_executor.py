@@ -3,9 +3,10 @@
 What to do is known before the run starts: a letter a step and column, the weights of every
 forecast, and which outputs are read again. So a step compares no tensors and waits for nothing.
 An output is kept by guidance branch and solver stage, from the step that computes it to the step
-that reads it last. Whatever does not fit computes: nothing kept yet (image to image starts in the
-middle), another shape than the kept one (guidance switched off). What lies inside graphs of
-`torch.compile` acts there (`caches._in_graph`); the output of the whole network is kept outside.
+that reads it last. Whatever does not fit computes: nothing kept yet or too little for a forecast
+(image to image starts in the middle), another shape than the kept one (guidance switched off). What
+lies inside graphs of `torch.compile` acts there (`caches._in_graph`); the output of the whole
+network is kept outside. After a call that raised, what is kept stays until the next run or detach.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from caches._outputs import (
     combined,
     first_leaf,
     map_tensors,
+    memory_name,
     passed,
     shape_of,
     size_of,
@@ -34,6 +36,7 @@ from caches._outputs import (
 )
 from caches.schedule import (
     COMPUTE,
+    FORECAST,
     REUSE,
     SKIP,
     Schedule,
@@ -43,6 +46,7 @@ from caches.schedule import (
     noise_share,
     of_artifact,
     resampled,
+    sources,
 )
 
 OnGrid = Literal["resample", "error", "bypass"]
@@ -161,9 +165,12 @@ class LiveSchedule(Attached):
         self.shares: tuple[float, ...] = ()
         self.rows: dict[str, tuple[str, ...]] = {}
         self.reads: dict[str, dict[tuple[int, int], int]] = {}
+        self.needs: dict[str, dict[tuple[int, int], int]] = {}  # (step, place) -> outputs read
         self.kept: dict[tuple[str, str, int], _Kept] = {}
         self.weights: dict[tuple[tuple[int, ...], int], tuple[float, ...]] = {}
+        self.slot = ""  # of what is kept
         self.bytes = self.peak = 0
+        self.where = "bytes_device"
         self.ports: dict[str, Port] = {}
         self.repeat_kept = 1  # times along the batch, for a call that stands for several steps
 
@@ -221,11 +228,14 @@ class LiveSchedule(Attached):
         kept = self.kept.get((column, now.branch, now.stage))
         if kept is not None and kept.outputs and self.repeat_kept > 1:
             return REUSE, map_tensors(self._repeated, kept.outputs[0][2])
-        if letter != COMPUTE and kept is not None and kept.outputs and kept.shape == shape:
+        if letter == COMPUTE:
+            return COMPUTE, None
+        few = max(1, self.needs[now.branch].get((now.step, place), 1))
+        if kept is not None and len(kept.outputs) >= few and kept.shape == shape:
             if versions_of(kept.outputs[0][2]) == kept.versions:
                 return REUSE, self._known(kept, letter, now, place)
             self.fallback(f"{column}: a kept output was changed in place")
-        elif letter != COMPUTE:
+        else:
             self.detail["forced"] = self.detail.get("forced", 0) + 1
         return COMPUTE, None
 
@@ -300,7 +310,7 @@ class LiveSchedule(Attached):
         if schedule != self.schedule or self.shares != noise_share(sigmas):
             self.schedule, self.shares = schedule, noise_share(sigmas)
             self.places = {column: j for j, column in enumerate(schedule.columns)}
-            self.rows, self.reads, self.weights = {}, {}, {}
+            self.rows, self.reads, self.needs, self.weights = {}, {}, {}, {}
         if schedule.is_neutral():
             self.places = {}
 
@@ -308,7 +318,7 @@ class LiveSchedule(Attached):
         self._forget()
 
     def memory(self) -> dict[str, int]:
-        return {"bytes_device": self.peak, "bytes_host": 0}
+        return {"bytes_device": 0, "bytes_host": 0, self.where: self.peak}
 
     def rows_of(self, branch: str) -> tuple[str, ...]:
         """The rows of a branch; what it reads later is reckoned with its first call."""
@@ -317,6 +327,8 @@ class LiveSchedule(Attached):
             assert self.schedule is not None
             rows = self.rows[branch] = self.schedule.of_branch(branch)
             self.reads[branch] = last_reads(self.schedule, branch)
+            read = sources(self.schedule, branch)
+            self.needs[branch] = {(step, place): len(steps) for step, place, steps in read}
         return rows
 
     def _known(self, kept: _Kept, letter: str, now: Any, place: int) -> Any:
@@ -336,22 +348,34 @@ class LiveSchedule(Attached):
         return output
 
     def _keep(self, column: str, place: int, now: Any, output: Any, shape: Any) -> None:
-        """Keep an output if it is read later; one computed against the plan always."""
+        """Keep an output if it is read later; one computed against the plan always.
+
+        Such ones make up for those that forecasts would read and that this run never had.
+        """
+        if now.denoiser != self.slot:  # the noise is low enough for another: the first is done
+            self.slot = now.denoiser
+            for other in [k for k in self.kept if k[0].partition(".")[0] != self.slot]:
+                self._drop(self.kept.pop(other))
         key = (column, now.branch, now.stage)
         kept = self.kept.setdefault(key, _Kept())
         if kept.shape != shape:
             self._drop(kept)
             kept.shape = shape
         assert self.schedule is not None
-        last = self.reads[now.branch]
-        forced = self.rows_of(now.branch)[now.step][place] != COMPUTE
+        last, rows = self.reads[now.branch], self.rows_of(now.branch)
+
+        def is_read(step: int) -> bool:
+            if rows[step][place] != COMPUTE:
+                return any(row[place] == FORECAST for row in rows[now.step + 1 :])
+            return last.get((step, place), now.step) > now.step
+
         room = self.schedule.order + 1
-        wanted = forced or (now.step, place) in last
-        outputs = [o for o in kept.outputs if last.get((o[0], place), now.step) > now.step]
+        wanted = rows[now.step][place] != COMPUTE or (now.step, place) in last
+        outputs = [o for o in kept.outputs if is_read(o[0])]
         outputs = outputs[: room - wanted]
         if wanted:
             outputs = [(now.step, self.shares[now.step], output), *outputs]
-            kept.versions = versions_of(output)
+            kept.versions, self.where = versions_of(output), memory_name(output)
         elif outputs:
             kept.versions = versions_of(outputs[0][2])
         self.bytes += sum(size_of(o) for _, _, o in outputs)
@@ -365,7 +389,7 @@ class LiveSchedule(Attached):
 
     def _forget(self) -> None:
         self.kept.clear()
-        self.bytes = 0
+        self.slot, self.bytes = "", 0
 
 
 def _no_skip(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

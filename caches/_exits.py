@@ -23,7 +23,7 @@ from accel.denoiser import Block, Denoiser, denoisers
 from accel.method import Method
 from caches._executor import LiveSchedule
 from caches._gating import stacked_blocks
-from caches._outputs import combined, hidden_of, passed, size_of, with_hidden
+from caches._outputs import combined, hidden_of, memory_name, passed, size_of, with_hidden
 from caches.schedule import COMPUTE, SKIP, Schedule, extrapolation
 
 Rest = Literal["skip", "residual", "forecast", "heads"]
@@ -223,7 +223,8 @@ class LiveExit(LiveSchedule):
         """Find what stands in, or run everything and keep what is read later."""
         key = (now.denoiser, now.branch, now.stage)
         if key not in self.kept_of or self.kept_of[key].shape != shape:
-            self.kept_of[key] = _Kept(shape)
+            own = {k: v for k, v in self.kept_of.items() if k[0] == now.denoiser}
+            self.kept_of = {**own, key: _Kept(shape)}  # another denoiser is done
         if depth < self.blocks(now.denoiser):
             self.added = self.kept_of[key].at(self.shares[now.step], depth, self.points)
             self.whole = self.added is None
@@ -236,7 +237,7 @@ class LiveExit(LiveSchedule):
         kept = self.kept_of[now.denoiser, now.branch, now.stage]
         kept.points = [(self.shares[now.step], self.behind), *kept.points][: self.points]
         every = [added for kept in self.kept_of.values() for _, added in kept.points]
-        self.bytes = sum(size_of(added) for added in every)
+        self.bytes, self.where = sum(size_of(added) for added in every), memory_name(self.behind)
         self.peak = max(self.peak, self.bytes)
 
     # -- around blocks, in graphs and outside --------------------------------------------------

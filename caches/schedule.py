@@ -213,9 +213,9 @@ def resampled(schedule: Schedule, of: Sequence[float], to: Sequence[float]) -> S
     """The schedule for another grid: noise levels `of` its rows, and `to` the wanted ones.
 
     A step computes a column where a row that it covers does: the rows up to its noise level that
-    the step before did not cover. Between two rows it repeats the lower letter of the earlier one,
-    so that as much is computed as before; what is skipped has nothing to repeat, and is computed
-    where one of the two rows does.
+    the step before did not cover. Between two rows it does what the column does most often where it
+    does not compute, so that as much is computed as before; what is skipped has nothing to repeat,
+    and is computed where one of the two rows does.
 
     Raises:
         ValueError: `of` has not one level a row.
@@ -289,7 +289,7 @@ def _between(around: Sequence[str], column: int, idle: str) -> str:
 def _idle_letter(rows: Sequence[str], column: int) -> str:
     """What a column does most often when it does not compute."""
     letters = [row[column] for row in rows if row[column] != COMPUTE]
-    return max(set(letters), key=letters.count, default=REUSE) if letters else COMPUTE
+    return max(sorted(set(letters)), key=letters.count) if letters else COMPUTE
 
 
 # -- what it costs ---------------------------------------------------------------------------
@@ -323,18 +323,20 @@ def predicted_cost(schedule: Schedule, cost: Mapping[str, float], rest: float) -
     return rest * schedule.steps + computed
 
 
-def last_reads(schedule: Schedule, branch: str = "") -> dict[tuple[int, int], int]:
-    """(step, column) of every computed output that is read later -> the step that reads it last."""
+def sources(schedule: Schedule, branch: str = "") -> Iterator[tuple[int, int, list[int]]]:
+    """(step, column, computed steps that are read) of everything repeated or forecast, in order."""
     computed: dict[int, list[int]] = {}
-    found: dict[tuple[int, int], int] = {}
     for i, j, letter in executed(schedule, branch):
         past = computed.setdefault(j, [])
         if letter == COMPUTE:
             past.append(i)
         elif letter in (REUSE, FORECAST):
-            for k in past[-(schedule.order + 1 if letter == FORECAST else 1) :]:
-                found[k, j] = i
-    return found
+            yield i, j, past[-(schedule.order + 1 if letter == FORECAST else 1) :]
+
+
+def last_reads(schedule: Schedule, branch: str = "") -> dict[tuple[int, int], int]:
+    """(step, column) of every computed output that is read later -> the step that reads it last."""
+    return {(k, j): i for i, j, steps in sources(schedule, branch) for k in steps}
 
 
 def peak_memory(schedule: Schedule, sizes: Mapping[str, int], branch: str = "") -> int:

@@ -236,9 +236,19 @@ def test_exits_on_every_transformer(name, rest):
     assert ("forced" in report["detail"]) == (kept < 1)
     assert report["fallbacks"] == {}
     assert report["syncs"] <= 1  # DDIM tells no beginning: the clock reads it once
-    assert (report["bytes_device"] > 0) == (rest in ("residual", "forecast"))
+    assert (report["bytes_host"] > 0) == (rest in ("residual", "forecast"))
     assert torch.isfinite(left).all()
     assert torch.equal(plain, left) == (kept == 0)
+
+
+def test_what_the_first_of_two_denoisers_kept_is_let_go():
+    host, full, held = tiny("wan22"), blocks("wan22"), []
+    with attached(exiting("wan22", "residual", (full, 1, full, 1)), host.pipe) as live:
+        live.clock.subscribe(lambda event: held.append({key[0] for key in live.kept_of}))
+        host.run(num_inference_steps=4)
+    assert {"transformer"} in held
+    assert {"transformer_2"} in held
+    assert max(map(len, held)) == 1
 
 
 def _outputs(host, method, depths):

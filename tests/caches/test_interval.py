@@ -229,7 +229,9 @@ def test_memory_follows_what_is_kept():
         method = IntervalCache(2, warmup=3, parts="output", order=order)
         with attached(method, host.pipe) as live:
             host.run(num_inference_steps=8)
-            peaks[order] = live.report()["runs"][0]["bytes_device"]
+            report = live.report()["runs"][0]
+            peaks[order] = report["bytes_host"]
+            assert report["bytes_device"] == 0  # of a CPU
     assert peaks[0] > 0
     assert (peaks[1], peaks[2]) == (2 * peaks[0], 3 * peaks[0])
 
@@ -241,6 +243,28 @@ def test_more_warmup_than_steps_costs_nothing():
     with attached(method, host.pipe) as live, pytest.warns(NoEffectWarning):
         host.run()
     assert live.report()["runs"][0]["reused"] == 0
+
+
+def test_what_the_first_of_two_denoisers_kept_is_let_go():
+    host, held = tiny("wan22"), []
+    with attached(IntervalCache(3, order=1), host.pipe) as live:
+        live.clock.subscribe(lambda e: held.append({key[0].partition(".")[0] for key in live.kept}))
+        host.run(num_inference_steps=6)
+    assert {"transformer"} in held
+    assert {"transformer_2"} in held
+    assert max(map(len, held)) == 1
+
+
+@pytest.mark.parametrize("interval", [9, 5])
+def test_forecasts_keep_their_order_where_a_run_begins_in_the_middle(interval):
+    """The plan had two points by then, of which this run has none, or one."""
+    host = tiny("sd-img2img")
+    method = IntervalCache(interval, warmup=2, parts="output", order=1)
+    with attached(method, host.pipe) as live:
+        host.run(num_inference_steps=10, strength=0.5)
+        report = live.report()["runs"][0]
+    assert {steps for steps, _ in live.weights} == {(6, 5)}
+    assert (report["computed"], report["reused"]) == (2, 3)  # 5 and 6, of 5 to 9
 
 
 def test_image_to_image_computes_its_first_call():

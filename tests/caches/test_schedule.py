@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +99,20 @@ def test_resampling_to_the_same_grid_changes_nothing():
     rows = tuple(random.Random(0).choice(("CC", "RC", "CF", "RR")) for _ in range(12))
     schedule = Schedule(COLUMNS, rows)
     assert resampled(schedule, grid, grid) == schedule
+
+
+def test_resampling_is_the_same_in_every_process():
+    """Letters that a column has equally often must not be told apart by their hashes."""
+    ask = (
+        "from caches.schedule import Schedule, resampled\n"
+        "s = Schedule(('a',), ('C', 'R', 'F', 'S'))\n"
+        "print(resampled(s, (8.0, 4.0, 2.0, 1.0), tuple(2.0**(3 - i / 4) for i in range(13))).rows)"
+    )
+    found = {
+        subprocess.check_output((sys.executable, "-c", ask), env={**os.environ, **seed}, text=True)
+        for seed in ({"PYTHONHASHSEED": str(n)} for n in range(4))
+    }
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20, 40])
