@@ -56,7 +56,7 @@ class Drift:
     @classmethod
     def load(cls, path: Path) -> tuple[Drift, str]:
         """What `save` wrote, and the digest."""
-        with np.load(path) as file:
+        with np.load(io.BytesIO(path.read_bytes())) as file:  # closes where it is damaged, too
             head = json.loads(str(file["head"]))
             products = {k.partition("/")[2]: file[k] for k in file.files if k != "head"}
         digest = head.pop("digest")

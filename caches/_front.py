@@ -11,6 +11,7 @@ from typing import Any
 
 from accel.artifact import Artifact, ArtifactRef
 from accel.files import write_atomically
+from caches._resuming import damaged
 from caches.schedule import Schedule
 
 FRONT = "front.json"
@@ -41,21 +42,28 @@ class Front:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Front:
-        """A front that a search has written."""
-        rows = json.loads((Path(folder) / FRONT).read_text())["candidates"]
-        found = [
-            Candidate(_schedule(row["schedule"]), row["speedup"], row["quality"]) for row in rows
-        ]
+        """A front that a search has written. Raises ``ValueError`` where the file is damaged."""
+        file = Path(folder) / FRONT
+        try:
+            rows = json.loads(file.read_text())["candidates"]
+            found = [
+                Candidate(_schedule(row["schedule"]), row["speedup"], row["quality"])
+                for row in rows
+            ]
+        except (LookupError, TypeError, ValueError):
+            raise damaged(file) from None
         return cls(tuple(found), Path(folder))
 
     def pick(self, *, speed: float | None = None, quality: float | None = None) -> ArtifactRef:
         """The best candidate at least so fast, or the fastest one at least so good.
 
         Raises:
-            ValueError: both or none asked for, or no candidate is so fast or so good.
+            ValueError: both or none asked for, or no candidate, or none is so fast or so good.
         """
         if (speed is None) == (quality is None):
             raise ValueError("Front.pick: ask for a speed or for a quality")
+        if not self.candidates:
+            raise ValueError("Front.pick: the search found no schedule whose quality is a number")
         if speed is not None:
             good = [c for c in self.candidates if c.speedup >= speed]
             chosen = max(good, key=lambda c: c.quality, default=None)

@@ -24,6 +24,13 @@ def work_digest(
     return inputs_digest([*inputs, asdict(settings), {"on": [*models, *methods], "more": more}])
 
 
+def damaged(file: Any, *more: str) -> ValueError:
+    """The refusal of a file that cannot be read; `more`: files that are of no use without it."""
+    return ValueError(
+        f"{file} is damaged; name another folder, or remove {' and '.join(['this', *more])}"
+    )
+
+
 def other_work(folder: Any, what: str) -> ValueError:
     """The refusal of a folder."""
     return ValueError(

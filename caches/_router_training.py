@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached
 from caches._hookable import require_whole_feed_forwards
 from caches._outputs import first_leaf, map_tensors
-from caches._resuming import other_work
+from caches._resuming import damaged, other_work
 
 FIRST_LOGIT = 5.0  # of the first row, which always computes; and the bound of all
 CHECKPOINT, CURVE = "checkpoint.pt", "curve.json"
@@ -340,8 +341,12 @@ class RouterTraining:
         file = self.folder / CHECKPOINT
         if not file.is_file():
             return
-        state = torch.load(file, weights_only=True)
-        if state["digest"] != self.digest:
+        try:
+            state = torch.load(file, weights_only=True)
+            digest = state["digest"]
+        except (EOFError, LookupError, RuntimeError, TypeError, UnpicklingError):
+            raise damaged(file) from None
+        if digest != self.digest:
             raise other_work(self.folder, "training")
         with torch.no_grad():
             for row, saved in zip(self.rows, state["rows"], strict=True):

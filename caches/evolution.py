@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from caches._drawn import drawn
 from caches._drift import Drift, best_steps, forecast_errors, measure_drift
 from caches._executor import FromArtifact, OnGrid
 from caches._front import Candidate, Front, is_dominated
-from caches._resuming import other_work, work_digest
+from caches._resuming import damaged, other_work, work_digest
 from caches._step_mutation import step_mutation
 from caches.schedule import (
     COMPUTE,
@@ -192,7 +193,10 @@ class _Trial:
         if not file.is_file():
             drift = measure_drift(self.pipe, self.inputs[0], self.columns)
             drift.save(file, digest)
-        drift, found = Drift.load(file)
+        try:
+            drift, found = Drift.load(file)
+        except (BadZipFile, EOFError, LookupError, TypeError, ValueError):
+            raise damaged(file, LEDGER) from None  # whose costs are of these seconds
         if found != digest:
             raise other_work(self.folder, "search")
         return drift
@@ -312,7 +316,7 @@ class _Trial:
             rows = [json.loads(line) for line in whole.splitlines()]
             return {row["rows"]: tuple(row["goals"]) for row in rows}
         except (ValueError, LookupError, TypeError):
-            raise ValueError(f"{file} is damaged; name another folder, or remove this") from None
+            raise damaged(file) from None
 
     # -- the result --------------------------------------------------------------------------
 

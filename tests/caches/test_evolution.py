@@ -301,6 +301,20 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path):
         search.run(pipe, inputs, half)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("name", "said"), [("drift.npz", "this and evaluations.jsonl"), ("front.json", "this")]
+)
+def test_files_that_were_cut_off_are_named(name, said, share, tmp_path):
+    search, pipe = EvolutionSearch(population=2, generations=1), tiny("dit").pipe
+    inputs = [{"class_labels": [1], "num_inference_steps": 2}]
+    search.run(pipe, inputs, tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=rf"{name} is damaged; .*remove {said}$"):
+        search.run(pipe, inputs, tmp_path) if name == "drift.npz" else Front.read(tmp_path)
+
+
 def test_a_schedule_that_ruins_the_samples_is_on_no_front(tmp_path):
     """Not a number compares with nothing, so nothing would be better than it."""
 
@@ -313,6 +327,8 @@ def test_a_schedule_that_ruins_the_samples_is_on_no_front(tmp_path):
     front = search.run(tiny("dit").pipe, inputs, tmp_path, quality=quality)
     assert [c.quality for c in front.candidates] == [100.0]
     assert not math.isnan(Front.read(tmp_path).candidates[0].quality)
+    with pytest.raises(ValueError, match="no schedule whose quality is a number"):
+        Front((), tmp_path).pick(speed=1.0)
 
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path):

@@ -331,6 +331,16 @@ def test_a_training_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert torch.allclose(straight.tensors["logits"], resumed.tensors["logits"], atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_checkpoint_that_was_cut_off_is_named(share, tmp_path):
+    trainer, pipe = RouterTrainer(updates=1), tiny("dit").pipe
+    trainer.fit(pipe, INPUTS, str(tmp_path))
+    file = tmp_path / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=r"checkpoint.pt is damaged; .*remove this$"):
+        trainer.fit(pipe, INPUTS, str(tmp_path))
+
+
 def test_another_training_in_the_same_folder_is_refused(tmp_path):
     RouterTrainer(updates=1).fit(tiny("dit").pipe, INPUTS, str(tmp_path))
     with pytest.raises(ValueError, match="other inputs or settings"):
