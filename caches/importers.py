@@ -40,23 +40,26 @@ def ecad(path: str | os.PathLike[str], denoiser: Denoiser) -> Schedule:
     """
     try:
         table = json.loads(Path(path).read_text("utf-8"))["cache_schedule"]["schedule"]
-        steps = [table[key] for key in sorted(table, key=int)]
-    except (KeyError, TypeError, ValueError) as error:
+        steps = [
+            {int(block): dict(parts) for block, parts in table[key].items()}
+            for key in sorted(table, key=int)
+        ]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not an ECAD schedule: {error}") from error
     blocks = [b.path for b in denoiser.blocks]
     columns: list[str] = []
     rows = []
     for step in steps:
         letters: dict[str, str] = {}
-        for block in sorted(step, key=int):
-            if int(block) >= len(blocks):
+        for block in sorted(step):
+            if not 0 <= block < len(blocks):
                 raise ValueError(
                     f"{path}: it has a block {block}, {denoiser.cls} has {len(blocks)}"
                 )
             for part, computed in step[block].items():
                 if part not in ECAD_PARTS:
                     raise ValueError(f"{path}: unknown component {part!r}")
-                column = f"{denoiser.slot}.{blocks[int(block)]}.{ECAD_PARTS[part]}"
+                column = f"{denoiser.slot}.{blocks[block]}.{ECAD_PARTS[part]}"
                 letters[column] = COMPUTE if computed else REUSE
         columns = columns or list(letters)
         if set(columns) != set(letters):
@@ -88,7 +91,7 @@ def step_mask(mask: str | Sequence[int], columns: Sequence[str]) -> Schedule:
 
     Raises ValueError for anything else.
     """
-    bits = [int(bit) for bit in mask]
+    bits = [{"0": 0, "1": 1}.get(bit, bit) for bit in mask]
     if not set(bits) <= {0, 1}:
         raise ValueError(f"step_mask: {mask!r}; wants ones and zeros")
     computed = [i for i, bit in enumerate(bits) if bit]
@@ -107,16 +110,17 @@ def intervals(counts: Sequence[int], columns: Sequence[str]) -> Schedule:
 
 
 def key_steps(keys: Sequence[int], steps: int, columns: Sequence[str]) -> Schedule:
-    """The steps that compute, of a run of so many (DeepCache, FORA, Faster Diffusion)."""
-    outside = [key for key in keys if not 0 <= key < steps]
-    if outside:
-        raise ValueError(f"key_steps: {outside} are no steps of {steps}")
+    """The steps that compute, of a run of so many (DeepCache, FORA, Faster Diffusion).
+
+    Raises ValueError where one is no step of so many.
+    """
     return causal(from_steps(columns, steps, keys, order=0))
 
 
 def per_column(keys: Mapping[str, Sequence[int]], steps: int) -> Schedule:
-    """Steps that compute, column by column (pyramid attention broadcast and the like)."""
-    rows = (
-        "".join(COMPUTE if step in set(keys[c]) else REUSE for c in keys) for step in range(steps)
-    )
-    return causal(Schedule(tuple(keys), tuple(rows), order=0))
+    """Steps that compute, column by column (pyramid attention broadcast and the like).
+
+    Raises ValueError where one is no step of so many.
+    """
+    tables = [from_steps((column,), steps, its).rows for column, its in keys.items()]
+    return causal(Schedule(tuple(keys), tuple(map("".join, zip(*tables, strict=True))), order=0))

@@ -256,6 +256,7 @@ class _LiveHooks(Attached):
         super().__init__(method, pipe)
         self.hooks: list[tuple[Any, Any]] = []
         self.shapes: dict[tuple[str, str], Any] = {}  # of the newest call, by denoiser and branch
+        self.peak = (0, 0)  # bytes on the device and the host
 
     def adopt(self, denoiser: Denoiser, technique: str, config: Any) -> None:
         """Take the hooks that ``technique`` would put on ``denoiser``.
@@ -287,7 +288,11 @@ class _LiveHooks(Attached):
             if self.shapes.setdefault(key, shape) != shape:
                 self.shapes[key] = shape
                 self.detail["cleared"] = self.detail.get("cleared", 0) + 1
+                self._look_at_memory()
                 self._clear()
+            run = self.clock.run
+            if run is not None and run.position == len(run.timesteps) - 1:
+                self._look_at_memory()  # some forget at the last call
             with compat.branch_context(managers, now.branch):
                 self.place(managers)
                 return call_next(*args, **kwargs)
@@ -315,10 +320,16 @@ class _LiveHooks(Attached):
     def on_run(self, run: Run) -> None:
         self.shapes.clear()
         self._clear()
+        self.peak = (0, 0)
 
     def on_run_end(self, run: Run) -> None:
-        self._bytes = compat.state_bytes(compat.state_managers(self.hooks))
+        self._look_at_memory()
         self._clear()
+
+    def _look_at_memory(self) -> None:
+        """States only grow, until they are cleared: to be called before that."""
+        held = compat.state_bytes(compat.state_managers(self.hooks))
+        self.peak = max(self.peak[0], held[0]), max(self.peak[1], held[1])
 
     def _clear(self) -> None:
         for module, hook in self.hooks:
@@ -326,7 +337,7 @@ class _LiveHooks(Attached):
                 hook.reset_state(module)
 
     def memory(self) -> dict[str, int]:
-        return dict(zip(("bytes_device", "bytes_host"), self._bytes, strict=True))
+        return dict(zip(("bytes_device", "bytes_host"), self.peak, strict=True))
 
 
 class _LiveMag(_LiveHooks):

@@ -48,8 +48,11 @@ class Schedule:
     order: int = 1
 
     def __post_init__(self) -> None:
-        if not self.columns or len(set(self.columns)) != len(self.columns):
-            raise ValueError(f"Schedule.columns = {self.columns}: wants some, each once")
+        columns, names = self.columns, [name for name, _ in self.branches]
+        if isinstance(columns, str) or not columns or len(set(columns)) != len(columns):
+            raise ValueError(f"Schedule.columns = {columns!r}: wants some, each once, in a tuple")
+        if len(set(names)) != len(names):
+            raise ValueError(f"Schedule.branches name {names}: wants each once")
         if not self.rows or self.order < 0:
             raise ValueError(f"Schedule: {len(self.rows)} rows, order {self.order}")
         for rows in self.tables():
@@ -97,8 +100,10 @@ def constant(columns: Sequence[str], steps: int, letter: str = COMPUTE) -> Sched
 
 
 def from_steps(columns: Sequence[str], steps: int, computed, otherwise=REUSE, order=1) -> Schedule:
-    """All columns computed at the steps `computed`, and `otherwise` at the others."""
+    """All columns computed at some of the steps (ValueError: others), `otherwise` at the rest."""
     computed = set(computed)
+    if outside := sorted(step for step in computed if not 0 <= step < steps):
+        raise ValueError(f"{outside} are no steps of {steps}")
     letters = (COMPUTE if i in computed else otherwise for i in range(steps))
     return Schedule(tuple(columns), tuple(c * len(columns) for c in letters), order=order)
 
@@ -146,10 +151,10 @@ def causal(schedule: Schedule) -> Schedule:
         known: set[int] = set()
         for row in rows:
             letters = list(row)
-            for j, letter in enumerate(letters):
+            for j in sorted(range(len(outer)), key=lambda j: len(outer[j])):
                 if any(letters[k] != COMPUTE for k in outer[j]):
                     continue
-                if letter in (REUSE, FORECAST) and j not in known:
+                if letters[j] in (REUSE, FORECAST) and j not in known:
                     letters[j] = COMPUTE
                 if letters[j] == COMPUTE:
                     known.add(j)

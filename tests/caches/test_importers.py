@@ -15,14 +15,17 @@ from caches.schedule import module_columns
 COLUMNS = ("transformer.a", "transformer.b")
 
 
-def _ecad(folder, steps, blocks, parts, **more):
+def _ecad(folder, steps, blocks, parts):
     table = {
         f"{s:03d}": {str(b): dict.fromkeys(parts, (s + b) % 2 == 0) for b in range(blocks)}
         for s in range(steps)
     }
+    return _written(folder, table, num_blocks=blocks)
+
+
+def _written(folder, table, **more):
     file = folder / "schedule.json"
-    content = {"cache_schedule": {"num_blocks": blocks, "schedule": table, **more}, "config": {}}
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps({"cache_schedule": {"schedule": table, **more}, "config": {}}))
     return file
 
 
@@ -50,9 +53,11 @@ def test_ecad_names_what_is_wrong(tmp_path):
         ecad(_ecad(tmp_path, 2, 1, ("conv",)), denoiser)
     with pytest.raises(ValueError, match=r"has no .*attn2"):
         ecad(_ecad(tmp_path, 2, 1, ("attn2",)), denoiser)
-    (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(ValueError, match="not an ECAD schedule"):
-        ecad(tmp_path / "other.json", denoiser)
+    with pytest.raises(ValueError, match="a block -1"):
+        ecad(_written(tmp_path, {"0": {"-1": {"ff": True}}}), denoiser)
+    for table in ([1], {"0": [1]}, {"0": {"0": True}}, {"0": {"x": {"ff": True}}}):
+        with pytest.raises(ValueError, match="not an ECAD schedule"):
+            ecad(_written(tmp_path, table), denoiser)
 
 
 def test_harmonicas_last_row_is_the_first_step():
@@ -68,9 +73,12 @@ def test_masks_intervals_and_keys():
     assert intervals((1, 2), COLUMNS).rows == ("CC", "RR", "CC", "RR", "RR")
     assert key_steps((0, 2), 3, COLUMNS).rows == ("CC", "RR", "CC")
     assert per_column({"t.a": (0, 1), "t.b": (0,)}, 3).rows == ("CC", "CR", "RR")
-    with pytest.raises(ValueError, match="ones and zeros"):
-        step_mask("12", COLUMNS)
+    for mask in ("12", "10x"):
+        with pytest.raises(ValueError, match="ones and zeros"):
+            step_mask(mask, COLUMNS)
     with pytest.raises(ValueError, match="0 or more"):
         intervals((1, -1), COLUMNS)
     with pytest.raises(ValueError, match=r"\[7\] are no steps"):
         key_steps((0, 7), 5, COLUMNS)
+    with pytest.raises(ValueError, match=r"\[7\] are no steps"):
+        per_column({"t.a": (0, 7)}, 5)

@@ -9,6 +9,7 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 
 import accel
+from accel import compat
 from accel.artifact import Artifact
 from accel.denoiser import denoisers
 from accel.measure import compare
@@ -136,6 +137,16 @@ def test_state_does_not_leak_into_a_run_of_another_size():
         host.run(class_labels=[1, 2, 3])
         assert_equal(alone, host.run(), "after a larger batch")
         assert live.report()["runs"][-1]["reused"] > 0
+
+
+def test_memory_is_the_peak_of_a_run():
+    host, held = tiny("dit"), []
+    with accel.attached(MagCache(10.0, 9, 0.0, ratios=RATIOS), host.pipe) as live:
+        assert live.memory() == {"bytes_device": 0, "bytes_host": 0}
+        managers = compat.state_managers(live.hooks)
+        live.clock.subscribe(lambda event: held.append(compat.state_bytes(managers)[1]))
+        host.run()
+        assert live.report()["runs"][0]["bytes_host"] == max(held) > 0
 
 
 def test_taylor_seer_reaches_the_modules_the_host_misses():

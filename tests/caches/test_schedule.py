@@ -49,6 +49,8 @@ def test_a_schedule_is_a_value():
     ("arguments", "words"),
     [
         ((("a", "a"), ("CC",)), "each once"),
+        (("ab", ("CC",)), "in a tuple"),
+        ((("a",), ("C",), (("x", ("C",)), ("x", ("R",)))), "each once"),
         ((("a",), ()), "0 rows"),
         ((("a",), ("CC",)), "1 letters"),
         ((("a",), ("X",)), "letters"),
@@ -64,11 +66,18 @@ def test_causal_computes_what_was_never_computed():
     assert causal(Schedule(COLUMNS, ("RF", "RR", "CS"))).rows == ("CC", "RR", "CS")
 
 
+def test_steps_outside_the_run_are_refused():
+    with pytest.raises(ValueError, match=r"\[-1, 77\] are no steps of 4"):
+        from_steps(COLUMNS, 4, {0, 77, -1})
+
+
 def test_causal_sees_that_an_inner_column_did_not_run():
     columns = ("transformer", "transformer.a")
     # the first step computes nothing inside, so the second has nothing to repeat there
     assert causal(Schedule(columns, ("CC", "RC", "CR"))).rows == ("CC", "RC", "CR")
     assert causal(Schedule(columns, ("SC", "CR"))).rows == ("SC", "CC")
+    # whichever is named first, what is inside runs once the outer one must
+    assert causal(Schedule(columns[::-1], ("RR", "RC"))).rows == ("CC", "RC")
 
 
 def test_dead_computations_are_dropped_and_living_ones_kept():
