@@ -30,7 +30,6 @@ from benchmarks.density_rows import density
 from benchmarks.digits_study import BATCH, MODEL, SD, command_line, head, inputs, row, study
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import read, write
-from benchmarks.scheduled import scheduled
 from benchmarks.search_schedules import HEADS, SCHEDULES, front
 from caches.early_exit import EarlyExit
 from caches.encoder_propagation import EncoderPropagation
@@ -113,7 +112,7 @@ def searched(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]
     found = front(steps)
 
     def method(schedule: Schedule, name: str) -> EvolutionCache:
-        return scheduled(schedule, pipe, folder / f"{name}.safetensors")
+        return EvolutionCache.of(schedule, pipe, folder / f"{name}.safetensors")
 
     rng = random.Random(0)
     for quality in QUALITIES:

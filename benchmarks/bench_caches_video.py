@@ -31,7 +31,6 @@ from benchmarks.density_rows import density
 from benchmarks.digits_study import UNIPC, WAN, head, loaded, row, study_of, videos
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, add_fresh, read, write
-from benchmarks.scheduled import scheduled
 from benchmarks.search_schedules import front
 from caches.evolution import EvolutionCache
 from caches.interval import IntervalCache
@@ -104,7 +103,7 @@ def searched(
         later = list(schedule.rows[1:])
         random.Random(0).shuffle(later)
         schedule = causal(replace(schedule, rows=(schedule.rows[0], *later)))
-    return scheduled(schedule, pipe, folder / f"{quality:g}-{shuffle}.safetensors")
+    return EvolutionCache.of(schedule, pipe, folder / f"{quality:g}-{shuffle}.safetensors")
 
 
 def gate(pipe: Any, calls: list[dict[str, Any]], folder: Path, quality: float) -> ResidualGate:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from accel.denoiser import Grid, denoisers
-from benchmarks.scheduled import scheduled
 from caches.evolution import EvolutionCache
 from caches.schedule import COMPUTE, SKIP, Schedule, block_columns
 from caches.token_density import Sparse, TokenDensity, cells
@@ -50,4 +49,5 @@ def without_middle(pipe: Any, steps: int, folder: Path, like: TokenDensity) -> E
     sparse = "".join(SKIP if column in middle else COMPUTE for column in columns)
     first = round(like.until * steps)
     rows = (sparse,) * first + (COMPUTE * len(columns),) * (steps - first)
-    return scheduled(Schedule(columns, rows), pipe, folder / f"without-middle-{first}.safetensors")
+    file = folder / f"without-middle-{first}.safetensors"
+    return EvolutionCache.of(Schedule(columns, rows), pipe, file)

@@ -21,12 +21,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from accel.artifact import Artifact, ArtifactRef, inputs_digest
+from accel.artifact import Artifact, ArtifactRef, fingerprints, inputs_digest
 from accel.denoiser import denoisers
 from accel.measure import mean_psnr, pipeline_samples
 from accel.method import Method, Recipe, attached
 from accel.settings import check_fields
-from caches._drawn import drawn
+from caches._drawn import drawn, noise_levels
 from caches._drift import Drift, best_steps, forecast_errors, measure_drift
 from caches._executor import FromArtifact, OnGrid
 from caches._front import Candidate, Front, is_dominated
@@ -58,16 +58,45 @@ RUINED = -1e6  # quality of what is no number: nothing is better than NaN, nor w
 
 @dataclass(frozen=True)
 class EvolutionCache(FromArtifact, Method):
-    """Run a schedule that ``EvolutionSearch`` has found.
+    """Run a schedule that ``EvolutionSearch`` has found, or any other.
 
-    artifact: the schedule; `Front.pick` gives it. on_grid: in a run over other noise levels
-    "resample" the schedule, raise an "error", or "bypass" it and compute.
+    artifact: the schedule; `Front.pick` gives it, `of` makes it. on_grid: in a run over other
+    noise levels "resample" the schedule, raise an "error", or "bypass" it and compute.
     """
 
     PAPER = "ECAD, arXiv 2506.15682"
 
     artifact: ArtifactRef
     on_grid: OnGrid = "resample"
+
+    @classmethod
+    def of(
+        cls,
+        schedule: Schedule,
+        pipe: Any,
+        path: str | os.PathLike[str],
+        call: dict[str, Any] | None = None,
+    ) -> EvolutionCache:
+        """The method for a schedule from elsewhere (`caches.importers`), which goes to a file.
+
+        Its rows are steps of this pipeline: of the noise levels that its scheduler lays for so
+        many, or, where those depend on more (Flux: on the size), that a call with the arguments
+        `call` has, which is made.
+
+        Raises:
+            ValueError: the scheduler alone cannot tell, or runs have another number of steps.
+        """
+        grid = noise_levels(pipe, schedule.steps, call)
+        if len(grid) != schedule.steps:
+            raise ValueError(f"EvolutionCache.of: {schedule.steps} rows, but runs of {len(grid)}")
+        made = to_artifact(
+            schedule,
+            denoisers(pipe)[0],
+            method=cls.name(),
+            grid=grid,
+            others=fingerprints(pipe)["others"],
+        )
+        return cls(made.save(path))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,12 @@
 
 Each function gives a `Schedule`; nothing is executed from the files. Formats: ECAD's JSON, a router
 of HarmoniCa (a table of logits or scores), the step masks of cache-dit, and the key or interval
-lists of DeepCache, FORA and Faster Diffusion.
+lists of DeepCache, FORA and Faster Diffusion. To run one, here DeepCache's:
+
+    (denoiser,) = accel.denoiser.denoisers(pipe)
+    columns = deep_columns(block_columns(denoiser))  # caches.interval, caches.schedule
+    schedule = key_steps((0, 5, 10, 15), 20, columns)
+    EvolutionCache.of(schedule, pipe, "mine.safetensors").attach(pipe)  # caches.evolution
 """
 
 from __future__ import annotations
@@ -91,7 +96,7 @@ def step_mask(mask: str | Sequence[int], columns: Sequence[str]) -> Schedule:
 
     Raises ValueError for anything else.
     """
-    bits = [{"0": 0, "1": 1}.get(bit, bit) for bit in mask]
+    bits = [{"0": 0, "1": 1}.get(bit, bit) if isinstance(bit, str) else bit for bit in mask]
     if not set(bits) <= {0, 1}:
         raise ValueError(f"step_mask: {mask!r}; wants ones and zeros")
     computed = [i for i, bit in enumerate(bits) if bit]

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from accel.denoiser import denoisers
+from accel.method import attached
 from accel.testing import tiny
+from caches.evolution import EvolutionCache
 from caches.importers import ecad, harmonica, intervals, key_steps, per_column, step_mask
 from caches.schedule import module_columns
 
@@ -58,6 +60,24 @@ def test_ecad_names_what_is_wrong(tmp_path):
     for table in ([1], {"0": [1]}, {"0": {"0": True}}, {"0": {"x": {"ff": True}}}):
         with pytest.raises(ValueError, match="not an ECAD schedule"):
             ecad(_written(tmp_path, table), denoiser)
+
+
+@pytest.mark.parametrize("pipeline", ["dit", "sd", "flux"])
+def test_an_imported_schedule_runs(pipeline, tmp_path):
+    """At the steps it says, of the noise levels that the pipeline's calls have."""
+    host = tiny(pipeline)
+    (denoiser,) = denoisers(host.pipe)
+    schedule, call = key_steps((0, 2), 4, (denoiser.slot,)), None
+    if pipeline == "flux":
+        with pytest.raises(ValueError, match="depend on a call"):
+            EvolutionCache.of(schedule, host.pipe, tmp_path / "s")
+        call = {k: v for k, v in host.inputs.items() if k not in ("generator", "output_type")}
+    method = EvolutionCache.of(schedule, host.pipe, tmp_path / "s", call)
+    with attached(method, host.pipe) as live:
+        host.run(num_inference_steps=4)
+        (report,) = live.report()["runs"]
+    assert report["detail"] == {}
+    assert report["computed"] == report["reused"] == 2
 
 
 def test_harmonicas_last_row_is_the_first_step():
