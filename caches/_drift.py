@@ -24,6 +24,7 @@ from accel.denoiser import denoisers
 from accel.files import write_atomically
 from accel.measure import pipeline_samples
 from accel.method import Attached, Claim, Method, attached
+from caches._hookable import call_claim
 from caches._outputs import first_leaf
 from caches.schedule import noise_share
 
@@ -85,7 +86,7 @@ class _DriftProbe(Method):
         return self
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        return frozenset({("denoiser.call", frozenset(d.slot for d in denoisers(pipe)))})
+        return frozenset({call_claim(pipe)})
 
     def new_live(self, pipe: Any) -> Attached:
         return _LiveProbe(self, pipe)

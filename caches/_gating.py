@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from accel.clock import Run
 from accel.denoiser import Block, Denoiser, denoisers
-from accel.method import Attached, Method
+from accel.method import Attached, Claim, Method
+from caches._hookable import call_claim
 from caches._outputs import memory_name, passed
 from caches.schedule import is_unet, noise_share
 
@@ -70,6 +71,12 @@ def stacked_blocks(denoiser: Denoiser, method: str = "ResidualGate") -> tuple[Bl
             "or more; use IntervalCache"
         )
     return denoiser.blocks
+
+
+def gate_claims(pipe: Any) -> frozenset[Claim]:
+    """All blocks, and the calls of the denoisers."""
+    paths = {f"{d.slot}.{b.path}" for d in denoisers(pipe) for b in stacked_blocks(d)}
+    return frozenset({("block.skip", frozenset(paths)), call_claim(pipe)})
 
 
 def halved(passes: Callable[[float], bool], tries: int) -> tuple[float | None, float | None]:
@@ -309,6 +316,8 @@ def rows_of(arguments: Any, rows: Tensor, total: int) -> Any:
     """
 
     def part(value: Any, inside: bool) -> Any:
+        if isinstance(value, dict):
+            return {k: part(v, True) for k, v in value.items()}
         if isinstance(value, (tuple, list)):
             return type(value)(part(v, True) for v in value)
         batched = hasattr(value, "ndim") and value.ndim and len(value) == total

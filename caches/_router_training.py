@@ -216,7 +216,7 @@ class RouterTraining:
         self.digest = digest  # of what is trained
         self.folder = Path(out)
         self.folder.mkdir(parents=True, exist_ok=True)
-        scales = {x.get("guidance_scale") for x in inputs}
+        scales = {(x.get("guidance_scale"), x.get("true_cfg_scale")) for x in inputs}
         if len(scales) != 1:
             raise ValueError(f"RouterTrainer: inputs of guidance_scale {scales}; want one")
         self.curve: list[tuple[int, float, float]] = []  # trajectory, loss, computed share
@@ -311,8 +311,12 @@ class RouterTraining:
         pipeline_samples(self.pipe, arguments, self.trainer.seed + trajectory)
 
     def _guidance(self) -> float:
-        default = inspect.signature(type(self.pipe).__call__).parameters.get("guidance_scale")
-        return float(self.inputs[0].get("guidance_scale", default.default if default else 1.0))
+        """The scale of the pipeline's own mixing; beside a true one the other is an input of it."""
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        for name in ("true_cfg_scale", "guidance_scale"):
+            if name in known:
+                return float(self.inputs[0].get(name, known[name].default))
+        return 1.0
 
     def _look_once(self) -> tuple[tuple[float, ...], bool | None]:
         """The noise levels of a run, and whether it is guided."""

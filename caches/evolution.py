@@ -10,6 +10,7 @@ is written down as it is made, so a search that was cut off goes on where it sto
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -141,6 +142,7 @@ class EvolutionSearch:
 
         Raises:
             ValueError: no inputs, two denoisers, or `out` holds another search.
+            ImportError: pymoo is not there.
         """
         if not inputs or len(denoisers(pipe)) != 1:
             raise ValueError("EvolutionSearch wants inputs and a pipeline with one denoiser")
@@ -149,6 +151,8 @@ class EvolutionSearch:
         recipe, quality = recipe or Recipe(()), quality or mean_psnr
         measure = getattr(quality, "__qualname__", type(quality).__qualname__)
         digest = work_digest(pipe, inputs, self, recipe, measure)
+        if importlib.util.find_spec("pymoo") is None:
+            raise ImportError("EvolutionSearch needs pymoo: pip install 'accel[search]'")
         with attached(recipe, pipe):
             trial = _Trial(self, pipe, list(inputs), folder, quality, digest)
             for genomes in self._generations(trial):

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from caches.schedule import Schedule
+from caches.schedule import Schedule, executed
 
 COLOURS = {"C": "#1f4e79", "R": "#dfe6ee", "F": "#f2b661", "S": "#ffffff"}
 WORDS = {"C": "computed", "R": "repeated", "F": "forecast", "S": "skipped"}
@@ -22,7 +22,7 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], title: str = "") -> P
     font = ImageFont.load_default(12)
     names = [_short(column) for column in schedule.columns]
     left = MARGIN + int(max(font.getlength(name) for name in names)) + 8
-    panels = [("", schedule.rows), *schedule.branches]
+    panels = ["", *(name for name, _ in schedule.branches)]
     tall = len(names) * CELL + 2 * LINE
     width = max(left + schedule.steps * CELL + MARGIN, 420)
     height = 2 * LINE + MARGIN + len(panels) * tall + LINE
@@ -31,13 +31,13 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], title: str = "") -> P
     said = title or f"{schedule.steps} steps, {schedule.share():.0%} of the cells computed"
     pen.text((MARGIN, MARGIN // 2), said, "black", font)
     _legend(pen, schedule, font)
-    for k, (branch, rows) in enumerate(panels):
+    for k, branch in enumerate(panels):
         top = 2 * LINE + MARGIN + k * tall
         if branch:
             pen.text((MARGIN, top - LINE + 2), f"branch {branch}", "black", font)
         for j, name in enumerate(names):
             pen.text((MARGIN, top + j * CELL - 1), name, "#333333", font)
-        for i, j, colour in _cells(schedule, rows):
+        for i, j, colour in _cells(schedule, branch):
             x, y = left + i * CELL, top + j * CELL
             pen.rectangle((x, y, x + CELL - 2, y + CELL - 2), colour, "#c8ccd0")
         bottom = top + len(names) * CELL + 1
@@ -48,13 +48,11 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], title: str = "") -> P
     return target
 
 
-def _cells(schedule: Schedule, rows: tuple[str, ...]) -> Iterator[tuple[int, int, str]]:
-    columns = schedule.columns
-    outer = [[k for k, o in enumerate(columns) if c.startswith(o + ".")] for c in columns]
-    for i, row in enumerate(rows):
+def _cells(schedule: Schedule, branch: str) -> Iterator[tuple[int, int, str]]:
+    asked = {(i, j) for i, j, _ in executed(schedule, branch)}
+    for i, row in enumerate(schedule.of_branch(branch)):
         for j, letter in enumerate(row):
-            rests = any(row[k] != "C" for k in outer[j])
-            yield i, j, RESTS if rests else COLOURS[letter]
+            yield i, j, COLOURS[letter] if (i, j) in asked else RESTS
 
 
 def _legend(pen: ImageDraw.ImageDraw, schedule: Schedule, font: Any) -> None:

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from accel.artifact import Artifact, ArtifactRef, fingerprints
-from accel.denoiser import denoisers
 from accel.method import Attached, Claim, Method, attached
 from caches._drawn import digest_of, drawn, fidelity
-from caches._gating import WARMUP, LiveGate, halved, stacked_blocks
+from caches._gating import WARMUP, LiveGate, gate_claims, halved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,9 +54,7 @@ class ResidualGate(Method):
         return ResidualGate(self.artifact, 0.0)
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        paths = {f"{d.slot}.{b.path}" for d in denoisers(pipe) for b in stacked_blocks(d)}
-        slots = frozenset(d.slot for d in denoisers(pipe))
-        return frozenset({("block.skip", frozenset(paths)), ("denoiser.call", slots)})
+        return gate_claims(pipe)
 
     def new_live(self, pipe: Any) -> Attached:
         return LiveGate(self, pipe)
@@ -116,7 +113,7 @@ class _Probe(Method):
         return self
 
     def claims(self, pipe: Any) -> frozenset[Claim]:
-        return ResidualGate.claims(self, pipe)  # type: ignore[arg-type]
+        return gate_claims(pipe)
 
     def new_live(self, pipe: Any) -> Attached:
         return LiveGate(self, pipe)

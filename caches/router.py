@@ -154,7 +154,7 @@ class RouterTrainer(Trainer):
         digest_of(inputs, "RouterTrainer")  # before the work
         if (speed is None) == (quality is None):
             raise ValueError("RouterTrainer.calibrate: ask for a speed or for a quality")
-        (low, high), best = BETAS, None
+        (low, high), best = BETAS, None  # how fast or good, and the schedule
         said = []
         plain = drawn(pipe, inputs)
         drift = measure_drift(pipe, inputs[0], module_columns(denoiser))
@@ -170,16 +170,17 @@ class RouterTrainer(Trainer):
                 nearer = fidelity(drawn(pipe, inputs), plain)
             trial.unlink()
             said.append(f"{faster:.2f}x at {nearer:.1f} dB")
-            reached = faster >= speed if speed is not None else nearer >= (quality or 0.0)
-            if reached:
-                best = artifact
+            found, wanted = (faster, speed) if speed is not None else (nearer, quality or 0.0)
+            reached = found >= wanted
+            if reached and (best is None or found <= best[0]):
+                best = found, artifact
             if reached == (speed is not None):  # a lower price computes more
                 high = beta
             else:
                 low = beta
         if best is None:
             raise ValueError(f"RouterTrainer.calibrate: none is so fast or so good: {said}")
-        return best
+        return best[1]
 
 
 def _only_denoiser(pipe: Any) -> Denoiser:

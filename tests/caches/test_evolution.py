@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -361,6 +362,14 @@ def test_a_search_with_a_recipe_runs_it(tmp_path):
     search = EvolutionSearch(parts="output", population=4, generations=1)
     with pytest.raises(ValueError, match="both claim"):
         search.run(host.pipe, inputs, tmp_path, recipe=Recipe((IntervalCache(2),)))
+
+
+def test_a_search_without_pymoo_says_so_at_once(tmp_path, monkeypatch):
+    pipe = tiny("dit").pipe
+    monkeypatch.setitem(sys.modules, "pymoo", None)
+    monkeypatch.setattr(type(pipe), "__call__", None)
+    with pytest.raises(ImportError, match=r"accel\[search\]"):
+        EvolutionSearch().run(pipe, [{"class_labels": [1]}], tmp_path)
 
 
 def test_pick_says_what_there_is(tmp_path):

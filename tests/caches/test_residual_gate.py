@@ -75,7 +75,8 @@ def test_rows_of_arguments():
     rows = torch.tensor([2])
     hidden, time = torch.arange(24.0).reshape(3, 4, 2), torch.arange(3)
     flux, ltx = (torch.ones(3, 5), torch.ones(3, 5)), (torch.ones(3, 4, 2),)
-    given = ((hidden, None, flux), {"timestep": time, "rotary": ltx, "scale": 1.0})
+    adapter = {"ip_hidden_states": [torch.ones(3, 4, 2)]}
+    given = ((hidden, None, flux), {"timestep": time, "rotary": ltx, "scale": 1.0, "ip": adapter})
     args, kwargs = rows_of(given, rows, 3)
     assert_equal(args[0], hidden[2:], "hidden states")
     assert args[1] is None
@@ -83,6 +84,7 @@ def test_rows_of_arguments():
     assert kwargs["timestep"].tolist() == [2]
     assert kwargs["rotary"][0].shape == (1, 4, 2)
     assert kwargs["scale"] == 1.0
+    assert kwargs["ip"]["ip_hidden_states"][0].shape == (1, 4, 2)
 
 
 # -- on pipelines -----------------------------------------------------------------------------

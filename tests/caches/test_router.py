@@ -387,6 +387,26 @@ def test_guidance_is_found_in_half_precision():
     assert Mix.of([toward, plain], guided, 8.0) == Mix(2, 1, 0, 8.0)
 
 
+def test_true_guidance_is_found_beside_what_the_model_is_told(tmp_path, monkeypatch):
+    """HunyuanVideo and Flux have both scales; outputs are mixed with the true one."""
+    monkeypatch.setattr("caches._drawn.inputs_digest", str)
+    monkeypatch.setattr("caches._resuming.inputs_digest", str)
+    host = tiny("hunyuanvideo")
+    call = {k: v for k, v in host.inputs.items() if k not in ("generator", "output_type")}
+    call |= {"true_cfg_scale": 4.0, "num_inference_steps": 2}
+    RouterTrainer(updates=1).fit(host.pipe, [call], str(tmp_path))
+
+
+def test_calibration_takes_what_is_nearest(tmp_path, monkeypatch):
+    """More at a higher price is not certain: each training draws anew."""
+    fit, made, found = RouterTrainer.fit, [], iter((30.0, 20.0, 50.0))
+    monkeypatch.setattr(RouterTrainer, "fit", lambda *a: made.append(fit(*a)) or made[-1])
+    monkeypatch.setattr("caches.router.fidelity", lambda *a: next(found))
+    trainer = RouterTrainer(updates=1)
+    best = trainer.calibrate(tiny("dit").pipe, INPUTS, str(tmp_path), quality=15.0, tries=3)
+    assert best is made[1]
+
+
 def test_calibration_finds_a_price_for_a_speed_or_a_quality(tmp_path):
     pipe = tiny("dit").pipe
     trainer = RouterTrainer(updates=12, lr=0.8, refresh=20)
