@@ -15,10 +15,10 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from accel import compat
-from accel.artifact import Artifact, ArtifactRef
+from accel.artifact import Artifact
 from accel.clock import Run
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
@@ -40,17 +40,11 @@ from caches.schedule import (
     REUSE,
     SKIP,
     Schedule,
-    constant,
     extrapolation,
     last_reads,
     noise_share,
-    of_artifact,
-    resampled,
     sources,
 )
-
-OnGrid = Literal["resample", "error", "bypass"]
-GRID_TOLERANCE = 1e-3  # relative, between noise levels that count as equal
 
 
 class Scheduled(ABC):
@@ -80,66 +74,7 @@ class Scheduled(ABC):
 
     def build(self, pipe: Any, live: Attached) -> None:
         assert isinstance(live, LiveSchedule)
-        live.columns = self.columns(pipe)
-        for denoiser in denoisers(pipe):
-            live.adopt(denoiser, [c for c in live.columns if c.split(".")[0] == denoiser.slot])
-
-
-class FromArtifact(Scheduled):
-    """Methods whose schedule is an artifact: with fields `artifact` and `on_grid`.
-
-    on_grid: what to do in a run over other noise levels than the schedule was made for:
-    "resample" it, raise an "error", or "bypass" it and compute.
-    """
-
-    artifact: ArtifactRef
-    on_grid: OnGrid
-
-    def columns(self, pipe: Any) -> tuple[str, ...]:
-        assert isinstance(self, Method)
-        artifact = Artifact.load(self.artifact)
-        artifact.check_method(self.name())
-        artifact.check_pipeline(pipe)
-        columns = of_artifact(artifact).columns
-        known = {d.slot: dict(d.module.named_modules()) for d in denoisers(pipe)}
-        for column in columns:
-            slot, _, path = column.partition(".")
-            if path not in known.get(slot, ()):
-                raise ValueError(f"{self.artifact.path}: this pipeline has no {column!r}")
-        return columns
-
-    def build(self, pipe: Any, live: Attached) -> None:
-        assert isinstance(live, LiveSchedule)
-        artifact = Artifact.load(self.artifact)
-        live.found, live.grid = of_artifact(artifact), artifact.grid
-        live.made_with = artifact.guidance
-        super().build(pipe, live)
-        for j, column in enumerate(live.found.columns):
-            skips = any(row[j] == SKIP for rows in live.found.tables() for row in rows)
-            if skips and column not in live.skippable:
-                raise ValueError(
-                    f"{self.artifact.path}: S (skip) at {column!r}, which is no transformer block"
-                )
-
-    def plan(self, live: LiveSchedule, sigmas: tuple[float, ...]) -> Schedule:
-        assert live.found is not None
-        same = len(live.grid) == len(sigmas) and all(
-            abs(a - b) <= GRID_TOLERANCE * max(abs(a), abs(b))
-            for a, b in zip(live.grid, sigmas, strict=True)
-        )
-        if same:
-            return live.found
-        said = f"the schedule has {len(live.grid)} steps, on other noise levels than this run"
-        if self.on_grid == "error":
-            raise ValueError(
-                f"{type(self).__name__}: {said}, which has {len(sigmas)}; "
-                "make one for it, or set on_grid='resample'"
-            )
-        if self.on_grid == "bypass":
-            live.fallback(said)
-            return constant(live.found.columns, len(sigmas))
-        live.detail["resampled"] = [len(live.grid), len(sigmas)]
-        return resampled(live.found, live.grid, sigmas)
+        live.adopt_all(pipe, self.columns(pipe))
 
 
 @dataclass
@@ -158,7 +93,8 @@ class LiveSchedule(Attached):
         super().__init__(method, pipe)
         self.columns: tuple[str, ...] = ()
         self.skippable: set[str] = set()
-        self.found: Schedule | None = None  # as it is on disk, for the noise levels `grid`
+        self.artifact: Artifact | None = None
+        self.found: Schedule | None = None  # as the artifact has it, for the noise levels `grid`
         self.grid: tuple[float, ...] = ()
         self.schedule: Schedule | None = None
         self.places: dict[str, int] = {}  # column -> place in a row
@@ -175,6 +111,12 @@ class LiveSchedule(Attached):
         self.repeat_kept = 1  # times along the batch, for a call that stands for several steps
 
     # -- on the model ------------------------------------------------------------------------
+
+    def adopt_all(self, pipe: Any, columns: tuple[str, ...]) -> None:
+        """Put a layer on every column. Raises ValueError as `adopt` does."""
+        self.columns = columns
+        for denoiser in denoisers(pipe):
+            self.adopt(denoiser, [c for c in columns if c.partition(".")[0] == denoiser.slot])
 
     def adopt(self, denoiser: Denoiser, columns: Iterable[str]) -> None:
         """Put a layer on every column of one denoiser.
@@ -315,6 +257,9 @@ class LiveSchedule(Attached):
             self.places = {}
 
     def on_run_end(self, run: Run) -> None:
+        named = self.schedule.branches if self.schedule else ()
+        if unused := [name for name, _ in named if name not in run.branches]:
+            self.detail["branches not run"] = unused
         self._forget()
 
     def memory(self) -> dict[str, int]:

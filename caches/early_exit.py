@@ -21,10 +21,10 @@ from accel.artifact import Artifact, ArtifactRef, fingerprints, inputs_digest
 from accel.denoiser import denoisers
 from accel.method import Attached, Method, Recipe, Trainer, attached
 from caches._drawn import digest_of
-from caches._executor import FromArtifact, OnGrid
 from caches._exit_calibration import EXITS, Found, calibrated, spaced_exits
 from caches._exit_training import trained_heads
 from caches._exits import ExitHeads, LiveExit, Rest, depths_of, exit_columns
+from caches._from_artifact import FromArtifact, OnGrid
 from caches._resuming import work_digest
 from caches.schedule import constant, to_artifact
 
@@ -48,7 +48,8 @@ class EarlyExit(FromArtifact, Method):
     def build(self, pipe: Any, live: Attached) -> None:
         assert isinstance(live, LiveExit)
         super().build(pipe, live)
-        artifact, found = Artifact.load(self.artifact), live.found
+        artifact, found = live.artifact, live.found
+        assert artifact is not None
         assert found is not None
         used = {d for slot in live.slots() for d in depths_of(found, slot) if d < live.blocks(slot)}
         live.rest = artifact.settings["rest"]

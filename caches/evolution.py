@@ -29,7 +29,7 @@ from accel.method import Method, Recipe, attached
 from accel.settings import check_fields
 from caches._drawn import drawn, noise_levels
 from caches._drift import Drift, best_steps, forecast_errors, measure_drift
-from caches._executor import FromArtifact, OnGrid
+from caches._from_artifact import FromArtifact, OnGrid
 from caches._front import Candidate, Front, is_dominated
 from caches._resuming import damaged, other_work, work_digest
 from caches._step_mutation import step_mutation

@@ -22,7 +22,7 @@ from accel.denoiser import Denoiser, denoisers
 from accel.method import Method, Recipe, Trainer, attached
 from caches._drawn import digest_of, drawn, fidelity
 from caches._drift import measure_drift
-from caches._executor import FromArtifact, OnGrid
+from caches._from_artifact import FromArtifact, OnGrid
 from caches._resuming import work_digest
 from caches._router_training import RouterTraining
 from caches.schedule import (

@@ -17,7 +17,6 @@ from accel.method import Recipe, attached
 from accel.testing import assert_equal, assert_same_state, checks, conform, host_state
 from accel.tiny import tiny
 from caches._drift import Drift
-from caches._executor import OnGrid
 from caches._exit_calibration import (
     _Probe,
     aged,
@@ -27,6 +26,7 @@ from caches._exit_calibration import (
     spaced_exits,
 )
 from caches._exits import ExitHeads, as_schedule, depths_of, exit_columns, used_later
+from caches._from_artifact import OnGrid
 from caches._outputs import leaves
 from caches.early_exit import EarlyExit, ExitTraining
 from caches.interval import IntervalCache

@@ -68,6 +68,24 @@ def test_another_model_is_refused(tmp_path):
         method.attach(tiny("pixart").pipe)
 
 
+def test_rows_of_a_branch_that_does_not_run_are_said(tmp_path):
+    host = tiny("dit")
+    rows = ("C", "R", "R", "R")
+    schedule = Schedule(("transformer",), rows, (("call0", rows), ("uncond", ("C",) * 4)))
+    with attached(EvolutionCache.of(schedule, host.pipe, tmp_path / "s"), host.pipe) as live:
+        host.run(num_inference_steps=4)
+        (report,) = live.report()["runs"]
+    assert report["detail"] == {"branches not run": ["uncond"]}
+
+
+def test_an_artifact_is_read_once_to_look_and_once_to_attach(tmp_path, monkeypatch):
+    read = []
+    load = Artifact.load
+    monkeypatch.setattr(Artifact, "load", lambda ref: read.append(ref) or load(ref))
+    method_for("dit", tmp_path).attach(tiny("dit").pipe).detach()
+    assert len(read) == 2
+
+
 def test_guidance_of_another_kind_than_it_was_made_with_is_said(tmp_path):
     host, path = tiny("dit"), tmp_path / "schedule.safetensors"
     method_for("dit", tmp_path)
