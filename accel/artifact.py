@@ -250,9 +250,7 @@ def inputs_digest(inputs: list[dict[str, Any]]) -> str:
         text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
     except TypeError:
         other = {k: type(v).__name__ for x in inputs for k, v in x.items() if not _is_json(v)}
-        raise ValueError(
-            f"inputs have {other}: JSON values only, so that they can be named"
-        ) from None
+        raise ValueError(f"inputs with {other}: JSON values only, which can be named") from None
     return hashlib.sha256(text.encode()).hexdigest()
 
 

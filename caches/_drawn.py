@@ -44,7 +44,7 @@ def noise_levels(pipe: Any, steps: int, call: dict[str, Any] | None = None) -> t
             raise ValueError(
                 f"{type(pipe).__name__}: {error}; its noise levels depend on a call: give one"
             ) from error
-        return sampling_grid(scheduler)[1][:: scheduler.order]
+        return sampling_grid(scheduler)[1][:: getattr(scheduler, "order", 1)]
     found: list[tuple[float, ...]] = []
     with attached(Recipe(()), pipe) as live:
         clock = live.clock

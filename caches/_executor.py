@@ -259,7 +259,7 @@ class LiveSchedule(Attached):
     def on_run_end(self, run: Run) -> None:
         named = self.schedule.branches if self.schedule else ()
         if unused := [name for name, _ in named if name not in run.branches]:
-            self.detail["branches not run"] = unused
+            self.detail["unused_branches"] = unused
         self._forget()
 
     def memory(self) -> dict[str, int]:

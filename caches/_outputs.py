@@ -54,7 +54,8 @@ def size_of(output: Any) -> int:
 
 def memory_name(output: Any) -> str:
     """What a report calls the bytes of an output, by where it is."""
-    return "bytes_host" if first_leaf(output).device.type == "cpu" else "bytes_device"
+    on_host = all(leaf.device.type == "cpu" for leaf in leaves(output))
+    return "bytes_host" if on_host else "bytes_device"
 
 
 def versions_of(output: Any) -> tuple[int, ...]:

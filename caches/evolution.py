@@ -89,7 +89,10 @@ class EvolutionCache(FromArtifact, Method):
         """
         grid = noise_levels(pipe, schedule.steps, call)
         if len(grid) != schedule.steps:
-            raise ValueError(f"EvolutionCache.of: {schedule.steps} rows, but runs of {len(grid)}")
+            raise ValueError(
+                f"EvolutionCache.of: a schedule of {schedule.steps} steps, of which "
+                f"{type(pipe.scheduler).__name__} makes {len(grid)}; choose another scheduler"
+            )
         made = to_artifact(
             schedule,
             denoisers(pipe)[0],

@@ -75,7 +75,7 @@ def test_rows_of_a_branch_that_does_not_run_are_said(tmp_path):
     with attached(EvolutionCache.of(schedule, host.pipe, tmp_path / "s"), host.pipe) as live:
         host.run(num_inference_steps=4)
         (report,) = live.report()["runs"]
-    assert report["detail"] == {"branches not run": ["uncond"]}
+    assert report["detail"] == {"unused_branches": ["uncond"]}
 
 
 def test_an_artifact_is_read_once_to_look_and_once_to_attach(tmp_path, monkeypatch):

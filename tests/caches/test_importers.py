@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 from accel.denoiser import denoisers
 from accel.method import attached
@@ -78,6 +79,13 @@ def test_an_imported_schedule_runs(pipeline, tmp_path):
         (report,) = live.report()["runs"]
     assert report["detail"] == {}
     assert report["computed"] == report["reused"] == 2
+
+
+def test_a_scheduler_that_adds_steps_runs_no_imported_schedule(tmp_path):
+    host = tiny("sd")
+    host.pipe.scheduler = PNDMScheduler.from_config(host.pipe.scheduler.config, skip_prk_steps=True)
+    with pytest.raises(ValueError, match="of 4 steps, of which PNDMScheduler makes 5"):
+        EvolutionCache.of(key_steps((0, 2), 4, ("unet",)), host.pipe, tmp_path / "s")
 
 
 def test_harmonicas_last_row_is_the_first_step():
