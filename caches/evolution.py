@@ -59,10 +59,11 @@ RUINED = -1e6  # quality of what is no number: nothing is better than NaN, nor w
 
 @dataclass(frozen=True)
 class EvolutionCache(FromArtifact, Method):
-    """Run a schedule that ``EvolutionSearch`` has found, or any other.
+    """Run a schedule that ``EvolutionSearch`` has found.
 
-    artifact: the schedule; `Front.pick` gives it, `of` makes it. on_grid: in a run over other
-    noise levels "resample" the schedule, raise an "error", or "bypass" it and compute.
+    artifact: the schedule; `Front.pick` gives it, and `of` makes one of any other schedule.
+    on_grid: in a run over other noise levels "resample" the schedule, raise an "error", or "bypass"
+    it and compute.
     """
 
     PAPER = "ECAD, arXiv 2506.15682"
