@@ -122,7 +122,7 @@ class Clock:
         self._users: list[Any] = []
         self._subscribers: list[Callable[[Event], None]] = []
         self._runs_begun = 0
-        self._scheduler: Any = None
+        self.scheduler: Any = None  # that is listened to
         self._homes: tuple[tuple[str, Any], ...] = ()
         self._context: str | None = None
         self._call = 0
@@ -153,7 +153,7 @@ class Clock:
         else:
             self._close_run()
             self._patch.undo()
-            self._scheduler, self._homes = None, ()
+            self.scheduler, self._homes = None, ()
 
     def subscribe(self, fn: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``fn(event)`` at every event; returns the function that ends it."""
@@ -165,10 +165,10 @@ class Clock:
         pipe = self._pipe()
         if pipe is None:
             return
-        if pipe.scheduler is self._scheduler and denoiser_modules(pipe) == self._homes:
+        if pipe.scheduler is self.scheduler and denoiser_modules(pipe) == self._homes:
             return
         self._patch.undo()
-        self._scheduler, self._homes = pipe.scheduler, denoiser_modules(pipe)
+        self.scheduler, self._homes = pipe.scheduler, denoiser_modules(pipe)
         self._patch.around(pipe.scheduler, "set_timesteps", self._set_timesteps, outer=True)
         self._patch.around(pipe.scheduler, "step", self._step, outer=True)
         for slot, module in self._homes:
@@ -187,7 +187,7 @@ class Clock:
 
     def _set_timesteps(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
         result = call_next(*args, **kwargs)
-        self.begin(self._scheduler)
+        self.begin(self.scheduler)
         return result
 
     def begin(self, scheduler: Any) -> Run:
@@ -235,9 +235,9 @@ class Clock:
         if self._held:
             return self._layered(slot, call_next)(*args, **kwargs)
         pipe = self._pipe()
-        if pipe is not None and pipe.scheduler is not self._scheduler:
+        if pipe is not None and pipe.scheduler is not self.scheduler:
             self.follow()  # the user assigned another scheduler; its run began unheard
-            self.begin(self._scheduler)
+            self.begin(self.scheduler)
         run = self.run
         if run is not None and run.thread == get_ident() and _call_of(pipe) is None:
             self._close_run()  # its call was cut off; this one is of somebody who shares the module
@@ -313,10 +313,10 @@ class Clock:
             fn(Event(kind, run.index, step, run.steps))
 
     def _locate_begin(self, run: Run, args: tuple, kwargs: dict, module: Any) -> None:
-        begin = getattr(self._scheduler, "begin_index", None)
+        begin = getattr(self.scheduler, "begin_index", None)
         if begin is None:
             first = _timestep(module, args, kwargs)
-            begin = place_of_view(first, self._scheduler.timesteps)
+            begin = place_of_view(first, self.scheduler.timesteps)
             if begin is None:
                 time = _number(first)
                 begin = run.timesteps.index(time) if time in run.timesteps else 0

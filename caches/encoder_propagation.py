@@ -106,7 +106,7 @@ class _LiveEncoder(LiveSchedule):
     def on_run(self, run: Run) -> None:
         super().on_run(run)
         if self.followed:
-            self.follow(self.clock._scheduler)
+            self.follow(self.clock.scheduler)
         self.ready: dict[tuple[str, int], Any] = {}  # (branch, step) -> output
         self.first_noise: Any = None
 
@@ -183,7 +183,7 @@ class _LiveEncoder(LiveSchedule):
             return call_next(*args, **kwargs)
         by_name = "sample" in kwargs
         sample = kwargs["sample"] if by_name else args[2]
-        scheduler = self.clock._scheduler
+        scheduler = self.clock.scheduler
         scale = 1.0
         if float(scheduler.init_noise_sigma) > 1.001:  # samples are x (1 + sigma^2)^(1/2)
             scale = (1 + run.sigmas[run.position] ** 2) ** 0.5
