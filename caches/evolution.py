@@ -108,9 +108,10 @@ class EvolutionCache(FromArtifact, Method):
 class EvolutionSearch:
     """Settings of a search.
 
-    parts: columns that are searched; order: of the forecasts, 0 repeats; population, generations,
-    crossover (4 points) and mutation (of a bit) as in the paper, with a smaller population;
-    screen: inputs that a candidate is looked at with, before the front is measured on all.
+    parts: columns that are searched; order: of the forecasts, 0 repeats (try both: pictures did
+    better with 1 here, videos with 0); population, generations, crossover (4 points) and mutation
+    (of a bit) as in the paper, with a smaller population; screen: inputs that a candidate is looked
+    at with, before the front is measured on all.
     """
 
     parts: Parts = "output"
