@@ -352,9 +352,13 @@ def kept_rows(old: dict[str, Any] | None, own: dict[str, Any], here: dict[str, A
 def joined(kept: list[Row], rows: list[Row]) -> list[Row]:
     """New rows, and those that they do not replace, in order."""
     made = {key_of(row) for row in rows}
-    order = {name: i for i, name in enumerate(SAMPLERS)}
+    order = {name: i for i, name in enumerate((*SAMPLERS, *SEVERAL))}
     kept = [row for row in kept if key_of(row) not in made]
-    return sorted([*kept, *rows], key=lambda row: (order[row["sampler"]], row["steps"]))
+
+    def place(row: Row) -> tuple[int, ...]:
+        return order[row["sampler"]], row["steps"], order.get(row["setting"], len(order))
+
+    return sorted([*kept, *rows], key=place)
 
 
 def main() -> None:
