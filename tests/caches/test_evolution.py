@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,12 +42,10 @@ def method_for(pipeline, folder, parts="output+modules", **more):
     (denoiser,) = denoisers(host.pipe)
     columns = searched_columns(denoiser, parts)
     schedule = from_steps(columns, steps, range(0, steps, 2), "F")
-    host.pipe.scheduler.set_timesteps(steps)
-    from accel.clock import sampling_grid
-
-    grid = sampling_grid(host.pipe.scheduler)[1]
-    artifact = to_artifact(schedule, denoiser, method=EvolutionCache.name(), grid=grid)
-    return EvolutionCache(artifact.save(folder / "schedule.safetensors"), **more)
+    found = EvolutionCache.of(
+        schedule, host.pipe, folder / "schedule.safetensors", call=host.inputs
+    )
+    return replace(found, **more)
 
 
 @pytest.mark.parametrize("check", checks())
