@@ -37,11 +37,12 @@ from accel.loading import zoo_path
 from accel.measure import environment, load_average, paired_time
 from accel.method import Method, attached
 from accel.metrics.distribution import frechet
-from accel.metrics.protocol import Protocol, require_same
+from accel.metrics.protocol import Protocol
 from accel.zoo.judge import AttributeJudge, judge, to_tensor
 from accel.zoo.world import DigitWorld
+from benchmarks.bench_native import kept_rows
 from benchmarks.digits_study import weights_sha256
-from benchmarks.results_file import add_fresh, read, require_machine, write
+from benchmarks.results_file import add_fresh, read, write
 from samplers.epsilon_scaling import EpsilonScaling
 from samplers.shifted_time import TimeShiftPNDMScheduler
 from samplers.time_shift import TimeShift
@@ -337,18 +338,6 @@ def key_of(row: Row) -> Key:
     return row["sampler"], row["steps"], row["setting"]
 
 
-def kept_rows(old: dict[str, Any] | None, own: dict[str, Any], here: dict[str, Any]) -> list[Row]:
-    """Rows of the file, beside which new ones may stand.
-
-    Raises ValueError where they are of another protocol, machine or number of threads.
-    """
-    if old is None:
-        return []
-    require_same(Protocol.read(old["protocol"]), Protocol.read(own))
-    require_machine(old["environment"], here)
-    return old["rows"]
-
-
 def joined(kept: list[Row], rows: list[Row]) -> list[Row]:
     """New rows, and those that they do not replace, in order."""
     made = {key_of(row) for row in rows}
@@ -374,7 +363,7 @@ def main() -> None:
     load, own = load_average(), protocol(given.samples, given.sets)
     part = bool(given.only or given.steps)
     old = None if given.fresh and not part else read("time_shift")
-    kept, rows = kept_rows(old, own, environment("cpu")), []
+    kept, rows = list(kept_rows(old, Protocol.read(own), environment("cpu"))), []
     content = {
         "protocol": own,
         "model": MODEL,

@@ -74,13 +74,13 @@ def test_new_rows_stand_beside_those_of_the_same_protocol_only():
     def row(sampler, steps, setting, distance):
         return {"sampler": sampler, "steps": steps, "setting": setting, "frechet": [distance]}
 
-    own = bench_time_shift.Protocol(model="m", inputs="i", samples=4, seeds="s").as_json()
+    own = bench_time_shift.Protocol(model="m", inputs="i", samples=4, seeds="s")
     old = [row("DDIM", 10, "base", 1.0), row("DDIM", 20, "base", 2.0), row("DDPM", 10, "base", 3.0)]
-    there = {"protocol": own, "rows": old, "environment": HERE}
+    there = {"protocol": own.as_json(), "rows": old, "environment": HERE}
     kept = bench_time_shift.kept_rows(there, own, HERE)
     rows = bench_time_shift.joined(kept, [row("DDIM", 10, "base", 9.0)])
     assert [r["frechet"] for r in rows] == [[9.0], [2.0], [3.0]]
-    other = bench_time_shift.Protocol(model="m", inputs="i", samples=5, seeds="s").as_json()
+    other = bench_time_shift.Protocol(model="m", inputs="i", samples=5, seeds="s")
     with pytest.raises(ValueError, match="samples"):
         bench_time_shift.kept_rows(there, other, HERE)
     with pytest.raises(ValueError, match="hardware 'h'"):
