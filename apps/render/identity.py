@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from apps.render import strict_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CARD = frozenset({".md", ".png", ".jpg", ".jpeg", ".webp", ".gif"})  # beside model_index.json
+_RECIPE = "accel_recipe.yaml"  # beside it, too: `recipe_sha256` is of it and of what it refers to
 
 
 def identity(payload: dict[str, Any]) -> str:
@@ -31,9 +32,10 @@ def identity(payload: dict[str, Any]) -> str:
     return hashlib.sha256(strict_json.canonical(parts).encode()).hexdigest()
 
 
-@cache
 def model_revision(ref: str) -> str:
-    """`sha256:...` over the files of a local model but its card, or `hub:commit`.
+    """`sha256:...` over the files of a local model but its card and its recipe, or `hub:commit`.
+
+    Files are read again when one has another size or time; a hub is asked once.
 
     Raises:
         ValueError: no such model, in one line.
@@ -64,8 +66,17 @@ def model_folder(ref: str) -> Path | None:
 
 
 def _folder_digest(folder: Path) -> str:
+    folder = folder.resolve()
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and _counts(p, folder))
+    stats = [(path, path.stat()) for path in paths]
+    return _digest(folder, tuple((p, s.st_size, s.st_mtime_ns) for p, s in stats))
+
+
+@lru_cache(maxsize=64)
+def _digest(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files as (path, bytes, time of the last change in ns), which a cached digest is of."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and _counts(p, folder)):
+    for path, *_ in files:
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
@@ -73,11 +84,17 @@ def _folder_digest(folder: Path) -> str:
 
 
 def _counts(path: Path, folder: Path) -> bool:
-    """Whether a file may decide pixels: it is neither hidden nor the model's card or a picture."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return not hidden and not (path.parent == folder and path.suffix.lower() in _CARD)
+    """Whether a file may decide pixels by itself: it is neither hidden nor of the model's card, and
+    not the folder's recipe or an artifact beside that."""
+    parts = path.relative_to(folder).parts
+    if any(part.startswith(".") for part in parts):
+        return False
+    if parts == (_RECIPE,) or (parts[0] == "artifacts" and (folder / _RECIPE).is_file()):
+        return False
+    return len(parts) > 1 or path.suffix.lower() not in _CARD
 
 
+@cache
 def _hub_commit(ref: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

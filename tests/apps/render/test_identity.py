@@ -1,5 +1,7 @@
 """What makes two jobs the same job, and two models the same model."""
 
+import shutil
+
 import pytest
 
 from apps.render.environment import versions
@@ -7,28 +9,33 @@ from apps.render.identity import identity, model_folder, model_revision
 
 
 def test_revision_follows_content(tmp_path, tiny_model):
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     assert model_revision(str(folder)) == model_revision(tiny_model)
-    model_revision.cache_clear()
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text() + " ")
     assert model_revision(str(folder)) != model_revision(tiny_model)
 
 
 def test_a_card_is_no_part_of_a_model(tmp_path, tiny_model):
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     (folder / "README.md").write_text("figures of it")
     (folder / "samples.png").write_bytes(b"pictures of it")
     assert model_revision(str(folder)) == model_revision(tiny_model)
-    model_revision.cache_clear()
     (folder / "scheduler" / "notes.md").write_text("not at the card's place")
     assert model_revision(str(folder)) != model_revision(tiny_model)
+
+
+def test_a_recipe_and_what_it_refers_to_is_no_part_of_a_model(tmp_path, tiny_model):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "accel_recipe.yaml").write_text("measured: null")
+    (folder / "artifacts").mkdir()
+    (folder / "artifacts" / "table.safetensors").write_bytes(b"of the recipe")
+    assert model_revision(str(folder)) == model_revision(tiny_model)
+    (folder / "accel_recipe.yaml").unlink()
+    assert model_revision(str(folder)) != model_revision(tiny_model), "whose are they?"
 
 
 def test_identity_is_in_every_part_that_decides_pixels():
