@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from apps.render import strict_json
-from apps.render.naming import folded, stem_problem
+from apps.render.naming import folded, name_problem
 from apps.search import SearchRequest
 from samplers.search.path import read_path
 
@@ -71,7 +71,7 @@ class Job(BaseModel):
     @field_validator("name")
     @classmethod
     def _safe_name(cls, name: str | None) -> str | None:
-        if name is not None and (problem := stem_problem(name)):
+        if name is not None and (problem := name_problem(name)):
             raise ValueError(f"{_short(name)} {problem}")
         return name
 

@@ -11,6 +11,7 @@ _RESERVED = {"con", "prn", "aux", "nul", "ledger", "plan"} | {
     f"{device}{digit}" for device in ("com", "lpt") for digit in range(1, 10)
 }
 _FORBIDDEN = set('<>:"|?*')
+_BESIDE = (".search", ".candidates", ".curve")  # what a search leaves beside its output
 _NUMBERED = re.compile(r"\.\d+$")
 
 
@@ -35,6 +36,14 @@ def stem_problem(stem: str) -> str | None:
     if len(stem.encode()) > MAX_STEM_BYTES:
         return f"is longer than {MAX_STEM_BYTES} bytes"
     return None
+
+
+def name_problem(name: str) -> str | None:
+    """As `stem_problem`, of a name that a person gives to a job."""
+    ending = next((e for e in _BESIDE if folded(name).endswith(e)), None)
+    if ending is not None:
+        return f"ends with {ending!r}, as the record of a search does"
+    return stem_problem(name)
 
 
 def folded(stem: str) -> str:

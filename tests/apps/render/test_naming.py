@@ -1,11 +1,13 @@
 """Default stems are always safe, and safe stems stay inside the folder."""
 
 import string
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apps.render.naming import MAX_STEM_BYTES, default_stem, folded, stem_problem
+from apps.render.naming import MAX_STEM_BYTES, default_stem, folded, name_problem, stem_problem
 
 # An explicit alphabet: building hypothesis' table of all characters takes seconds.
 TEXT = st.text(string.printable + "äß日\u202e\ud7ff\u0301", max_size=150)
@@ -27,12 +29,16 @@ def test_default_stems_are_safe(index, inputs):
 @given(TEXT)
 def test_safe_stems_are_one_path_part(stem):
     if stem_problem(stem) is None:
-        from pathlib import Path
-
         path = Path("/out") / f"{stem}.png"
         assert path.parent == Path("/out")
         assert path.resolve() == path
         assert len(path.name.encode()) <= MAX_STEM_BYTES + 4
+
+
+@pytest.mark.parametrize("name", ["x.search", "x.candidates", "X.Curve"])
+def test_a_job_is_not_called_as_the_record_of_a_search(name):
+    assert "as the record of a search does" in str(name_problem(name))
+    assert stem_problem(name) is None, "folders that hold one are read"
 
 
 def test_names_that_a_file_system_may_confuse():
