@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     """The content of a sidecar; None when it is missing, damaged or of another kind."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None
@@ -156,8 +157,5 @@ def _is_listed(file: Any) -> bool:
 def _is_plain_name(name: Any) -> bool:
     if not isinstance(name, str) or Path(name).name != name:
         return False
-    return (
-        Path(name).suffix in SUFFIXES
-        and not name.startswith(".")
-        and (stem_problem(name.split(".")[0]) is None)
-    )
+    stem = re.sub(r"\.\d+$", "", Path(name).stem)  # of one of several samples: its job's
+    return Path(name).suffix in SUFFIXES and stem_problem(stem) is None

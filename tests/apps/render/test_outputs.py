@@ -71,6 +71,19 @@ def test_damage_is_noticed(tmp_path):
     assert not outputs.is_complete(tmp_path, content)
 
 
+@pytest.mark.parametrize("stem", ["wait ... what", "a.b", "v1.5 b"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_names_with_dots_are_believed(tmp_path, stem, count):
+    media = outputs.encode_all(_frames(count), stem=stem, kind="auto", fps=8, record=None)
+    content = outputs.commit(tmp_path, stem, media, RECORD)
+    assert outputs.read_sidecar(tmp_path / f"{stem}.json") == content
+
+
+def test_a_sidecar_nested_without_end_is_none(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"[" * 100_000)
+    assert outputs.read_sidecar(tmp_path / "a.json") is None
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -80,6 +93,7 @@ def test_damage_is_noticed(tmp_path):
         {"files": [{"name": "../../etc/passwd"}]},
         {"files": [{"name": "/etc/passwd.png"}]},
         {"files": [{"name": ".bashrc.png"}]},
+        {"files": [{"name": "con..png", "bytes": 7, "sha256": "0", "frames_sha256": "0"}]},
         {"files": ["a.png"]},
         {"files": [{"name": "a.png"}]},
         {"files": [{"name": "a.png", "bytes": "7", "sha256": "0", "frames_sha256": "0"}]},
