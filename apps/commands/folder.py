@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apps.commands.render import ProgressKind, ProgressOption, Trust, Wait, Workers, run
+from apps.commands.render import (
+    ProgressKind,
+    ProgressOption,
+    Trust,
+    TrustVerifiers,
+    Wait,
+    Workers,
+    run,
+)
 from apps.commands.say import fail, told
 
 if TYPE_CHECKING:
@@ -46,10 +54,14 @@ def resume(
     progress: ProgressOption = ProgressKind.rich,
     wait: Wait = False,
     trust_remote_code: Trust = False,
+    trust_verifiers: TrustVerifiers = False,
 ) -> None:
     """Render what is left; failed and cancelled jobs stay as they are."""
     with told(folder):
-        run(folder, None, workers, progress.value, wait=wait, trust=trust_remote_code)
+        run(
+            folder, None, workers, progress.value, wait=wait, trust=trust_remote_code,
+            trust_verifiers=trust_verifiers,
+        )  # fmt: skip
 
 
 def retry(
@@ -59,6 +71,7 @@ def retry(
     progress: ProgressOption = ProgressKind.rich,
     wait: Wait = False,
     trust_remote_code: Trust = False,
+    trust_verifiers: TrustVerifiers = False,
 ) -> None:
     """Render failed jobs again: all of them, or the named ones (also if they were cancelled)."""
     with told(folder):
@@ -67,8 +80,10 @@ def retry(
                 ids = [task.id for task in _find(ledger, jobs)]
             else:
                 ids = [task.id for task in ledger.tasks("failed")]
-        trust = trust_remote_code
-        run(folder, None, workers, progress.value, wait=wait, trust=trust, retry=ids)
+        run(
+            folder, None, workers, progress.value, wait=wait, trust=trust_remote_code,
+            trust_verifiers=trust_verifiers, retry=ids,
+        )  # fmt: skip
 
 
 def cancel(folder: Folder, jobs: Jobs = None) -> None:

@@ -34,6 +34,12 @@ ProgressOption = Annotated[ProgressKind, typer.Option(help="json: one JSON objec
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a model repository run code.")
 ]
+TrustVerifiers = Annotated[
+    bool,
+    typer.Option(
+        "--trust-verifiers", help="Let searches of this folder start commands and call servers."
+    ),
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for another renderer in the folder.")]
 
 
@@ -107,13 +113,19 @@ def run(
     *,
     wait: bool,
     trust: bool,
+    trust_verifiers: bool = False,
     retry: list[str] | None = None,
 ) -> None:
-    """Submit tasks (or resume when there are none), print the summary, exit with its code."""
+    """Submit tasks (or resume when there are none), print the summary, exit with its code.
+
+    With `trust_verifiers` every search that the folder holds may start commands.
+    """
     from apps.render.driver import RunOptions, resume, submit
+    from apps.render.plan import load_plan
     from apps.render.progress import make, print_summary
 
-    options = RunOptions(workers=workers, wait=wait, trust_remote_code=trust)
+    trusted = frozenset(task.id for task in load_plan(out)) if trust_verifiers else frozenset()
+    options = RunOptions(workers, trust, trusted, wait)
     shown = make(progress)
     if tasks is None:
         summary = resume(out, options, shown, retry=retry or [])

@@ -150,7 +150,9 @@ def _run(out: Path, tasks: list[PlannedTask], progress: str, trust: bool) -> Non
     from apps.render.outputs import read_sidecar
     from apps.render.progress import make
 
-    summary = submit(out, tasks, RunOptions(trust_remote_code=trust), make(progress))
+    own = frozenset(task.id for task in tasks)  # the folder may hold others, which are not trusted
+    options = RunOptions(trust_remote_code=trust, trusted=own)
+    summary = submit(out, tasks, options, make(progress))
     stem = tasks[0].stem
     content = read_sidecar(out / f"{stem}.json")
     if content is None or content["identity"] != tasks[0].id:

@@ -38,6 +38,7 @@ class RunOptions:
 
     workers: int = 1
     trust_remote_code: bool = False
+    trusted: frozenset[str] = frozenset()  # ids of tasks whose verifiers may start commands
     wait: bool = False
     stop: Callable[[], bool] | None = None  # asked once a second: end as if interrupted?
     executor: Callable[[Path], Executor] | None = None  # of a folder, instead of `workers` here
@@ -287,7 +288,7 @@ def _executor(options: RunOptions) -> Callable[[Path], Executor]:
     from apps.render.worker_settings import WorkerSettings
 
     def make(folder: Path) -> Executor:
-        settings = WorkerSettings(str(folder), options.trust_remote_code)
+        settings = WorkerSettings(str(folder), options.trust_remote_code, trusted=options.trusted)
         return InProcess(settings) if options.workers == 1 else Spawned(settings, options.workers)
 
     return make

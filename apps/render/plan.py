@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Settings:
     strict: bool = False
     metadata: bool = True
     raw: bool = False  # videos also as exact frames, .npz: an mp4 loses some
-    trusted: bool = False  # verifiers may start commands: named on the command line, not in a file
+    trusted: bool = False  # accept verifiers that start commands; `RunOptions` says if they may
     native: bool = False  # judge videos while their raw frames are there, without any network
 
 
@@ -69,9 +70,10 @@ def plan(jobs: Sequence[PlacedJob], settings: Settings, folder: Path) -> list[Pl
     tasks: list[PlannedTask] = []
     problems: list[str] = []
     places: dict[str, str] = {}
+    revision = cache(model_revision)  # a thousand jobs look once at the files of their model
     for index, placed in enumerate(jobs, start=1):
         try:
-            task = _task(index, placed, settings, folder)
+            task = _task(index, placed, settings, folder, revision)
         except (ValueError, OSError) as error:
             problems.append(f"{placed.where}: {' '.join(str(error).split())}")
             continue
@@ -99,7 +101,8 @@ def load_plan(folder: Path) -> list[PlannedTask]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no render (no {PLAN_FILE})")
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = path.read_bytes().split(b"\n")  # `splitlines` of text breaks at U+2028, too
+        rows = [json.loads(line) for line in lines if line.strip()]
         return [_checked(row["id"], row["stem"], row["payload"]) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -122,26 +125,35 @@ def merge_plans(old: Sequence[PlannedTask], new: Sequence[PlannedTask]) -> list[
 
 
 def _checked(task_id: str, stem: str, payload: dict[str, Any]) -> PlannedTask:
-    """Ids and stems become file names, so they are checked like those of a job file."""
+    """Ids and stems become file names, so they are checked like those of a job file; and a render
+    is what its id says: nothing was put into it afterwards."""
     problem = stem_problem(stem)
     if problem is not None or not re.fullmatch(r"[0-9a-f]{64}", task_id):
         raise ValueError(f"task {task_id[:80]!r} with name {stem[:80]!r}")
-    return PlannedTask(task_id, stem, payload)
+    task = PlannedTask(task_id, stem, payload)
+    if task.kind == "render" and identity(payload) != task_id:
+        raise ValueError(f"task {stem[:80]!r} is not the job that its identity is of")
+    return task
 
 
-def _task(index: int, placed: PlacedJob, settings: Settings, folder: Path) -> PlannedTask:
+def _task(
+    index: int,
+    placed: PlacedJob,
+    settings: Settings,
+    folder: Path,
+    revision: Callable[[str], str],
+) -> PlannedTask:
     job = placed.job
     if job.search is not None:
         check_request(job.search, trusted=settings.trusted)
     model = job.model or settings.model
     if model is None:
         raise ValueError("no model: give the job one, or use --model")
-    revision = model_revision(model)
     recipe, sha256 = _recipe(placed, settings, folder, model)
     payload = {
         "job": job.asked(),
         "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "model_revision": revision,
+        "model_revision": revision(model),
         "recipe": recipe,
         "recipe_sha256": sha256,
         "threads": settings.threads,
@@ -152,8 +164,6 @@ def _task(index: int, placed: PlacedJob, settings: Settings, folder: Path) -> Pl
         "raw": settings.raw,
         "native": settings.native,
     }
-    if job.search is not None and settings.trusted:
-        payload["trusted"] = True
     own = identity(payload)
     stem = job.name or default_stem(index, own, job.inputs)
     return PlannedTask(own, stem, payload | {"stem": stem})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import math
 import shutil
 import time
 import warnings
@@ -23,6 +24,7 @@ from accel.files import remove
 from accel.loading import quiet_loading
 from apps.render import latents as latents_file
 from apps.render import stages
+from apps.render.attaching import attached, attached_to_decoder, from_noise
 from apps.render.environment import versions
 from apps.render.faults import InvalidJob, NotFinite, classify
 from apps.render.identity import model_revision
@@ -34,8 +36,9 @@ from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
 from apps.search import SearchRequest, drafts, run_search, story, write_record
 from samplers.search.path import Path as NoisePath
 from samplers.search.path import read_path
-from samplers.search.player import Player
 
+# A model that cannot be loaded is not tried for each of a thousand jobs; but files come back.
+FORGET_SECONDS = 60.0
 Emit = Callable[[dict[str, Any]], None]
 # Tasks of other kinds: a function (worker, task id, payload) -> content of the sidecar, imported
 # when one comes.
@@ -61,7 +64,7 @@ class Worker:
         self._pipe: Any = None
         self._loaded: tuple[Any, ...] | None = None
         self._uncut: set[tuple[Any, ...]] = set()
-        self._broken: dict[tuple[Any, ...], str] = {}
+        self._broken: dict[tuple[Any, ...], tuple[float, str]] = {}
 
     def run(self, task_id: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Render one task to finished files; return what the ledger keeps of it.
@@ -96,17 +99,23 @@ class Worker:
     # stages
 
     def _denoise(
-        self, payload: dict, kept: Path, without: str | None = None
+        self,
+        payload: dict,
+        kept: Path,
+        without: str | None = None,
+        found: dict[str, Any] | None = None,
     ) -> latents_file.Latents:
         """Denoise and keep the latents; a recipe that yields NaN is left out once.
 
-        `without` is the reason to leave the recipe out, and becomes part of the story.
+        `without` is the reason to leave the recipe out, and becomes part of the story; what a
+        search has `found` under the recipe is denoised then, and nothing is searched again.
         """
         pipe = self.pipeline(payload)
         inputs = payload["job"]["inputs"]
         stages.check_inputs(pipe, inputs)
         recipe = self._recipe(payload) if without is None else None
-        found = self._search(pipe, payload, kept, recipe)
+        if without is None:
+            found = self._search(pipe, payload, kept, recipe)
         if found and found["drafts"]:
             recipe = None
         noise = found["path"] if found else payload["job"].get("noise")
@@ -119,7 +128,7 @@ class Worker:
         if not latents.is_finite():
             if recipe is None:
                 raise NotFinite("the output is not finite (NaN), without acceleration too")
-            return self._denoise(payload, kept, without="nan")
+            return self._denoise(payload, kept, without="nan", found=found)
         with contextlib.suppress(latents_file.CannotKeep):  # then a failed decode costs a denoise
             latents_file.write(kept, latents)
         return latents
@@ -130,8 +139,9 @@ class Worker:
         """Decode and judge the frames; a suspicious accelerated output is made again without."""
         frames = self._decode_once(payload, latents)
         wrong = suspicion(frames)
-        if wrong and payload["recipe"] is not None and "fallback" not in latents.story:
-            latents = self._denoise(payload, kept, without=wrong)
+        if wrong and _under_recipe(payload, latents.story):
+            found = latents.story.get("search")
+            latents = self._denoise(payload, kept, without=wrong, found=found)
             frames = self._decode_once(payload, latents)
             wrong = suspicion(frames)
         if wrong == "nan":
@@ -142,9 +152,9 @@ class Worker:
 
     def _decode_once(self, payload: dict, latents: latents_file.Latents) -> Any:
         pipe = self.pipeline(payload)
-        recipe = None if "fallback" in latents.story else self._recipe(payload)
+        recipe = self._recipe(payload) if _under_recipe(payload, latents.story) else None
         started = time.perf_counter()
-        with _attached_to_decoder(recipe, pipe, payload["strict"]):
+        with attached_to_decoder(recipe, pipe, payload["strict"]):
             try:
                 frames = stages.decode(pipe, latents)
             except Exception as error:
@@ -203,7 +213,7 @@ class Worker:
                 recipe,
                 seed=payload["job"]["seed"],
                 journal=journal,
-                trusted=payload.get("trusted", False),
+                trusted=kept.stem in self._settings.trusted,
                 observe=observe,
             )
         except ValueError as error:
@@ -261,8 +271,8 @@ class Worker:
             try:
                 with (
                     _own_global_rng(seed),
-                    _attached(recipe, pipe, payload["strict"], on_event) as live,
-                    _from_noise(pipe, inputs, recipe, live, path) as own,
+                    attached(recipe, pipe, payload["strict"], on_event) as live,
+                    from_noise(pipe, inputs, recipe, live, path) as own,
                 ):
                     latents = stages.denoise(pipe, own or arguments, cut=cut)
                 return latents, None if live is None else live.report()
@@ -277,8 +287,9 @@ class Worker:
         key = (payload["model"], payload["model_revision"], payload["dtype"], payload["device"])
         if self._loaded == key:
             return self._pipe
-        if key in self._broken:  # do not try a thousand times what failed for the first job
-            raise InvalidJob(self._broken[key])
+        failed, why = self._broken.get(key, (-math.inf, ""))
+        if time.monotonic() - failed < FORGET_SECONDS:
+            raise InvalidJob(why)
         self.close()
         self.emit({"event": "loading", "model": payload["model"]})
         revision = model_revision(payload["model"])
@@ -305,8 +316,9 @@ class Worker:
                 )
         except (OSError, ValueError, TypeError, ImportError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
-            self._broken[key] = f"model {payload['model']} cannot be loaded: {reason}"
-            raise InvalidJob(self._broken[key]) from error
+            why = f"model {payload['model']} cannot be loaded: {reason}"
+            self._broken[key] = (time.monotonic(), why)
+            raise InvalidJob(why) from error
 
     def _device(self, kind: str) -> str:
         """The device of this worker: CUDA devices are dealt out by the worker's number."""
@@ -335,46 +347,10 @@ def _own_global_rng(seed: int) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _from_noise(
-    pipe: Any, inputs: dict, recipe: Any, live: Any, path: NoisePath | None
-) -> Iterator[dict[str, Any] | None]:
-    """Arguments of a call that ends a path; ``None`` without one: the seed says the noise."""
-    if path is None:
-        yield None
-        return
-    try:
-        player = Player(pipe, inputs, live)
-    except ValueError as error:
-        raise InvalidJob(str(error)) from error
-    with player, player.ending(path, recipe or accel.Recipe(())) as arguments:
-        yield arguments
-
-
-@contextlib.contextmanager
-def _attached(recipe: Any, pipe: Any, strict: bool, on_event: Callable) -> Iterator[Any]:
-    """Attach a recipe and listen to its clock; without a recipe the clock alone, if it can."""
-    with contextlib.ExitStack() as stack:
-        live = None
-        try:
-            attached = accel.attached(recipe or accel.Recipe(()), pipe, strict=strict)
-            live = stack.enter_context(attached)
-        except (
-            ValueError
-        ) as error:  # without a recipe: no clock for this pipeline, no step progress
-            if recipe is not None:
-                raise InvalidJob(str(error)) from error
-        if live is not None:
-            stack.callback(live.clock.subscribe(on_event))
-        yield live
-
-
-def _attached_to_decoder(recipe: Any, pipe: Any, strict: bool) -> Any:
-    """The recipe, attached for a decode, if it claims anything of the autoencoder."""
-    paths = [path for _, paths in recipe.claims(pipe) for path in paths] if recipe else []
-    if not any(path.split(".")[0] == "vae" for path in paths):
-        return contextlib.nullcontext()
-    return accel.attached(recipe, pipe, strict=strict)
+def _under_recipe(payload: dict, story: dict) -> bool:
+    """Whether latents were made under the payload's recipe: one of drafts makes no winner."""
+    drafted = (story.get("search") or {}).get("drafts", False)
+    return payload["recipe"] is not None and not drafted and "fallback" not in story
 
 
 def _free_memory() -> None:

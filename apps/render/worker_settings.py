@@ -9,7 +9,8 @@ WORK_FOLDER = ".work"  # below the output folder: latents of unfinished tasks
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """`out` is the output folder; remote code runs only if a person's flag said so.
+    """`out` is the output folder; remote code runs only if a person's flag said so, and commands of
+    verifiers only in the tasks whose ids are in `trusted`: no folder can say that for itself.
 
     `number` tells workers apart; where there are several CUDA devices they are dealt out by it.
     """
@@ -17,3 +18,4 @@ class WorkerSettings:
     out: str
     trust_remote_code: bool = False
     number: int = 0
+    trusted: frozenset[str] = frozenset()

@@ -163,6 +163,26 @@ def test_status_of_a_folder_that_cannot_be_written(
     assert f"the ledger in {out} cannot be used: file is not a database" in told.stderr
 
 
+@pytest.mark.parametrize("command", ["resume", "retry"])
+def test_a_person_says_whether_a_folder_may_start_commands(
+    cli, tmp_path, tiny_model, job_file, rows, monkeypatch, command
+):
+    from apps.render import driver
+    from apps.render.plan import load_plan
+
+    out = tmp_path / "out"
+    arguments = ("--model", tiny_model, "--out", out, "--device", "cpu", "--progress", "none")
+    assert cli("render", job_file(rows(1)), *arguments).exit_code == 0
+    heard, resume = [], driver.resume
+    monkeypatch.setattr(
+        driver, "resume", lambda *a, **k: heard.append(a[1].trusted) or resume(*a, **k)
+    )
+    for flags in ([], ["--trust-verifiers"]):
+        assert cli(command, out, "--progress", "none", *flags).exit_code == 0
+    (task,) = load_plan(out)
+    assert heard == [frozenset(), {task.id}]
+
+
 def test_names_that_are_not_utf_8_are_printed_as_they_are(monkeypatch):
     from apps import cli
 

@@ -161,6 +161,21 @@ def test_the_command(tmp_path):
     assert again_.output.splitlines()[-5:] == first.output.splitlines()[-5:]  # nothing is redone
 
 
+def test_the_command_trusts_what_it_names_and_nothing_else_of_the_folder(tmp_path, monkeypatch):
+    heard = []
+
+    def submit(folder, tasks, options, progress):
+        heard.append((frozenset(task.id for task in tasks), options.trusted))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("apps.render.driver.submit", submit)
+    arguments = ["search", "--model", "zoo:digits-sd", "--verifier", "worker:true", "--prompt", "x",
+                 "--out", str(tmp_path)]  # fmt: skip
+    assert "enough" in CliRunner().invoke(app, arguments).output
+    ((own, trusted),) = heard
+    assert own == trusted
+
+
 def test_the_command_refuses_what_is_wrong(tmp_path):
     arguments = ["search", "--model", "zoo:digits-sd", "--verifier", "beauty", "--prompt", "x",
                  "--out", str(tmp_path)]  # fmt: skip

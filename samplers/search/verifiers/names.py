@@ -33,7 +33,10 @@ def verifier_named(text: str, *, device: str = "cpu", trusted: bool = True) -> A
         return RankEnsemble(tuple(parts))
     kind, _, rest = text.partition(":")
     if kind in ("worker", "http", "https") and not trusted:
-        raise ValueError(f"verifier {text!r}: a job file starts no command and calls no server")
+        raise ValueError(
+            f"verifier {text!r}: a job file starts no command and calls no server; "
+            "`accel search` does, and with --trust-verifiers `accel resume` and `accel retry`"
+        )
     if kind == "worker":
         return ProcessVerifier(rest)
     if kind in ("http", "https"):

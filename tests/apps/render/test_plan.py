@@ -5,6 +5,7 @@ import json
 import pytest
 
 import accel
+from apps.render.identity import identity
 from apps.render.jobs import JobFileError, check_jobs
 from apps.render.plan import (
     PlannedTask,
@@ -69,23 +70,37 @@ def test_a_model_folder_brings_its_recipe(tmp_path, tiny_model):
     assert task.payload["recipe"] == str(folder / "accel_recipe.yaml")
 
 
+def _task(seed, stem, **more):
+    parts = {"model_revision": "m", "recipe_sha256": None, "threads": 1, "dtype": "float32"}
+    payload = {"job": {"seed": seed}, **parts, "device": "cpu", **more}
+    return PlannedTask(identity(payload), stem, payload)
+
+
 def test_plans_merge_by_identity_and_stem(tmp_path):
-    one, two, three, four = (digit * 64 for digit in "1234")
-    old = [PlannedTask(one, "a", {}), PlannedTask(two, "b", {})]
-    new = [
-        PlannedTask(two, "b", {"recipe": "moved"}),
-        PlannedTask(three, "A", {}),
-        PlannedTask(four, "c", {}),
-    ]
+    old = [_task(1, "a"), _task(2, "b")]
+    new = [_task(2, "b", recipe="moved"), _task(3, "A"), _task(4, "c")]
     merged = merge_plans(old, new)
-    assert [task.id for task in merged] == [two, three, four]
-    assert merged[0].payload == {"recipe": "moved"}
+    assert merged == new
     save_plan(tmp_path, merged)
     assert load_plan(tmp_path) == merged
     lines = (tmp_path / "plan.jsonl").read_text().splitlines()
     assert [json.loads(line)["stem"] for line in lines] == list("bAc")
     with pytest.raises(FileNotFoundError, match="holds no render"):
         load_plan(tmp_path / "none")
+
+
+@pytest.mark.parametrize("space", ["\u2028", "\u2029", "\u0085"])
+def test_a_prompt_may_hold_any_line_break(tmp_path, space):
+    tasks = [_task(1, "a", prompt=f"a red{space}three"), _task(2, "b")]
+    save_plan(tmp_path, tasks)
+    assert load_plan(tmp_path) == tasks
+
+
+def test_a_job_that_was_changed_in_the_plan_is_refused(tmp_path):
+    task = _task(1, "a")
+    save_plan(tmp_path, [PlannedTask(task.id, "a", task.payload | {"job": {"seed": 2}})])
+    with pytest.raises(ValueError, match="'a' is not the job that its identity is of"):
+        load_plan(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,12 @@ def run(tmp_path, planned, rows, monkeypatch):
     monkeypatch.setattr(plan_module, "_RECIPES", {})
     events = []
 
-    def go(method=None, **settings):
+    def go(method=None, job=None, **settings):
         if method is not None:
             found = RecipeFile(Recipe((method,)), "test")
             monkeypatch.setattr(accel, "read_recipe", lambda path: found)
             settings["recipe"] = str(tmp_path / "recipe.yaml")
-        (task,) = planned(rows(1), **settings)
+        (task,) = planned(rows(1, **(job or {})), **settings)
         worker = Worker(WorkerSettings(str(out)))
         worker.emit = events.append
         result = worker.run(task.id, task.payload)
@@ -166,6 +166,50 @@ def test_suspicious_frames_under_a_recipe_are_made_again(run, monkeypatch, reaso
     assert result["frames_sha256"] == plain["frames_sha256"]
 
 
+def _search(**more):
+    return {"search": {"verifier": "brightness", "budget": "2 renders", **more}}
+
+
+@pytest.mark.parametrize("reason", ["black", "nan"])
+def test_what_was_found_under_a_recipe_is_made_again_without(run, monkeypatch, reason):
+    verdicts, finite = ["black", None], [False, True]
+    if reason == "black":
+        monkeypatch.setattr(worker_module, "suspicion", lambda frames: verdicts.pop(0))
+    else:
+        judged = worker_module.latents_file.Latents
+        monkeypatch.setattr(judged, "is_finite", lambda latents: finite.pop(0))
+    _, sidecar = run(Touch(0.9), _search())
+    assert sidecar["fallback"]["reason"] == reason
+    assert sidecar["report"]["members"] == []
+    monkeypatch.undo()
+    result, _ = run(None, {"noise": sidecar["search"]["path"]})
+    assert result["frames_sha256"] == [file["frames_sha256"] for file in sidecar["files"]]
+
+
+def test_a_recipe_of_drafts_is_no_reason_to_render_again(run, monkeypatch):
+    monkeypatch.setattr(worker_module, "suspicion", lambda frames: "black")
+    job = _search(algorithm="draft-commit", settings={"candidates": 2})
+    result, _ = run(Touch(0.9), job)
+    assert result["fallback"] is None
+    assert result["notes"][-1] == "the output is black, without acceleration too"
+
+
+def test_commands_of_a_verifier_are_trusted_by_a_person_and_not_by_a_payload(
+    tmp_path, planned, rows
+):
+    started = tmp_path / "started"
+    job = _search(verifier=f"worker:touch {started}")
+    (task,) = planned(rows(1, **job), trusted=True)
+    (tmp_path / WORK_FOLDER).mkdir()
+    with pytest.raises(InvalidJob, match=r"starts no command .* --trust-verifiers"):
+        Worker(WorkerSettings(str(tmp_path))).run(task.id, task.payload | {"trusted": True})
+    assert not started.exists()
+    trusting = WorkerSettings(str(tmp_path), trusted=frozenset({task.id}))
+    with pytest.raises(Exception, match="touch"):
+        Worker(trusting).run(task.id, task.payload)
+    assert started.exists()
+
+
 def test_black_with_and_without_a_recipe_is_kept_with_a_note(run, monkeypatch):
     monkeypatch.setattr(worker_module.stages, "decode", lambda *a: np.zeros((1, 4, 4, 3)))
     for method in (None, Touch(0.9)):
@@ -198,6 +242,10 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(run, tmp_path, planned, row
         with pytest.raises(InvalidJob, match=r"cannot be loaded: no file named diffusion"):
             worker.run(task.id, task.payload)
     assert len(calls) == 1
+    monkeypatch.setattr(worker_module, "FORGET_SECONDS", 0.0)
+    with pytest.raises(InvalidJob, match="cannot be loaded"):
+        worker.run(task.id, task.payload)
+    assert len(calls) == 2, "what is there again is loaded"
 
 
 def test_threads_are_put_back(run):
