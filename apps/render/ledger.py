@@ -50,6 +50,7 @@ CREATE TABLE IF NOT EXISTS task (
 CREATE INDEX IF NOT EXISTS task_in_order ON task (state, attempts, position, id);
 CREATE INDEX IF NOT EXISTS task_in_bucket ON task (state, attempts, bucket, position, id);
 """
+_BACK = "state = CASE cancel_asked WHEN 1 THEN 'cancelled' ELSE 'pending' END"
 _FREE = "lease_owner = NULL, lease_until = NULL, cancel_asked = 0"
 
 
@@ -227,10 +228,11 @@ class Ledger:
             ).rowcount
 
     def release(self, task_id: str, owner: str, *, refund: bool) -> bool:
-        """Give a task back unfinished; with `refund` the attempt does not count."""
-        return self._leave(
-            task_id, owner, f"state = 'pending', attempts = max(0, attempts - {int(refund)})"
-        )
+        """Give a task back unfinished; with `refund` the attempt does not count.
+
+        One that was asked to be cancelled meanwhile becomes cancelled.
+        """
+        return self._leave(task_id, owner, f"{_BACK}, attempts = max(0, attempts - {int(refund)})")
 
     def expire(self, *, everyone: bool = False) -> int:
         """Return tasks whose lease ran out (or, with `everyone`, all leased ones) to pending.
@@ -241,8 +243,7 @@ class Ledger:
         now = self._clock()
         with self._change() as db:
             return db.execute(
-                "UPDATE task SET state = CASE cancel_asked WHEN 1 THEN 'cancelled'"
-                f" ELSE 'pending' END, {_FREE}, updated = ?"
+                f"UPDATE task SET {_BACK}, {_FREE}, updated = ?"
                 " WHERE state = 'running' AND (? OR lease_until < ?)",
                 (now, everyone, now),
             ).rowcount
@@ -264,10 +265,10 @@ class Ledger:
         )  # fmt: skip
 
     def fail(self, task_id: str, owner: str, error_class: str, error: str, *, retry: bool) -> bool:
-        """Record a failure; with `retry` the task becomes pending again, else failed."""
-        state = "pending" if retry else "failed"
+        """Record a failure; with `retry` the task is given back as by `release`, else failed."""
+        state = _BACK if retry else "state = 'failed'"
         return self._leave(
-            task_id, owner, f"state = '{state}', error_class = ?, error = ?", error_class, error
+            task_id, owner, f"{state}, error_class = ?, error = ?", error_class, error
         )
 
     def cancelled(self, task_id: str, owner: str) -> bool:

@@ -101,6 +101,19 @@ def test_a_cancel_of_a_task_whose_owner_died(ledger):
     assert ledger.task("a").state == "cancelled"
 
 
+@pytest.mark.parametrize("end", ["fails", "is stopped"])
+def test_a_request_to_cancel_outlives_a_task_that(ledger, end):
+    ledger.add(_new("a"))
+    ledger.lease("w", 60)
+    ledger.cancel(["a"])
+    if end == "fails":
+        ledger.fail("a", "w", "lost", "its worker process died", retry=True)
+    else:
+        ledger.release("a", "w", refund=True)
+    assert ledger.task("a").state == "cancelled"
+    assert ledger.lease("w", 60) is None
+
+
 def test_damage_is_detected(tmp_path):
     path = tmp_path / "ledger.sqlite"
     with Ledger.open(path) as ledger:
@@ -171,16 +184,18 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(task_id=ids, owner=OWNERS, retry=st.booleans())
     def fail(self, task_id, owner, retry):
+        back = "cancelled" if self.ledger.task(task_id).cancel_asked else "pending"
         failed = self.ledger.fail(task_id, owner, "unknown", "why", retry=retry)
         assert failed == self._holds(task_id, owner)
         if failed:
-            self.state[task_id] = "pending" if retry else "failed"
+            self.state[task_id] = back if retry else "failed"
 
     @rule(task_id=ids, owner=OWNERS, refund=st.booleans())
     def release(self, task_id, owner, refund):
+        back = "cancelled" if self.ledger.task(task_id).cancel_asked else "pending"
         if self.ledger.release(task_id, owner, refund=refund):
             assert self._holds(task_id, owner)
-            self.state[task_id] = "pending"
+            self.state[task_id] = back
 
     @rule(owner=OWNERS, seconds=st.floats(1, 50))
     def heartbeat(self, owner, seconds):
