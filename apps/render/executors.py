@@ -151,6 +151,9 @@ class Spawned:
 
     def submit(self, task_id: str, payload: dict[str, Any], **order: Any) -> None:
         """Give a task to a free worker. `order`: `out` and `watch`, as attributes of `Worker`."""
+        for process in [p for p in self._processes if p.task is None]:
+            if not process.process.is_alive():  # of memory, say, while it waited
+                self._bury(process)
         idle = next((p for p in self._processes if p.task is None), None) or self._spawn()
         idle.task = task_id
         try:

@@ -70,6 +70,28 @@ def test_workers_that_die_at_birth_stop_the_render(tmp_path, monkeypatch):
     executor.close()
 
 
+def test_a_worker_that_died_idle_is_given_no_task(tmp_path, monkeypatch):
+    events = []
+    executor = Spawned(WorkerSettings(str(tmp_path)), 1)
+    executor.start(events.append, lambda: None)
+    with monkeypatch.context() as patched:
+        patched.setattr("apps.render.executors.worker_main", _die)
+        executor.warm_up()
+    (dead,) = executor._processes
+    dead.process.join(10)
+    monkeypatch.setattr("apps.render.executors.worker_main", _serve)
+    executor.submit("t", {})
+    while executor.free() == 0:
+        executor.poll(1.0)
+    assert [event["event"] for event in events] == ["done"]
+    executor.close()
+
+
+def _serve(pipe, *_):
+    pipe.recv_bytes()
+    pipe.send_bytes(json.dumps({"event": "done"}).encode())
+
+
 def _submit_again_and_again(executor):
     for _ in range(10):
         executor.submit("t", {})
