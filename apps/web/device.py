@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.render.executors import Event, Spawned
-from apps.render.faults import WorkersDie
+from apps.render.faults import Fault, WorkersDie, classify
 from apps.render.worker_settings import WORK_FOLDER, WorkerSettings
 
 FIRST, LATER = 0, 1  # turns: a person who waits, a batch
@@ -112,16 +112,18 @@ class Device:
             self._finish(work, {"event": work.asked or "skipped", "task": work.task})
             return
         _tell(work, {"event": "start", "task": work.task})
-        (work.out / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-        self._executor.submit(work.task, work.payload, out=str(work.out), watch=work.watch)
+        try:
+            (work.out / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+            self._executor.submit(work.task, work.payload, out=str(work.out), watch=work.watch)
+        except (OSError, WorkersDie) as error:
+            self._fail(work, error)
+            return
         told = False
         while self.current is work:
             try:
                 self._executor.poll(0.05)
             except WorkersDie as error:
-                fault = {"error_class": "lost", "message": str(error), "stop": True}
-                if self.current is work:
-                    self._finish(work, {"event": "failed", "task": work.task, "fault": fault})
+                self._fail(work, error)
                 return
             self._drop_ended()
             if self._closing.is_set():
@@ -131,6 +133,13 @@ class Device:
                 self._executor.cancel(work.task)
             if work.asked and time.monotonic() - work.asked_at > GRACE:
                 self._executor.kill(work.task)
+
+    def _fail(self, work: Work, error: OSError | WorkersDie) -> None:
+        fault = (
+            Fault("lost", str(error), True) if isinstance(error, WorkersDie) else classify(error)
+        )
+        if self.current is work:
+            self._finish(work, {"event": "failed", "task": work.task, "fault": fault.as_json()})
 
     def _on_event(self, event: Event) -> None:
         work = self.current

@@ -106,6 +106,23 @@ def test_what_waits_is_cancelled_while_another_runs(running):
     assert acted.ran == ["running"]
 
 
+def test_a_folder_that_cannot_be_made_ends_its_own_work_only(running, tmp_path):
+    acted = Acted()
+    device, work = running(acted)
+    (tmp_path / "file").touch()
+    lost = queue.Queue()
+    device.submit(Work("lost", PAYLOAD, tmp_path / "file" / "create", lost.put))
+    assert lost.get(timeout=10)["event"] == "start"
+    end = lost.get(timeout=10)
+    assert end["event"] == "failed"
+    assert "Not a directory" in end["fault"]["message"]
+    _, events = work("next")
+    _until(events, "start")
+    acted.release("next")
+    _until(events, "done")
+    assert acted.ran == ["next"]
+
+
 @pytest.mark.parametrize("how", ["cancelled", "stopped"])
 @pytest.mark.parametrize("deaf", [False, True], ids=["between steps", "within a long step"])
 def test_what_runs_ends_as_asked(running, how, deaf):
