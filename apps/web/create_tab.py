@@ -84,7 +84,7 @@ class CreateTab:
             self._check, [job.model, self.methods, *form.values], self.conflict, **LAST,
         )  # fmt: skip
         self.dice.click(lambda: random.randrange(2**31), None, job.seed, **QUIET)
-        asked = [self.how, self.recipe, self.methods, self.keep, *job.all, *form.values]
+        asked = [self.trial, self.how, self.recipe, self.methods, self.keep, *job.all, *form.values]
         watched = [self.result, self.go, self.stop]
         gr.on(
             [self.go.click, job.prompt.submit],
@@ -146,8 +146,12 @@ class CreateTab:
         return [edited(known[key], edits.get(key, {})) for key in keys]
 
     def _start(
-        self, how: str, recipe: str, keys: list[str], keep: bool, *values: Any
+        self, last: str, how: str, recipe: str, keys: list[str], keep: bool, *values: Any
     ) -> tuple[Any, str]:
+        """Start a trial; the return key asks for one also while Generate is off."""
+        running = self._app.trials.find(last)
+        if running is not None and not running.over:
+            return gr.skip(), markup.notice("Cancel what is running, or wait until it is done.")
         of_job = len(self.job.all)
         try:
             model, job = self.job.job(list(values[:of_job]))
