@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from accel.files import write_atomically
 from apps.render.driver import RunOptions, Summary, submit
 from apps.render.environment import versions
 from apps.render.identity import identity, model_revision
 from apps.render.jobs import Job
 from apps.render.media import embedded_record
 from apps.render.naming import stem_problem
-from apps.render.outputs import read_sidecar
+from apps.render.outputs import SUFFIXES, read_sidecar
 from apps.render.plan import PlannedTask, recipe_sha256
 from apps.render.progress import Progress
 from samplers.search.path import read_path
@@ -69,22 +71,28 @@ class Verdict:
 
 
 def again(file: Path, out: Path | None, progress: Progress, trust: bool) -> Verdict:
-    """Render `file` again, into `out` or a temporary folder.
+    """Render `file` again in a temporary folder, and copy what came out into `out`.
 
     Raises:
-        ValueError: the file carries no record, its model or recipe is gone, or rendering failed.
+        ValueError: the file carries no record, its model or recipe is gone, `out` holds files of
+            that name, or rendering failed.
     """
     record = read_record(file)
     payload, changes = _current(record)
     task_id = identity(payload)
     task = PlannedTask(task_id, payload["stem"], payload)
+    if out is not None and (there := _named(out, task.stem)):
+        raise ValueError(f"{out} holds {there[0]} already; give a folder without it")
     with tempfile.TemporaryDirectory(prefix="accel-rerender-") as scratch:
-        folder = out or Path(scratch)
+        folder = Path(scratch)
         options = RunOptions(trust_remote_code=trust)
         summary = submit(folder, [task], options, progress)
         made = read_sidecar(folder / f"{task.stem}.json")
         if made is None or made["identity"] != task_id:
             raise ValueError(f"it could not be rendered: {_why(summary)}")
+        names = [entry["name"] for entry in made["files"]] + [f"{task.stem}.json"]
+        for name in names if out is not None else []:  # the sidecar last, as in `commit`
+            write_atomically(out / name, (folder / name).read_bytes())
     digests = [entry["frames_sha256"] for entry in made["files"]]
     return Verdict(record["expected"], digests, changes, None if out is None else str(out))
 
@@ -163,6 +171,14 @@ def _use_found(payload: dict[str, Any], record: dict[str, Any]) -> None:
     read_path(found["path"])
     if found.get("drafts"):  # its recipe made drafts only
         payload["recipe"] = payload["recipe_sha256"] = None
+
+
+def _named(folder: Path, stem: str) -> list[str]:
+    """The outputs and the sidecar of a stem that a folder holds."""
+    endings = "|".join(map(re.escape, SUFFIXES))
+    own = re.compile(rf"{re.escape(stem)}(\.json|(\.\d+)?({endings}))", re.IGNORECASE)
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in there if own.fullmatch(path.name))
 
 
 def _why(summary: Summary) -> str:

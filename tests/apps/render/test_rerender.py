@@ -8,6 +8,7 @@ import pytest
 
 from apps.render.driver import RunOptions, submit
 from apps.render.media import decode_png
+from apps.render.outputs import read_sidecar
 from apps.render.progress import Silent
 from apps.render.rerender import again, read_record
 
@@ -32,6 +33,27 @@ def test_from_the_picture_alone(rendered, tmp_path):
     assert verdict.changes == []
     assert np.array_equal(decode_png(tmp_path / "again" / "a.png"), decode_png(lonely))
     assert "the same frames" in verdict.lines()[-1]
+
+
+def test_it_is_rendered_even_where_it_lies_and_never_over_what_is_there(rendered, tmp_path):
+    before = {p.name: p.read_bytes() for p in rendered.glob("a.*")}
+    with pytest.raises(ValueError, match=r"holds a\.json already"):
+        again(rendered / "a.png", rendered, Silent(), False)
+    assert {p.name: p.read_bytes() for p in rendered.glob("a.*")} == before
+    for name in ("b.json", "a.b.png", "ab.png"):
+        (tmp_path / name).touch()
+    heard = Heard()
+    assert again(rendered / "a.png", tmp_path, heard, False).same
+    assert heard.steps == 2
+    assert read_sidecar(tmp_path / "a.json")["files"] == read_sidecar(rendered / "a.json")["files"]
+    assert sorted(p.name for p in tmp_path.glob("a.*")) == ["a.b.png", "a.json", "a.png"]
+
+
+class Heard(Silent):
+    steps = 0
+
+    def event(self, event, task):
+        self.steps += event["event"] == "step"
 
 
 def test_from_the_sidecar(rendered):
