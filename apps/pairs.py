@@ -96,7 +96,7 @@ def finished(folder: Path) -> list[Rendered]:
     found = []
     for path in sorted(folder.glob("*.json")):
         content = read_sidecar(path)
-        if content is None or FIGURES in content:
+        if content is None or FIGURES in content or not _is_render(content):
             continue  # no output, or that of an evaluation
         if is_complete(folder, content):
             found.append(Rendered(folder, content))
@@ -154,6 +154,16 @@ def _pair(one: Rendered, two: Rendered) -> Pair:
     same = one.content["files"][0]["frames_sha256"] == two.content["files"][0]["frames_sha256"]
     decibels = None if same else float(psnr(left[None], right[None]))
     return Pair(one, two, decibels, float(ssim(left, right).mean()))
+
+
+def _is_render(content: dict[str, Any]) -> bool:
+    """Whether a sidecar says what `Rendered` tells of an output: its job and its times."""
+    payload = content.get("payload")
+    job = payload.get("job") if isinstance(payload, dict) else None
+    if not isinstance(job, dict) or not isinstance(content.get("timings"), dict):
+        return False
+    named = isinstance(content.get("stem"), str)
+    return named and isinstance(job.get("inputs"), dict) and "seed" in job
 
 
 def _order(folder: Path) -> dict[str, int]:

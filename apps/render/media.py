@@ -86,7 +86,7 @@ def embedded_record(path: Path) -> dict[str, Any] | None:
     try:
         text = _png_text(path) if path.suffix == ".png" else _mp4_comment(path)
         record = json.loads(text) if text else None
-    except (OSError, ValueError, ImportError):
+    except (OSError, ValueError, SyntaxError, RecursionError, ImportError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -120,13 +120,20 @@ def decode_raw(path: Path) -> np.ndarray:
 def _png_text(path: Path) -> str | None:
     from PIL import Image
 
-    with Image.open(path) as picture:
-        return getattr(picture, "text", {}).get(PNG_KEY)
+    try:
+        with Image.open(path) as picture:
+            return getattr(picture, "text", {}).get(PNG_KEY)
+    except Image.DecompressionBombError:
+        return None
 
 
 def _mp4_comment(path: Path) -> str | None:
-    with _pyav().open(str(path)) as container:
-        return container.metadata.get("comment")
+    av = _pyav()
+    try:
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment")
+    except av.error.FFmpegError:
+        return None
 
 
 def _pyav() -> Any:

@@ -1,5 +1,7 @@
 """Two renders side by side: paired, measured, drawn."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -41,6 +43,15 @@ def test_pairs(folders):
     assert 0.8 < blue.ssim < 1
     assert sheet.mean_psnr([red, blue]) == f"{blue.psnr:.1f} dB (1 identical)"
     assert sheet.mean_psnr([red]) == "identical"
+
+
+@pytest.mark.parametrize("missing", ["payload", "timings", "stem"])
+def test_a_sidecar_that_says_too_little_is_no_render(folders, missing):
+    path = folders[1] / "red-three.json"
+    content = json.loads(path.read_text())
+    del content[missing]
+    path.write_text(json.dumps(content))
+    assert [rendered.label for rendered in finished(folders[1])] == ["blue seven"]
 
 
 def test_the_sheet_shows_the_pixels(folders, tmp_path):

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -53,6 +55,23 @@ def test_a_damaged_file_has_no_record(tmp_path):
         (tmp_path / name).write_bytes(b"not a picture")
         assert embedded_record(tmp_path / name) is None
         assert embedded_record(tmp_path / f"missing-{name}") is None
+
+
+@pytest.mark.parametrize("kind", ["bomb", "nested"])
+def test_a_hostile_picture_has_no_record(tmp_path, kind):
+    side, text = (60_000, b"{}") if kind == "bomb" else (1, b"[" * 100_000)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)),
+        (b"iTXt", b"accel\0\0\0\0\0" + text),
+        (b"IDAT", zlib.compress(b"\0\0")),
+        (b"IEND", b""),
+    ]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks:
+        data += struct.pack(">I", len(body)) + name + body
+        data += struct.pack(">I", zlib.crc32(name + body))
+    (tmp_path / "a.png").write_bytes(data)
+    assert embedded_record(tmp_path / "a.png") is None
 
 
 def test_the_hash_sees_shape_type_and_every_byte():
