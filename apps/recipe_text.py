@@ -18,7 +18,7 @@ def store_measured(path: Path, measured: dict[str, Any]) -> None:
     """
     from accel.files import write_atomically
 
-    text = path.read_text("utf-8")
+    text = path.read_bytes().decode("utf-8")  # `read_text` would turn CRLF into LF
     renewed = with_measured(text, measured)
     if _content(renewed) != {**_content(text), KEY: measured}:
         raise ValueError(
@@ -36,11 +36,14 @@ def with_measured(text: str, measured: dict[str, Any]) -> str:
     end = min(begin + 1, len(lines))
     while end < len(lines) and (lines[end].startswith((" ", "\t")) or not lines[end].strip()):
         end += 1
-    block = yaml.safe_dump({KEY: measured}, sort_keys=False, width=100)
+    while end > begin + 1 and not lines[end - 1].strip():
+        end -= 1  # blank lines after the block are not of it
+    newline = "\r\n" if "\r\n" in text else "\n"
+    block = yaml.safe_dump({KEY: measured}, sort_keys=False, width=100, line_break=newline)
     before = "".join(lines[:begin])
     return (
         before
-        + ("\n" if before and not before.endswith("\n") else "")
+        + (newline if before and not before.endswith("\n") else "")
         + block
         + "".join(lines[end:])
     )

@@ -34,6 +34,19 @@ def test_everything_before_stays_byte_for_byte(tail):
     assert with_measured(text, NEW) == text
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_blank_lines_and_line_ends_stay(tmp_path, newline):
+    before, after = HEAD, "\n\ndescription: x\n"
+    path = tmp_path / "recipe.yaml"
+    text = before + "measured:\n  speedup: 1.0\n\n  samples: 2\n" + after
+    path.write_bytes(text.replace("\n", newline).encode())
+    store_measured(path, NEW)
+    stored = path.read_bytes().decode()
+    assert stored.startswith(before.replace("\n", newline))
+    assert stored.endswith("samples: 3\n".replace("\n", newline) + after.replace("\n", newline))
+    assert stored.count("\n") == stored.count(newline), "one kind of line end"
+
+
 def test_what_follows_stays_too():
     text = with_measured("measured:\n  samples: 2\n# end\n" + HEAD, NEW)
     assert text.endswith("# end\n" + HEAD)
