@@ -144,6 +144,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     told_lines = []
     for name, figure in found["official"].items():
         told_lines.append(f"{name}: {figure['official']:.4f}, {_normal(figure)}{_paired(figure)}")
+        if "remark" in figure:
+            told_lines.append(f"  {figure['remark']}")
     totals = found["totals"]
     if found["official"]:
         part = f" (partial: {len(totals['missing'])} dimensions missing)" * totals["partial"]
@@ -151,6 +153,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         said = ", ".join(f"{name} {value:.2f} %" for name, value in shown.items())
         whole = "" if found["whole"] else "; a part of the suite: no VBench score"
         told_lines.append(f"{said}{part}{whole}")
+    for name in found["outdated"]:
+        told_lines.append(f"{name}: judged of other videos than this plan's; judge it again (run)")
     for name, figure in found["native"].items():
         value = figure["value"]
         span = f"{value['estimate']:.4f} ({value['low']:.4f} to {value['high']:.4f})"

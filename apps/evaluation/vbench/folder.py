@@ -9,95 +9,36 @@ score.json
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.files import write_atomically
-from accel.metrics.protocol import Protocol, require_same
+from accel.metrics.protocol import file_sha256, require_same
 from apps.evaluation.vbench import official
 from apps.evaluation.vbench.native import EXACT
+from apps.evaluation.vbench.plan import PLAN, Plan, protocol, read_plan, save_plan, tasks
 from apps.evaluation.vbench.score import by_prompt, dimension_figure, normalised, totals
-from apps.evaluation.vbench.suite import (
-    DIMENSIONS,
-    FLICKER,
-    FLICKER_INDICES,
-    INDICES,
-    Suite,
-    Video,
-    read_suite,
-)  # fmt: skip
+from apps.evaluation.vbench.suite import FLICKER, INDICES, Video
+from apps.render import strict_json
 from apps.render.outputs import is_complete, read_sidecar
 
 if TYPE_CHECKING:
     from apps.render.driver import Summary
-    from apps.render.plan import PlannedTask
     from apps.render.progress import Progress
 
-PLAN, VIDEOS, RENDERS, OFFICIAL, SCORE = (
-    "vbench.json", "videos", "renders", "official", "score.json",
-)  # fmt: skip
+__all__ = ("PLAN", "Plan", "check", "generate", "read_plan", "run_official", "save_plan", "score")
+
+VIDEOS, RENDERS, OFFICIAL, SCORE = "videos", "renders", "official", "score.json"
+MAY_LEAVE_OUT = ("color",)  # its official code drops videos in which it finds no such object
 LONG_SECONDS = 5.0  # from here on VBench-Long is the protocol, and its scores are others
 MAX_LISTED = 5
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be made. `inputs` are the arguments of every call beside the prompt."""
-
-    suite: str
-    model: str
-    recipe: str | None = None
-    dimensions: tuple[str, ...] = DIMENSIONS
-    indices: int = INDICES
-    flicker_indices: int = FLICKER_INDICES
-    prompts: int | None = None
-    inputs: dict[str, Any] = field(default_factory=dict)
-    fps: int = 16
-    threads: int = 1
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    @property
-    def whole(self) -> bool:
-        """Whether this is VBench's own protocol, and not a part of it."""
-        counts = (self.indices, self.flicker_indices)
-        return self.prompts is None and counts == (INDICES, FLICKER_INDICES)
-
-    def read_suite(self) -> Suite:
-        return read_suite(Path(self.suite))
-
-    def videos(self) -> list[Video]:
-        return self.read_suite().videos(
-            self.dimensions, indices=self.indices, flicker_indices=self.flicker_indices,
-            prompts=self.prompts,
-        )  # fmt: skip
-
-
-def save_plan(plan: Plan, out: Path) -> list[Video]:
-    """Check a plan and write it; nothing is generated. Raises ValueError in one line."""
-    videos = plan.videos()
-    _tasks(plan, videos[:1])  # model and recipe are there
-    out.mkdir(parents=True, exist_ok=True)
-    record = asdict(plan) | {"suite": str(Path(plan.suite).resolve())}
-    if plan.recipe is not None:
-        record["recipe"] = str(Path(plan.recipe).resolve())
-    write_atomically(out / PLAN, (json.dumps(record, indent=1) + "\n").encode())
-    return videos
-
-
-def read_plan(out: Path) -> Plan:
-    """Raises ValueError if the folder has none."""
-    try:
-        record = json.loads((out / PLAN).read_text("utf-8"))
-        return Plan(**record | {"dimensions": tuple(record["dimensions"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{out}: no VBench plan ({' '.join(str(error).split())})") from None
 
 
 # -- videos ----------------------------------------------------------------------------------
@@ -125,63 +66,60 @@ def generate(
     videos = plan.videos()[k - 1 :: n]
     folder = out / (RENDERS if n == 1 else f"{RENDERS}-{k}-of-{n}")
     summary = submit(
-        folder, _tasks(plan, videos), RunOptions(workers=workers), progress, replace=True
+        folder, tasks(plan, videos), RunOptions(workers=workers), progress, replace=True
     )
-    link(out, videos)
+    link(out, plan, videos)
     return summary
 
 
-def _tasks(plan: Plan, videos: Sequence[Video]) -> list[PlannedTask]:
-    from apps.render.jobs import PlacedJob, parse_job
-    from apps.render.plan import Settings
-    from apps.render.plan import plan as resolve
+@dataclass(frozen=True)
+class Render:
+    """A finished render of a video: its file, and what its sidecar says."""
 
-    settings = Settings(
-        model=plan.model, recipe=plan.recipe, threads=plan.threads, dtype=plan.dtype,
-        device=plan.device, native=True,
-    )  # fmt: skip
-    rows = [
-        {
-            "name": video.stem, "seed": video.seed, "format": "mp4", "fps": plan.fps,
-            "inputs": {**plan.inputs, "prompt": video.prompt},
-        }
-        for video in videos
-    ]  # fmt: skip
-    placed = [PlacedJob(parse_job(row, {}), row["name"]) for row in rows]
-    return resolve(placed, settings, Path())
+    file: Path
+    record: dict[str, Any]
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Of the sidecar's files, the video."""
+        return self.record["files"][0]
 
 
-def link(out: Path, videos: Sequence[Video]) -> int:
+def renders(out: Path, plan: Plan, videos: Sequence[Video]) -> dict[Video, Render]:
+    """What is finished of the plan's videos. Renders of another plan are none of its."""
+    folders = sorted(out.glob(f"{RENDERS}*"))
+    found: dict[Video, Render] = {}
+    for video, task in zip(videos, tasks(plan, videos) if folders else (), strict=False):
+        for folder in folders:
+            record = read_sidecar(folder / f"{video.stem}.json")
+            if record is None or record["identity"] != task.id or not is_complete(folder, record):
+                continue
+            found[video] = Render(folder / record["files"][0]["name"], record)
+            break
+    return found
+
+
+def link(out: Path, plan: Plan, videos: Sequence[Video]) -> int:
     """Give finished renders their official names; how many there are now."""
     target = out / VIDEOS
     target.mkdir(exist_ok=True)
-    count = 0
-    for video in videos:
-        source = _render_of(out, video)
-        if source is None:
-            continue
-        count += 1
-        place = target / video.name
-        if place.exists() and place.samefile(source):
+    made = renders(out, plan, videos)
+    for video, render in made.items():
+        if _is_linked(out, video, render):
             continue
         temporary = target / f".{video.stem}.part"
         temporary.unlink(missing_ok=True)
-        os.link(source, temporary)
-        os.replace(temporary, place)
-    return count
+        os.link(render.file, temporary)
+        os.replace(temporary, target / video.name)
+    return len(made)
 
 
-def _render_of(out: Path, video: Video) -> Path | None:
-    for folder in sorted(out.glob(f"{RENDERS}*")):
-        content = read_sidecar(folder / f"{video.stem}.json")
-        if content is not None and is_complete(folder, content):
-            return folder / content["files"][0]["name"]
-    return None
-
-
-def _record_of(out: Path, video: Video) -> dict[str, Any] | None:
-    source = _render_of(out, video)
-    return None if source is None else read_sidecar(source.with_suffix(".json"))
+def _is_linked(out: Path, video: Video, render: Render) -> bool:
+    """Whether the official name is the render's, or a copy of it."""
+    place = out / VIDEOS / video.name
+    if not place.is_file():
+        return False
+    return place.samefile(render.file) or file_sha256(place) == render.own["sha256"]
 
 
 # -- check -----------------------------------------------------------------------------------
@@ -203,8 +141,13 @@ def check(out: Path) -> Checked:
     plan = read_plan(out)
     videos = plan.videos()
     names = {p.name for p in (out / VIDEOS).glob("*") if not p.name.startswith(".")}
-    found = Checked(len(videos), sum(video.name in names for video in videos))
-    missing = [video for video in videos if video.name not in names]
+    made = renders(out, plan, videos)
+    there = {video for video, render in made.items() if _is_linked(out, video, render)}
+    found = Checked(len(videos), len(there))
+    missing = [video for video in videos if video not in there]
+    others = [video.name for video in missing if video.name in names]
+    if others:
+        found.problems.append(f"{len(others)} are not this plan's: {_listed(others)}")
     for dimension in plan.dimensions:
         gone = [v.name for v in missing if dimension in v.dimensions]
         if gone:
@@ -212,7 +155,7 @@ def check(out: Path) -> Checked:
     extra = sorted(names - {video.name for video in videos})
     if extra:
         found.problems.append(f"{len(extra)} files that VBench does not ask for: {_listed(extra)}")
-    records = {v.name: r for v in videos if (r := _record_of(out, v)) is not None}
+    records = {video.name: render.record for video, render in made.items()}
     _check_shapes(plan, records, found)
     _check_content(records, found)
     if FLICKER in plan.dimensions:
@@ -263,6 +206,8 @@ def run_official(
 ) -> dict[str, str]:
     """Let VBench's own interpreter judge the videos, a dimension at a time; done ones are kept.
 
+    What was judged of other videos, or under another plan, is judged again.
+
     Returns:
         What went wrong, by dimension.
 
@@ -279,12 +224,14 @@ def run_official(
         )
     target = out / OFFICIAL
     target.mkdir(exist_ok=True)
+    made = renders(out, plan, plan.videos())
     wrong: dict[str, str] = {}
     for dimension in dimensions or plan.dimensions:
-        if _official_result(out, dimension) is not None:
+        subject = _subject(plan, made, dimension)
+        if _official(out, dimension, subject) is not None:
             continue
         for _ in range(tries):
-            reason = _judge(plan, out, python, dimension, device)
+            reason = _judge(plan, out, python, dimension, device, subject)
             if reason is None:
                 wrong.pop(dimension, None)
                 break
@@ -292,7 +239,9 @@ def run_official(
     return wrong
 
 
-def _judge(plan: Plan, out: Path, python: str, dimension: str, device: str) -> str | None:
+def _judge(
+    plan: Plan, out: Path, python: str, dimension: str, device: str, subject: str
+) -> str | None:
     """One dimension; why it failed, else None. The result counts, not the exit code."""
     working = out / OFFICIAL / f".{dimension}"
     working.mkdir(exist_ok=True)
@@ -308,13 +257,15 @@ def _judge(plan: Plan, out: Path, python: str, dimension: str, device: str) -> s
     )  # fmt: skip
     try:
         result = json.loads(path.read_text("utf-8"))[dimension]
-        wanted = _counted(plan, dimension)
-        if len(result[1]) != wanted:
-            return f"{len(result[1])} of {wanted} videos were judged"
+        wanted, judged = _counted(plan, dimension), len(result[1])
+        fewer = dimension in MAY_LEAVE_OUT and 0 < judged < wanted
+        if judged != wanted and not fewer:
+            return f"{judged} of {wanted} videos were judged"
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         last = (done.stderr.strip().splitlines() or ["no result"])[-1]
         return f"exit code {done.returncode}: {last[:300]}"
-    write_atomically(out / OFFICIAL / f"{dimension}.json", json.dumps(result).encode())
+    kept = {"subject": subject, "wanted": wanted, "result": result}
+    write_atomically(out / OFFICIAL / f"{dimension}.json", json.dumps(kept).encode())
     return None
 
 
@@ -336,11 +287,24 @@ def _clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
 
 
-def _official_result(out: Path, dimension: str) -> list[Any] | None:
+def _subject(plan: Plan, made: Mapping[Video, Render], dimension: str) -> str:
+    """SHA-256 of what a dimension is judged of: suite, tasks and frames of its videos."""
+    parts = [
+        [video.name, render.record["identity"], render.own["frames_sha256"]]
+        for video, render in made.items()
+        if dimension in video.dimensions and video.index < INDICES
+    ]
+    text = strict_json.canonical([plan.read_suite().sha256, dimension, parts])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _official(out: Path, dimension: str, subject: str) -> dict[str, Any] | None:
+    """What was judged of these videos under this plan; None if nothing was."""
     try:
-        return json.loads((out / OFFICIAL / f"{dimension}.json").read_text("utf-8"))
+        kept = json.loads((out / OFFICIAL / f"{dimension}.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
+    return kept if isinstance(kept, dict) and kept.get("subject") == subject else None
 
 
 # -- score -----------------------------------------------------------------------------------
@@ -352,76 +316,73 @@ def score(out: Path, against: Path | None = None) -> dict[str, Any]:
     Raises:
         ValueError: nothing was judged or generated, or the two folders' protocols differ.
     """
-    plan = read_plan(out)
+    plan, made, official_results = _judged(out)
     record = protocol(plan)
+    theirs: dict[str, Any] = {}
+    base: Mapping[Video, Render] = {}
     if against is not None:
         require_same(protocol(read_plan(against)), record)
-    official_figures: dict[str, Any] = {}
-    for dimension in plan.dimensions:
-        result = _official_result(out, dimension)
-        if result is not None:
-            base = None if against is None else _official_result(against, dimension)
-            own = by_prompt(dimension, result[1])
-            other = None if base is None else by_prompt(dimension, base[1])
-            figure = dimension_figure(own, other)
-            raw = float(result[0])
-            figure |= {"official": raw, "normalised": round(normalised(dimension, raw), 6)}
-            official_figures[dimension] = figure
-    native_figures = _native_figures(out, against)
+        _, base, theirs = _judged(against)
+    official_figures = {
+        dimension: _official_figure(dimension, kept, theirs.get(dimension))
+        for dimension, kept in official_results.items()
+    }
+    native_figures = _native_figures(made, base)
     if not official_figures and not native_figures:
-        raise ValueError(f"{out}: nothing to score; generate videos first")
+        raise ValueError(f"{out}: nothing to score of this plan; generate its videos first")
+    outdated = [
+        d for d in plan.dimensions
+        if d not in official_figures and (out / OFFICIAL / f"{d}.json").is_file()
+    ]  # fmt: skip
     found = {
         "model": plan.model, "recipe": plan.recipe, "whole": plan.whole,
         "official": official_figures,
         "totals": totals({k: v["official"] for k, v in official_figures.items()}),
-        "native": native_figures, "protocol": record.as_json(),
+        "outdated": outdated, "native": native_figures, "protocol": record.as_json(),
     }  # fmt: skip
     write_atomically(out / SCORE, (json.dumps(found, indent=1) + "\n").encode())
     return found
 
 
-def _native_figures(out: Path, against: Path | None) -> dict[str, Any]:
-    """Native scores by name, on raw frames; VBench's formula where it says so."""
+def _judged(out: Path) -> tuple[Plan, dict[Video, Render], dict[str, Any]]:
+    """A folder's plan, what is rendered of it, and what the official code said of that."""
     plan = read_plan(out)
-    videos = plan.videos()
-    ours = _native_values(out, videos)
-    base = None if against is None else _native_values(against, videos)
+    made = renders(out, plan, plan.videos())
+    kept = {d: _official(out, d, _subject(plan, made, d)) for d in plan.dimensions}
+    return plan, made, {d: found for d, found in kept.items() if found is not None}
+
+
+def _official_figure(
+    dimension: str, kept: dict[str, Any], base: dict[str, Any] | None
+) -> dict[str, Any]:
+    raw, rows = float(kept["result"][0]), kept["result"][1]
+    other = None if base is None else by_prompt(dimension, base["result"][1])
+    figure = dimension_figure(by_prompt(dimension, rows), other)
+    figure |= {"official": raw, "normalised": round(normalised(dimension, raw), 6)}
+    if len(rows) < kept["wanted"]:
+        figure["remark"] = (
+            f"of {len(rows)} of {kept['wanted']} videos; in the others its network found nothing"
+        )
+    return figure
+
+
+def _native_figures(made: Mapping[Video, Render], base: Mapping[Video, Render]) -> dict[str, Any]:
+    """Native scores by name, on raw frames; VBench's formula where it says so."""
+    theirs = _native_values(base)
     found = {}
-    for name, values in ours.items():
-        figure = dimension_figure(values, None if base is None else base.get(name))
+    for name, values in _native_values(made).items():
+        figure = dimension_figure(values, theirs.get(name))
         of_vbench = name in EXACT
         figure["formula"] = "VBench's, on raw frames, unfiltered" if of_vbench else "ours"
         found[name] = figure
     return found
 
 
-def _native_values(out: Path, videos: Sequence[Video]) -> dict[str, dict[str, list[float]]]:
+def _native_values(made: Mapping[Video, Render]) -> dict[str, dict[str, list[float]]]:
     """Score by name and prompt. VBench's formula is of the prompts that it is defined for."""
     found: dict[str, dict[str, list[float]]] = {}
-    for video in videos:
-        record = _record_of(out, video)
-        for name, value in ((record or {}).get("native") or {}).items():
+    for video, render in made.items():
+        for name, value in (render.record.get("native") or {}).items():
             if name not in EXACT or name in video.dimensions:
                 found.setdefault(name, {}).setdefault(video.prompt, []).append(value)
     return found
-
-
-def protocol(plan: Plan) -> Protocol:
-    """How a folder's videos are made and judged; not with which recipe."""
-    from apps.render.identity import model_revision
-
-    videos = plan.videos()
-    return Protocol(
-        model={"name": plan.model, "revision": model_revision(plan.model)},
-        inputs={"suite": plan.read_suite().sha256, "dimensions": list(plan.dimensions)},
-        samples=len(videos),
-        seeds="sha256(prompt, index)",
-        steps=plan.inputs.get("num_inference_steps"),
-        guidance=plan.inputs.get("guidance_scale"),
-        quantise="8 bits; official scores of an mp4 (crf 14), native ones of raw frames",
-        more={
-            "call": plan.inputs, "indices": plan.indices, "flicker_indices": plan.flicker_indices,
-            "prompts": plan.prompts, "fps": plan.fps, "dtype": plan.dtype,
-            "device": plan.device, "threads": plan.threads,
-        },
-    )  # fmt: skip
