@@ -54,7 +54,7 @@ class ArtifactRef:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a denoiser is: class, configuration, and a few of its weights."""
+    """What a network is: class, configuration, and a few of its weights."""
 
     model_class: str
     config_sha256: str
@@ -62,8 +62,12 @@ class Fingerprint:
 
     @classmethod
     def of(cls, module: Any) -> Fingerprint:
-        """Of a diffusers model, before or after LoRA (adapter weights are looked through)."""
-        config = {k: v for k, v in dict(module.config).items() if not k.startswith("_")}
+        """Of a model of diffusers or transformers, or any module; before or after LoRA (adapter
+        weights are looked through)."""
+        config = getattr(module, "config", {})
+        if not isinstance(config, Mapping):
+            config = config.to_dict() if hasattr(config, "to_dict") else {}
+        config = {k: v for k, v in config.items() if not k.startswith("_")}
         text = json.dumps(config, sort_keys=True, default=str)
         return cls(
             type(module).__name__,

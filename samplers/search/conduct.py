@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from torch import nn
 
 from accel.artifact import Fingerprint, inputs_digest, versions
 from accel.clock import denoiser_modules
@@ -195,16 +199,30 @@ def _head(
 ) -> dict[str, Any]:
     """What a journal is of. The budget is not in it: more of it goes on."""
     prints = [Fingerprint.of(module) for _, module in denoiser_modules(pipe)]
+    around = {k: Fingerprint.of(v).digest() for k, v in sorted(_networks(pipe).items())}
     judges = (*members(judging.verifier), *judging.held_out)
     installed = versions()
     return {
         "search": search.to_json(),
         "inputs": inputs_digest(list(inputs)),
         "model": [[p.model_class, p.config_sha256, p.weights] for p in prints],
-        "scheduler": type(pipe.scheduler).__name__,
+        "components": around,
+        "scheduler": [type(pipe.scheduler).__name__, _config_digest(pipe.scheduler)],
         "verifiers": [fingerprint(v) for v in judges],
         "recipe": recipe.digest(),
         "seed": settings.seed,
         "batch": settings.batch,
         "versions": {k: installed[k] for k in ("torch", "diffusers") if k in installed},
     }
+
+
+def _networks(pipe: Any) -> dict[str, Any]:
+    """Components beside the denoisers that decide what is made: autoencoder, text encoders."""
+    apart = {name for name, _ in denoiser_modules(pipe)}
+    parts = getattr(pipe, "components", {})
+    return {k: v for k, v in parts.items() if isinstance(v, nn.Module) and k not in apart}
+
+
+def _config_digest(scheduler: Any) -> str:
+    config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import accel
+from accel.testing import tiny
 from samplers.search.budget import Budget
 from samplers.search.conduct import SearchSettings
 from samplers.search.journal import Journal
@@ -131,6 +132,26 @@ def test_the_journal_of_another_search_is_refused(pipe, tmp_path):
         run(pipe, tmp_path, seed=1)
     with pytest.raises(ValueError, match="verifiers"):
         run(pipe, tmp_path, verifier=Contrast())
+
+
+def other_grid(pipe):
+    config = pipe.scheduler.config
+    pipe.scheduler = type(pipe.scheduler).from_config(config, timestep_spacing="trailing")
+
+
+def other_decoder(pipe):
+    pipe.vae = tiny("dit", seed=3).pipe.vae
+
+
+@pytest.mark.parametrize(("change", "what"), [(other_grid, "scheduler"), (other_decoder, "comp")])
+def test_a_journal_of_another_sampler_or_autoencoder_is_refused(tmp_path, change, what):
+    host = tiny("dit")
+    more = {"calls": [{"class_labels": [1], "num_inference_steps": 2}], "budget": Budget(renders=2)}
+    run(host.pipe, tmp_path, Random(), **more)
+    assert run(host.pipe, tmp_path, Random(), **more).winners[0].candidates
+    change(host.pipe)
+    with pytest.raises(ValueError, match=rf"another search \(other {what}"):
+        run(host.pipe, tmp_path, Random(), **more)
 
 
 def test_observers_see_candidates_as_they_are_found(pipe):
