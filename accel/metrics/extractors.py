@@ -76,6 +76,22 @@ def require(spec: str) -> tuple[str, str]:
     return kind, what
 
 
+def extractor_sha256(spec: str) -> str:
+    """Of the weights that ``extractor(spec)`` looks with, without loading them.
+
+    Raises:
+        ValueError: as ``require``.
+    """
+    kind, what = require(spec)
+    if kind == "transformers":
+        return weights_sha256(Path(what))
+    if kind == "torchscript":
+        return file_sha256(Path(what))
+    from accel import zoo
+
+    return file_sha256(zoo.path(what) / "model.safetensors")
+
+
 def _zoo(name: str) -> Extractor:
     from accel import zoo
     from accel.zoo.judge import judge

@@ -175,12 +175,21 @@ def time_tasks(made: Plan) -> list[PlannedTask]:
 
 def look_tasks(made: Plan, lost: set[int]) -> list[PlannedTask]:
     """Looks at what was rendered, some calls at a time; and at real samples. `lost`: calls that
-    some side failed to render, which are left out of all."""
+    some side failed to render, which are left out of all.
+
+    Other weights or real pictures at the same place make other tasks.
+    """
+    from accel.metrics.extractors import extractor_sha256, weights_sha256
+    from apps.evaluation.frames import pictures_sha256
+
     request = made.request
+    features_sha256 = None if made.features is None else extractor_sha256(made.features)
+    clip = request.clip if "clip" in request.kinds else None
     kept = [i for i in range(len(made.calls)) if i not in lost]
     common = {
         "kinds": list(request.kinds), "features": made.features, "clip": request.clip,
-        "referee": made.referee,
+        "referee": made.referee, "features_sha256": features_sha256,
+        "clip_sha256": None if clip is None else weights_sha256(Path(clip)),
     }  # fmt: skip
     tasks = []
     for side in made.sides:
@@ -192,8 +201,13 @@ def look_tasks(made: Plan, lost: set[int]) -> list[PlannedTask]:
     if made.features is not None:
         inputs = [made.calls[i]["inputs"] for i in kept]
         samples = sum(made.calls[i]["samples"] for i in kept)
-        more = {"what": "real", "inputs": inputs, "samples": samples, "real": request.real}
-        tasks.append(_task(made, "real", made.sides[0], more | {"features": made.features}))
+        real = request.real
+        more = {
+            "what": "real", "inputs": inputs, "samples": samples, "real": real,
+            "real_sha256": None if real is None else pictures_sha256(Path(real)),
+            "features": made.features, "features_sha256": features_sha256,
+        }  # fmt: skip
+        tasks.append(_task(made, "real", made.sides[0], more))
     return tasks
 
 

@@ -19,6 +19,7 @@ import torch
 import accel
 from accel.recipe_file import write_recipe
 from apps.evaluate import REPORT, Request, Unfinished, compare, plan, report, run
+from apps.evaluation.request import look_tasks
 from apps.render.faults import StorageFault
 from apps.render.ledger import Ledger, integrity_problem
 from caches.interval import IntervalCache
@@ -174,6 +175,30 @@ def test_too_few_samples_for_a_distance_are_refused_before_anything_is_rendered(
     with pytest.raises(ValueError, match="evaluate fid: samples = 5; at least 6"):
         plan(few)
     assert plan(replace(few, samples=6)).samples == 6
+
+
+def test_other_real_pictures_and_other_weights_at_their_place_are_looked_at_again(
+    tmp_path, request_of
+):
+    from PIL import Image
+
+    weights, real = tmp_path / "means.pt", tmp_path / "real"
+    real.mkdir()
+
+    def look():
+        return [task.id for task in look_tasks(plan(asked), set())]
+
+    Image.new("RGB", (8, 8)).save(real / "a.png")
+    torch.jit.script(torch.nn.Linear(3, 3)).save(str(weights))
+    asked = request_of(kinds=("fid",), features=f"torchscript:{weights}", real=str(real))
+    first = look()
+    assert look() == first
+    Image.new("RGB", (8, 8), "white").save(real / "a.png")
+    second = look()
+    assert second[:-1] == first[:-1]
+    assert second[-1] != first[-1]
+    torch.jit.script(torch.nn.Linear(3, 3)).save(str(weights))
+    assert not set(look()) & set(second)
 
 
 def test_a_report_that_cannot_be_written_is_told_in_one_line(tmp_path, request_of):
