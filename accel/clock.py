@@ -421,9 +421,10 @@ def _call_of(pipe: Any) -> FrameType | None:
 
 
 def _rows(args: tuple, kwargs: dict) -> int:
-    """Batch rows of a denoiser call, from the first argument's shape (no sync)."""
+    """Batch rows of a denoiser call, from its first argument (no sync): a tensor, or a list of one
+    sample each (Z-Image)."""
     sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-    return int(sample.shape[0]) if sample is not None else 1
+    return len(sample) if sample is not None else 1
 
 
 def place_of_view(timestep: Any, grid: Any) -> int | None:

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 import accel
-from accel.clock import clock_of, denoiser_modules, sampling_grid
+from accel.clock import _rows, clock_of, denoiser_modules, sampling_grid
 from accel.method import Recipe
 from accel.testing import TINY_NAMES, assert_equal, assert_same_state, host_state, spy, tiny
 from caches.native import FirstBlockCache
@@ -274,3 +274,9 @@ def test_no_trace_and_no_leak_after_the_last_user():
     gc.collect()
     assert pipe() is None
     assert clock() is None
+
+
+def test_samples_in_a_list_are_rows():
+    """Z-Image gives its transformer one tensor a sample."""
+    assert _rows(([torch.zeros(4, 1, 8, 8)] * 3, 0.5), {}) == 3
+    assert _rows((), {"hidden_states": torch.zeros(2, 4)}) == 2
