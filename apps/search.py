@@ -75,6 +75,8 @@ def check_request(request: SearchRequest, *, trusted: bool) -> None:
     from samplers.search.verifiers.names import verifier_named
 
     search_of(request)
+    if request.patience is not None and request.held_out == []:
+        raise ValueError("search: patience watches a held-out verifier, and held_out names none")
     for name in (request.verifier, *(request.held_out or ())):
         verifier_named(name, trusted=trusted)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accel.clock import Run, clock_of
@@ -19,6 +20,7 @@ class Branches:
         self.patch = Patch()  # what a user of the clock has; nothing is in it
         self._name, self._clock = type(pipe).__name__, clock_of(pipe)
         self._outputs: dict[str, Tensor] = {}
+        self._alone = False
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -42,7 +44,8 @@ class Branches:
         now = self._clock.now
         output = call_next(*args, **kwargs)
         if now is not None:
-            self._outputs[now.branch] = output[0]
+            own = output[0]  # (n, c, ...), or as many of one sample each
+            self._outputs[now.branch] = torch.stack(own) if isinstance(own, list) else own
         return output
 
     def taken(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +57,7 @@ class Branches:
         """
         found, self._outputs = self._outputs, {}
         rows, channels = like.shape[:2]
+        self._alone = len(found) == 1 and len(next(iter(found.values()))) == rows
         if found.keys() >= {"uncond", "cond"}:
             pair = found["uncond"], found["cond"]
         elif len(found) == 1 and len(next(iter(found.values()))) in (rows, 2 * rows):
@@ -65,3 +69,28 @@ class Branches:
                 "unconditional"
             )
         return pair[0][:, :channels], pair[1][:, :channels]
+
+    def check_guided(
+        self, out: Tensor, heard: tuple[Tensor, Tensor], mix: tuple[float, float]
+    ) -> None:
+        """If a mix weighs guidance: that the step's output ``out`` is u + w (c - u) of what was
+        ``heard`` of it. A mix with equal parts weighs both branches, whatever is made of them.
+
+        Raises:
+            ValueError: it is something else, or one branch alone was heard.
+        """
+        if mix[0] == mix[1]:
+            return
+        scale = mix[1] / sum(mix)
+        u, c = (x.float() for x in heard)
+        out = out[:, : u.shape[1]].float()
+        # three operations, each rounded in the outputs' type
+        eps = max(torch.finfo(x.dtype).eps for x in heard)
+        bound = 3 * eps * (1 + 2 * abs(scale)) * max(float(u.abs().max()), float(c.abs().max()))
+        guided = scale == 1 or not self._alone
+        if not guided or float((u + scale * (c - u) - out).abs().max()) > bound:
+            raise ValueError(
+                f"{self._name}: its steps are not guided by u + {scale:g} (c - u) of two branches "
+                "that can be told apart, which is what Correctors weigh; ask for plain guidance "
+                "(with a negative prompt, not embedded, not rescaled)"
+            )

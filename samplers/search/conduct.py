@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,6 +50,11 @@ class SearchSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"SearchSettings.{name} = {value}: at least {least}")
+        if self.patience is not None and self.held_out == ():
+            raise ValueError(
+                f"SearchSettings.patience = {self.patience} watches a held-out verifier; name one, "
+                "or leave held_out to be chosen"
+            )
 
 
 def check_counts(search: Any, *names: str) -> None:
@@ -141,13 +147,16 @@ def conduct(
 
 def _searched(search: Any, session: Session, settings: SearchSettings) -> Winner:
     search.check(session)
+    if session.batch > 1 and session.player.most is None:
+        session.player.settle(session.draft_recipe or session.recipe)
     stopped = "finished"
     try:
         search.explore(session)
     except Spent as reason:
         stopped = str(reason)
     if settings.baseline:
-        session.baseline()
+        with suppress(Spent):  # where nothing can be scored, which delivery says
+            session.baseline()
     return session.deliver(stopped, render=settings.deliver)
 
 

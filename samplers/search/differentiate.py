@@ -23,10 +23,11 @@ from accel.clock import denoiser_modules
 from accel.method import Recipe
 from accel.patch import Patch
 from samplers.search.budget import Cost
+from samplers.search.calls import as_bytes
 from samplers.search.leg import Leg, State
 from samplers.search.noise import packed_bytes, shift_to, uphill
 from samplers.search.path import Path, digest
-from samplers.search.player import Player, as_bytes, seed_of
+from samplers.search.player import Player, seed_of
 
 PRICE = 4  # forward, forward again, and a backward pass of twice a forward's work
 OUTSIDE = frozenset({"scheduler", "weights", "scheduler.modifier", "initial_latents"})
@@ -76,7 +77,9 @@ def uphill_of(
         return shifts
 
     shifts = player.in_parts(ends, work, cost)
-    return as_bytes(torch.cat(frames)), shifts
+    made = torch.cat(frames)
+    player.broken = ~made.flatten(1).isfinite().all(1).cpu().numpy()
+    return as_bytes(made), shifts
 
 
 def climb(

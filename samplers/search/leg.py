@@ -91,6 +91,7 @@ class Leg:
         self.steps = self.at = 0
         self.placed = start is None
         self.first: Tensor | None = None  # what prepare_latents returned
+        self.stepped: torch.Size | None = None  # shape of what the scheduler steps
         self.end: State | None = None
         self._laid: dict[str, Any] = {}
         self._window: Patch | None = None
@@ -200,13 +201,14 @@ class Leg:
 
     def _step(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
         self._resume()
-        names = ("model_output", "timestep", "sample")
-        given = dict(zip(names, args, strict=False)) | kwargs
+        signature = inspect.signature(type(self._scheduler).step)
+        given = signature.bind(self._scheduler, *args, **kwargs).arguments
         out, x = given["model_output"], given["sample"]
+        self.stepped = x.shape
         step = self.at // self._order
         clean = None
         if self.mix is not None:
-            clean = self._mixed(x, step)
+            clean = self._mixed(out, x, step)
         elif self.look and self.levels is not None:
             clean = self.levels.clean(out, x, step)
         result = call_next(*args, **kwargs)
@@ -219,10 +221,12 @@ class Leg:
             raise Cut
         return result
 
-    def _mixed(self, x: Tensor, step: int) -> Tensor:
+    def _mixed(self, out: Tensor, x: Tensor, step: int) -> Tensor:
         assert self.levels is not None
         assert self.mix is not None
-        parts = [self.levels.clean(out, x, step) for out in self._branches.taken(x)]
+        heard = self._branches.taken(x)
+        self._branches.check_guided(out, heard, self.mix)
+        parts = [self.levels.clean(branch, x, step) for branch in heard]
         clean, gained = self.levels.mixed(parts, x, step, self.mix)
         self.gained = gained if self.gained is None else self.gained + gained
         return clean

@@ -12,6 +12,7 @@ eta 0 is DDIM and Euler, 1 is ancestral sampling (DDPM).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,12 @@ class Levels:
                 f"{type(scheduler).__name__} makes a step in {scheduler.order} stages; search in "
                 "the middle of a run needs one of order 1 (DDIM, Euler, DPMSolverMultistep, UniPC)"
             )
+        wanted = _needed(scheduler)
+        if wanted != ["model_output", "timestep", "sample"]:
+            raise ValueError(
+                f"{type(scheduler).__name__}.step takes {', '.join(wanted)}, of which search in "
+                "the middle of a run knows nothing; swap it (DDIM, Euler, DPMSolverMultistep)"
+            )
         config = scheduler.config
         if config.get("thresholding") or config.get("sigma_data") is not None:
             raise ValueError(f"{type(scheduler).__name__}: search knows no thresholding and no EDM")
@@ -59,7 +66,10 @@ class Levels:
             return cls(tuple((1 - s, s) for s in sigmas[: len(scheduler.timesteps) + 1]), FLOW)
         prediction = config.get("prediction_type", "epsilon")
         sigmas = getattr(scheduler, "sigmas", None)
-        if sigmas is None or len(sigmas) <= len(scheduler.timesteps):
+        has_sigmas = sigmas is not None and len(sigmas) > len(scheduler.timesteps)
+        if not hasattr(scheduler, "init_noise_sigma" if has_sigmas else "alphas_cumprod"):
+            raise ValueError(f"{type(scheduler).__name__} has no noise levels that search can read")
+        if sigmas is None or not has_sigmas:
             return cls(_by_alphas(scheduler), prediction, clip=clip)
         sigmas = [float(s) for s in sigmas[: len(scheduler.timesteps) + 1]]
         if float(scheduler.init_noise_sigma) > SIGMA_SPACE:
@@ -133,6 +143,13 @@ class Levels:
 
 def _square(x: Tensor) -> Tensor:
     return x.double().flatten(1).square().sum(1)
+
+
+def _needed(scheduler: Any) -> list[str]:
+    """Arguments that a step cannot be made without."""
+    known = list(inspect.signature(type(scheduler).step).parameters.values())[1:]
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in known if p.default is p.empty and p.kind in plain]
 
 
 def _by_alphas(scheduler: Any) -> tuple[tuple[float, float], ...]:

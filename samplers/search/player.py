@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from accel.counting import counted_flops
 from accel.method import Attached, Recipe, attached
 from accel.patch import Patch
 from samplers.predictions import renoise
 from samplers.search.budget import Cost
+from samplers.search.calls import check_single, expanded, shown
 from samplers.search.leg import Leg, State, call_parameters, capture, packed
 from samplers.search.levels import Levels
 from samplers.search.noise import gaussian, key, neighbour, rotate, shifted, unpacked
@@ -36,15 +38,12 @@ from samplers.search.path import (
     is_plain,
 )
 
-PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
-_LISTED = ("prompt", "negative_prompt", "class_labels")
-
 
 class Player:
     """One pipeline call, played from many noises. Use as a context manager; one recipe at a time.
 
     Raises:
-        ValueError: the call makes more than one sample.
+        ValueError: the call makes more than one sample, or gives its noise.
     """
 
     def __init__(
@@ -62,7 +61,9 @@ class Player:
         self.pipe, self.call = pipe, dict(call)
         self.states: dict[str, State] = {}
         self.seen: dict[str, Tensor] = {}  # clean predictions at the end of a path
+        self.broken = np.zeros(0, bool)  # which samples last returned have values that are none
         self.recall: Callable[[str], bool] = lambda name: False  # puts a kept state into `states`
+        self._listed = False  # whether several samples are asked for by prompts, not by a count
         self._grids: dict[Recipe, Leg] = {}
         self._recipe: Any = None if live is None else live.method
         self._live: Any = live
@@ -97,6 +98,22 @@ class Player:
                 self._grids[recipe] = capture(self.pipe, self._arguments(recipe, [0]))
         return self._grids[recipe]
 
+    def settle(self, recipe: Recipe) -> None:
+        """Find out how a call makes several samples; one by one where it does not.
+
+        Some pipelines take a count of samples and make one. Computes nothing.
+        """
+        for self._listed in (False, True):
+            try:
+                self.use(recipe)
+                with _forked(0):
+                    first = capture(self.pipe, self._arguments(recipe, [0, 1])).first
+            except (ValueError, TypeError, RuntimeError):
+                continue
+            if first is None or len(first) == 2:
+                return
+        self._listed, self.most = False, 1
+
     def levels(self, recipe: Recipe) -> Levels:
         """Raises ``ValueError`` where there are none."""
         found = self.grid(recipe).levels
@@ -119,16 +136,19 @@ class Player:
             raise self._no_first_noise()
 
     def frames(self, paths: Sequence[Path], recipe: Recipe, cost: Cost) -> np.ndarray:
-        """Finished samples (n, ..., h, w, c) uint8 of paths, in one call if they are alike."""
+        """Finished samples (n, ..., h, w, c) uint8 of paths, in one call if they are alike.
+
+        ``broken`` says which of them have values that are not finite.
+        """
         paths = [finished(p) for p in paths]
-        found: dict[int, np.ndarray] = {}
+        found: dict[int, tuple[np.ndarray, bool]] = {}
         for rows in _alike([p[-1] for p in paths], [is_plain(p) for p in paths]):
             some = [paths[i] for i in rows]
             if not is_plain(some[0]):
                 self.reach([p[:-1] for p in some], recipe, cost)
             made = self.in_parts(some, lambda part, own: self._finish(part, recipe, own), cost)
             found |= zip(rows, made, strict=True)
-        return np.stack([found[i] for i in range(len(paths))])
+        return self._stacked([found[i] for i in range(len(paths))])
 
     def reach(self, paths: Sequence[Path], recipe: Recipe, cost: Cost) -> list[State]:
         """The states at the ends of paths that end in the middle; what is known is not recomputed.
@@ -154,14 +174,21 @@ class Player:
         return [self.seen[digest(p)] for p in paths]
 
     def decoded(self, latents: Sequence[Tensor], recipe: Recipe, cost: Cost) -> np.ndarray:
-        """Latents (1, ...) as the pipeline itself decodes them, uint8: a call without a step."""
+        """Latents (1, ...) as the pipeline itself decodes them, uint8: a call without a step.
+
+        ``broken`` as for ``frames``.
+        """
         steps = self.grid(recipe).steps
 
-        def work(part: list[Tensor], own: Cost) -> list[np.ndarray]:
+        def work(part: list[Tensor], own: Cost) -> list[tuple[np.ndarray, bool]]:
             leg = Leg(State(steps, torch.cat(part)))
-            return list(as_bytes(self.call_once(leg, recipe, [0] * len(part), own)))
+            return shown(self.call_once(leg, recipe, [0] * len(part), own))
 
-        return np.stack(self.in_parts(list(latents), work, cost))
+        return self._stacked(self.in_parts(list(latents), work, cost))
+
+    def _stacked(self, rows: list[tuple[np.ndarray, bool]]) -> np.ndarray:
+        self.broken = np.array([broken for _, broken in rows], bool)
+        return np.stack([frames for frames, _ in rows])
 
     def in_parts(
         self, items: list[Any], work: Callable[[list[Any], Cost], Any], cost: Cost
@@ -208,11 +235,26 @@ class Player:
 
     # -- how ---------------------------------------------------------------------------------
 
-    def price(self, recipe: Recipe, cost: Cost) -> int:
-        """Evaluations that one step of one sample takes, by making the first."""
-        before = cost.evaluations
-        self.call_once(Leg(stop=1), recipe, [0], cost)
+    def price(self, recipe: Recipe, cost: Cost, *, whole: bool = False) -> int:
+        """Evaluations that one step of one sample takes, by making the first.
+
+        Raises:
+            ValueError: it is to step ``whole`` latents, and steps a part of them.
+        """
+        before, leg = cost.evaluations, Leg(stop=1)
+        self.call_once(leg, recipe, [0], cost)
+        if whole and leg.first is not None and leg.stepped not in (None, leg.first.shape):
+            raise ValueError(
+                f"{type(self.pipe).__name__} steps {tuple(leg.stepped or ())} of its "
+                f"{tuple(leg.first.shape)} latents, so a run cannot be taken up in the middle; "
+                "search it with algorithms of whole runs: Random, ZeroOrder, DraftCommit"
+            )
         return cost.evaluations - before
+
+    def work(self, recipe: Recipe) -> int:
+        """Floating-point operations of one sample's denoising, by counting them once."""
+        leg = Leg(stop=self.grid(recipe).steps)  # prompts are encoded by now
+        return counted_flops(lambda: self.call_once(leg, recipe, [0], Cost()))
 
     def steps_needed(self, paths: Sequence[Path], recipe: Recipe) -> int:
         """Steps of single samples that `frames` or `reach` would compute."""
@@ -243,16 +285,18 @@ class Player:
     def _known(self, name: str) -> bool:
         return name in self.states or self.recall(name)
 
-    def _finish(self, paths: list[Path], recipe: Recipe, cost: Cost) -> np.ndarray:
+    def _finish(
+        self, paths: list[Path], recipe: Recipe, cost: Cost
+    ) -> list[tuple[np.ndarray, bool]]:
         seeds = [seed_of(p) for p in paths]
         if is_plain(paths[0]):
-            return as_bytes(self.call_once(Leg(), recipe, seeds, cost))
+            return shown(self.call_once(Leg(), recipe, seeds, cost))
         last = [p[-1] for p in paths]
         start = packed([self.states[digest(p[:-1])] for p in paths])
         keys = [m.key for m in last]  # type: ignore[union-attr]
         eta, mix = last[0].eta, last[0].mix  # type: ignore[union-attr]
         leg = Leg(start, None, eta, keys, mix=mix)
-        return as_bytes(self.call_once(leg, recipe, seeds, cost))
+        return shown(self.call_once(leg, recipe, seeds, cost))
 
     def _look(self, paths: list[Path], recipe: Recipe, cost: Cost) -> list[Tensor]:
         start = packed([self.states[digest(p)] for p in paths])
@@ -359,7 +403,8 @@ class Player:
 
     def _arguments(self, recipe: Recipe, seeds: list[int]) -> dict[str, Any]:
         generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-        call = expanded(self.pipe, self.call | recipe.call_changes(), len(seeds))
+        call = self.call | recipe.call_changes()
+        call = expanded(self.pipe, call, len(seeds), listed=self._listed)
         if "output_type" in call_parameters(self.pipe):
             call["output_type"] = "np"
         return {**call, "generator": generators if len(seeds) > 1 else generators[0]}
@@ -372,46 +417,6 @@ class Player:
         self._recipe = None
         self._live = self._attached.enter_context(attached(recipe, self.pipe))
         self._recipe = recipe
-
-
-# -- pipeline calls --------------------------------------------------------------------------
-
-
-def check_single(call: dict[str, Any]) -> None:
-    """Raises ``ValueError`` for a call that makes several samples."""
-    counts = [call.get(k) or 1 for k in (*PER_PROMPT, "batch_size")]
-    counts += [len(call[k]) for k in _LISTED if isinstance(call.get(k), list)]
-    if any(n != 1 for n in counts):
-        raise ValueError("search wants calls that make one sample each; split this one")
-
-
-def expanded(pipe: Any, call: dict[str, Any], count: int) -> dict[str, Any]:
-    """The call for ``count`` samples of the same. Raises ``ValueError`` where that is unknown."""
-    takes = call_parameters(pipe)
-    if count == 1:
-        return dict(call)
-    if "class_labels" in call:
-        return {**call, "class_labels": list(call["class_labels"]) * count}
-    for name in PER_PROMPT:
-        if name in takes:
-            return {**call, name: count}
-    if "batch_size" in takes:
-        return {**call, "batch_size": count}
-    if isinstance(call.get("prompt"), str | list):
-        several = {k: call[k] for k in ("prompt", "negative_prompt") if call.get(k) is not None}
-        listed = {k: v if isinstance(v, list) else [v] for k, v in several.items()}
-        return {**call, **{k: v * count for k, v in listed.items()}}
-    raise ValueError(f"search cannot batch {type(pipe).__name__}; use batch=1")
-
-
-def as_bytes(output: Any) -> np.ndarray:
-    """What a pipeline returns, as (n, h, w, c) or (n, frames, h, w, c) uint8."""
-    if torch.is_tensor(output):
-        output = output.movedim(1 if output.ndim == 4 else 2, -1).float().cpu().numpy()
-    if isinstance(output, list):
-        output = [np.asarray(x) for x in output]
-    array = np.asarray(output)
-    return array if array.dtype == np.uint8 else (array * 255).round().clip(0, 255).astype("uint8")
 
 
 def _unless_memory_ends(work: Callable, items: list[Any], cost: Cost) -> Any:

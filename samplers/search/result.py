@@ -91,6 +91,8 @@ class Winner:
     def curve(self, purpose: str = "render") -> list[tuple[int, float]]:
         """(evaluations, best score so far) of finished candidates; ensembles have none."""
         best, points = -math.inf, []
+        if any(len(c.scores) > 1 for c in self.candidates):
+            return []  # mean ranks, each within a batch of its own
         for c in self.candidates:
             if c.purpose == purpose and c.score is not None and c.score > best:
                 best = c.score

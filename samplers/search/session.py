@@ -103,6 +103,8 @@ class Session:
         self._draws = 0
         self._strikes = 0
         self._held_back = 0.0  # evaluations
+        self._renders_held_back = 0
+        self._steered = False
         self._prices: dict[Recipe, float] = {}
         self._limit: float | None = None
         player.recall = self._recall
@@ -121,8 +123,10 @@ class Session:
 
     @property
     def guidance(self) -> float:
-        """What the searched call is guided with."""
-        return float(self.player.argument("guidance_scale", 1.0))
+        """What the two branches of the searched call are guided with: ``true_cfg_scale`` where it
+        takes one (``guidance_scale`` is then given to the network), else ``guidance_scale``."""
+        scale = self.player.argument("true_cfg_scale", self.player.argument("guidance_scale", 1.0))
+        return 1.0 if scale is None else float(scale)
 
     def key(self, *parts: Any) -> int:
         """A key of this search, input and ``parts``."""
@@ -208,7 +212,14 @@ class Session:
     def steerable(self) -> None:
         """If runs of the pipeline cannot begin and end in the middle of its schedule."""
         self.replaceable()
+        classes = [c.__name__ for c in type(self.player.pipe).__mro__]
+        if any(name.startswith("LatentConsistencyModel") for name in classes):
+            raise ValueError(
+                f"{classes[0]} decodes what its last step returns, so the middle of a run cannot "
+                "be looked at; search it with algorithms of whole runs: Random, ZeroOrder"
+            )
         self.player.levels(self.recipe)
+        self._steered = True
 
     def differentiable(self) -> None:
         """If verifier or draft have no gradient."""
@@ -220,10 +231,12 @@ class Session:
         """Keep back what so many renders take, inside a ``with`` block."""
         amount = renders * self.steps * self._price(self.recipe)
         self._held_back += amount
+        self._renders_held_back += renders
         try:
             yield
         finally:
             self._held_back -= amount
+            self._renders_held_back -= renders
 
     def share(self) -> float:
         """Of the budget that is spent, 0 to 1."""
@@ -306,7 +319,8 @@ class Session:
                 self.player.recall = lambda name: False
                 frames = self.player.frames([path], self.recipe, cost)
             found = self.judging.scores(frames, self.place.prompt, all_of_them=True, cost=cost)
-            scores = {k: v[0] for part in found for k, v in part.items()}
+            broken = bool(cost.calls) and self.player.broken[0]
+            scores = {k: None if broken else v[0] for part in found for k, v in part.items()}
             row = {"delivered": scores, "cost": cost.as_json()}
             if self.journal:
                 self.journal.keep_pictures(unit, frames)
@@ -431,10 +445,12 @@ class Session:
             more = {"shifts": shifts}
         else:
             frames = player.frames(paths, recipe, cost)
-        finished_ones = ask.purpose != "preview"
+        broken, finished_ones = player.broken, ask.purpose != "preview"
         scores, held = self.judging.scores(
             frames, self.place.prompt, all_of_them=finished_ones, cost=cost
         )
+        for values in (*scores.values(), *held.values()):
+            values[:] = [None if b else v for v, b in zip(values, broken, strict=True)]
         middle = frames[:, frames.shape[1] // 2] if frames.ndim == 5 else frames
         return {"scores": scores, "held_out": held, "pictures": middle, "frames": frames, **more}
 
@@ -457,7 +473,8 @@ class Session:
             return len(paths)
         spent = self.ledger.spent()
         if self.budget.seconds is not None:
-            return len(paths) if spent.seconds < self.budget.seconds else 0
+            left = self.budget.seconds - spent.seconds
+            return len(paths) if left > self._seconds_held_back() else 0
         left = self.limit - self._held_back - spent.evaluations
         price, count = ask.price * self._price(ask.recipe), 0
         for count in range(len(paths), 0, -1):
@@ -466,6 +483,16 @@ class Session:
                 return count
         return 0
 
+    def _seconds_held_back(self) -> float:
+        """What the renders that are kept back take, by what drafts took; 0 before the first."""
+        draft = self.ledger.by_purpose.get("draft")
+        count = sum(c.purpose == "draft" for c in self.candidates)
+        if not self._renders_held_back or draft is None or not count:
+            return 0.0
+        after = draft.seconds_decoding + draft.seconds_verifying
+        each = (draft.seconds - after) / max(draft.evaluations, 1)
+        return self._held_back * each + self._renders_held_back * after / count
+
     def _price(self, recipe: Recipe) -> float:
         """Evaluations of one step of one sample under a recipe."""
         if recipe not in self._prices:
@@ -473,7 +500,7 @@ class Session:
             row = self.journal.get(name) if self.journal else None
             if row is None:
                 cost = Cost()
-                price = self.player.price(recipe, cost)
+                price = self.player.price(recipe, cost, whole=self._steered)
                 row = {"price": price, "cost": cost.as_json()}
                 if self.journal:
                     self.journal.put(name, row)

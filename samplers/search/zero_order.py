@@ -16,7 +16,7 @@ from samplers.search.noise import cosine_between
 from samplers.search.path import Path, Turn
 from samplers.search.session import Session
 
-WIDEST = 0.5  # of the cosine
+WIDEST = 0.5  # cosine that widening ends at, if it begins above
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class ZeroOrder(Explorer, Search):
             success = best is not pivot
             moves += success
             pivot = best
-            cosine = self.cosine if success else max(WIDEST, 1 - self.widen * (1 - cosine))
+            wider = max(min(WIDEST, self.cosine), 1 - self.widen * (1 - cosine))
+            cosine = self.cosine if success else wider
             done += 1
             session.report |= {"rounds": done, "moves": moves}
 

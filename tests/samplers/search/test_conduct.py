@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from accel.method import Recipe
 from accel.testing import assert_same_state, host_state, tiny
 from caches.interval import IntervalCache
 from samplers.search.budget import Budget
-from samplers.search.conduct import refusals
+from samplers.search.conduct import SearchSettings, refusals
 from samplers.search.correctors import Correctors
 from samplers.search.draft_commit import DraftCommit
 from samplers.search.evolution import Evolution
@@ -77,6 +78,36 @@ def test_image_to_image_is_searched_by_seed():
     found = refusals(SEARCHES, host.pipe, call, Brightness())
     assert found[:2] == [None, None]
     assert all("begins inside its schedule" in str(why) for why in found[2:])
+
+
+def test_a_pipeline_that_decodes_its_last_prediction_is_searched_in_whole_runs(host, call):
+    class LatentConsistencyModelPipeline(type(host.pipe)):
+        pass
+
+    host.pipe.__class__ = LatentConsistencyModelPipeline
+    found = refusals((Random(), ZeroOrder(), Particles()), host.pipe, call, Brightness())
+    assert found[:2] == [None, None]
+    assert "the middle of a run cannot be looked at" in str(found[2])
+
+
+def test_a_pipeline_that_steps_a_part_of_its_latents_is_searched_in_whole_runs():
+    """Image to video keeps the first frame and steps the rest."""
+    host = tiny("ltx")
+    pipe = diffusers.LTXImageToVideoPipeline(**host.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    call = {k: v for k, v in host.inputs.items() if k != "output_type"}
+    call["image"] = torch.rand(1, 3, 32, 64)
+    settings = SearchSettings(batch=1)
+    with pytest.raises(ValueError, match="latents, so a run cannot be taken up in the middle"):
+        Particles(2, at=(0.5,), rounds=1).run(
+            pipe, [call], Brightness(), Budget(renders=4), settings=settings
+        )
+    assert Random(1).run(pipe, [call], Brightness(), Budget(renders=2), settings=settings).winners
+
+
+def test_patience_wants_somebody_to_watch():
+    with pytest.raises(ValueError, match="watches a held-out verifier"):
+        SearchSettings(patience=1, held_out=())
 
 
 def test_a_search_asks_first(untouched, call):

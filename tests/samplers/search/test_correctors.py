@@ -161,6 +161,25 @@ def test_without_guidance_there_is_nothing_to_correct():
     assert max(winner.report["populations"][0]["spread"]) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["flux", "hunyuanvideo"])
+def test_guidance_that_is_embedded_is_no_guidance_of_two_branches(name):
+    with pytest.raises(ValueError, match="guidance_scale 1 has none"):
+        run(tiny(name), Correctors(2, rounds=1), guidance_scale=6.0, true_cfg_scale=1.0)
+
+
+def test_true_guidance_is_weighed_by_its_own_scale():
+    host = tiny("hunyuanvideo")
+    found = run(host, Correctors(2, rounds=1), true_cfg_scale=4.0, guidance_scale=6.0)
+    (report,) = found.winners[0].report["populations"]
+    assert report["mix"] == (-3.0, 4.0)
+    assert max(report["spread"]) > 0
+
+
+def test_steps_that_are_not_guided_as_weighed_are_refused():
+    with pytest.raises(ValueError, match="not guided by u"):
+        run(tiny("sd"), Correctors(2, rounds=1), guidance_scale=3.0, guidance_rescale=0.7)
+
+
 def test_branches_that_cannot_be_told_apart_are_refused():
     from samplers.search.branches import Branches
 

@@ -49,6 +49,13 @@ def test_schedulers_that_search_cannot_read_are_refused():
         Levels.of(diffusers.HeunDiscreteScheduler())
     with pytest.raises(ValueError, match="EDM"):
         Levels.of(diffusers.EDMEulerScheduler())
+    for name in ("IPNDMScheduler", "DDPMWuerstchenScheduler", "LTXEulerAncestralRFScheduler"):
+        scheduler = getattr(diffusers, name)()
+        scheduler.set_timesteps(4)
+        with pytest.raises(ValueError, match="no noise levels that search can read"):
+            Levels.of(scheduler)
+    with pytest.raises(ValueError, match="takes model_output, old_pred_original_sample"):
+        Levels.of(diffusers.CogVideoXDPMScheduler())
 
 
 MEANS, SPREAD, WEIGHT = torch.tensor([-1.0, 2.0]), 0.3, torch.tensor([0.3, 0.7])

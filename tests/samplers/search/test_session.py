@@ -205,6 +205,8 @@ def test_a_verifier_that_scores_nothing_is_an_error(pipe):
     with pytest.raises(ValueError, match=r"scored nothing of .*; search another verifier"):
         run(pipe, None, Random(), Budget(renders=30), Blind(), observe=seen.append)
     assert sum(len(progress.candidates) for progress in seen) == 9, "the budget is not thrown away"
+    with pytest.raises(ValueError, match=r"scored nothing of .*; search another verifier"):
+        run(pipe, None, Random(), Budget(renders=30), Blind(), baseline=True)
 
 
 def test_an_ensemble_ranks_inside_the_pool(pipe):
@@ -213,6 +215,7 @@ def test_an_ensemble_ranks_inside_the_pool(pipe):
     pool = [[c.scores["brightness"], c.scores["contrast"]] for c in winner.candidates]
     ranks = np.argsort(np.argsort(np.array(pool), 0), 0).mean(1)
     assert winner.best is winner.candidates[int(np.argmax(ranks))]
+    assert winner.curve() == []
 
 
 def test_a_held_out_verifier_is_not_searched_too(pipe):

@@ -58,6 +58,9 @@ def test_widening_looks_farther_after_failures(host, call):
     cosines = {m.cosine for c in winner.candidates for m in c.path if isinstance(m, Turn)}
     assert min(cosines) < 0.95
     assert min(cosines) >= 0.5
+    winner = run(host, call, ZeroOrder(neighbours=1, cosine=0.1, rounds=4), 30).winners[0]
+    cosines = {m.cosine for c in winner.candidates for m in c.path if isinstance(m, Turn)}
+    assert cosines == {0.1}
 
 
 @pytest.mark.parametrize(
