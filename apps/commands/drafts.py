@@ -26,7 +26,10 @@ def draft(
         float, typer.Option(min=0, max=1, help="Share of best-of-N's gain that is wanted.")
     ] = 0.95,
     keep: Annotated[
-        Path | None, typer.Option(help="Folder for journals; a stopped calibration goes on.")
+        Path | None,
+        typer.Option(
+            help="Folder of journals, one for each recipe's content; a stopped one goes on."
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -56,10 +59,10 @@ def draft(
         doing = f"{len(inputs)} inputs x {candidates} seeds, rendered once and drafted with each"
         typer.echo(doing, err=True)
         results = {}
-        for file in found:
-            journal = None if keep is None else str(keep / file.name)
+        for path, file in zip(recipes, found, strict=True):
+            journal = None if keep is None else str(keep / file.sha256[:16])
             settings = SearchSettings(held_out=(), journal=journal)
-            results[file.name] = calibrate(
+            results[str(path)] = calibrate(
                 pipe, inputs, judge, file.recipe, candidates=candidates, settings=settings
             )
         for line in table(results, capture):
@@ -89,12 +92,15 @@ def _inputs(pipe: Any, model: str, jobs: Path | None, count: int) -> list[dict[s
 
 
 def table(results: dict[str, Calibration], capture: float) -> list[str]:
-    """The figures as lines of text, and the choice."""
+    """The figures as lines of text, and the choice. Work is in operations, cost in work."""
     width = max(len(name) for name in results) + 2
-    lines = [f"{'':<{width}}  price   rank correlation     captured gain        cost of best-of-N"]
+    heads = "evaluations    work   rank correlation     captured gain        cost of best-of-N"
+    lines = [f"{'':<{width}}{heads}"]
     for name, row in results.items():
         rank, got = (_span(x) for x in (row.rank, row.captured))
-        lines.append(f"{name:<{width}}{100 * row.price:5.0f} %   {rank:<20} {got:<20} "
+        work = row.price if row.work is None else row.work
+        lines.append(f"{name:<{width}}{100 * row.price:9.0f} % {100 * work:5.0f} %   "
+                     f"{rank:<20} {got:<20} "
                      f"{100 * row.cost:.1f} %")  # fmt: skip
     enough = [(row.cost, name) for name, row in results.items() if row.captured.estimate >= capture]
     if enough:

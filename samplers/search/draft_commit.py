@@ -18,7 +18,8 @@ from accel.method import Recipe, Search
 from accel.metrics.statistics import Interval
 from samplers.search.budget import Budget
 from samplers.search.conduct import Explorer, SearchSettings, check_counts
-from samplers.search.session import Session, Spent
+from samplers.search.player import Player
+from samplers.search.session import PLAIN, Session, Spent
 
 RESAMPLES = 2000
 
@@ -64,8 +65,10 @@ class Calibration:
 
     rank: Spearman correlation of draft and full scores over the seeds of an input. top: share of
     inputs whose best draft is the best render. captured: gain of rendering the best draft, as a
-    share of best-of-N's gain. price: evaluations of a draft, of a render's. cost: of draft and
-    commit, of best-of-N's.
+    share of best-of-N's gain. price: evaluations of a draft, of a render's, which budgets are
+    counted in. work: floating-point operations of its denoising, of a render's, as `accel measure`
+    counts them; what a cache inside the network or a sparse attention saves is in it alone. cost:
+    of draft and commit, of best-of-N's, by work where it was counted.
     """
 
     rank: Interval
@@ -75,10 +78,13 @@ class Calibration:
     cost: float
     inputs: int
     candidates: int
+    work: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         parts = {k: getattr(self, k).as_json() for k in ("rank", "top", "captured")}
         more = {k: getattr(self, k) for k in ("price", "cost", "inputs", "candidates")}
+        if self.work is not None:
+            more["work"] = self.work
         return {**parts, **{k: round(v, 5) for k, v in more.items()}}
 
 
@@ -93,7 +99,7 @@ def calibrate(
 ) -> Calibration:
     """Draft and render the same ``candidates`` seeds of every input, and compare their scores.
 
-    Costs ``candidates`` renders and drafts for each input.
+    Costs ``candidates`` renders and drafts for each input, and one of each in all.
     """
     budget = Budget(renders=candidates * 2 + 1)
     settings = settings or SearchSettings(held_out=())
@@ -107,10 +113,15 @@ def calibrate(
         [w.ledger.by_purpose[p].evaluations for p in ("draft", "render")] for w in found.winners
     ]
     draft, full = np.array(costs, dtype=np.float64).sum(0) / (len(inputs) * candidates)
-    return compared(table[:, 0], table[:, 1], price=draft / full)
+    with Player(pipe, inputs[0]) as player:
+        cheap, whole = (player.work(r) for r in (recipe, PLAIN))
+    work = cheap / whole if whole else None
+    return compared(table[:, 0], table[:, 1], price=draft / full, work=work)
 
 
-def compared(drafts: np.ndarray, renders: np.ndarray, *, price: float) -> Calibration:
+def compared(
+    drafts: np.ndarray, renders: np.ndarray, *, price: float, work: float | None = None
+) -> Calibration:
     """Scores (inputs, candidates) of drafts and renders of the same seeds."""
     inputs, n = drafts.shape
     rows = np.arange(inputs)
@@ -128,7 +139,8 @@ def compared(drafts: np.ndarray, renders: np.ndarray, *, price: float) -> Calibr
     low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
     at = figures(cells)
     rank, top, captured = (Interval(float(at[i]), float(low[i]), float(high[i])) for i in range(3))
-    return Calibration(rank, top, captured, float(price), float(price) + 1 / n, inputs, n)
+    cost = float(price if work is None else work) + 1 / n
+    return Calibration(rank, top, captured, float(price), cost, inputs, n, work)
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:

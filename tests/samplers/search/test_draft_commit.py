@@ -6,9 +6,12 @@ import torch
 
 from accel.method import Recipe, live_on
 from accel.settings import Settings
-from accel.testing import assert_same_state, host_state
-from samplers.search.budget import Budget
+from accel.testing import assert_same_state, host_state, tiny
+from caches.native import TaylorSeer
+from samplers.search.budget import Budget, Cost
+from samplers.search.conduct import SearchSettings
 from samplers.search.draft_commit import DraftCommit, calibrate, compared
+from samplers.search.player import Player
 from samplers.search.verifiers.pixels import Brightness
 from samplers.swap import SwapScheduler
 
@@ -49,10 +52,43 @@ def test_the_budget_keeps_the_commit_back(host, call):
     assert [c.purpose for c in winner.candidates] == ["draft"] * 4 + ["render"]
 
 
+def test_a_budget_of_seconds_keeps_the_commits_back(host, call, monkeypatch):
+    """Half a second a draft and 0.5 s a step: a render of 4 steps takes 1 s more than a draft."""
+    real = Player.frames
+
+    def timed(player, paths, recipe, cost):
+        own = Cost()
+        frames = real(player, paths, recipe, own)
+        own.seconds, own.seconds_decoding = 0.25 * own.evaluations, 0.0
+        cost.add(own)
+        return frames
+
+    monkeypatch.setattr(Player, "frames", timed)
+    monkeypatch.setattr("samplers.search.judging.time.perf_counter", lambda: 0.0)
+    winner = DraftCommit(None, commits=2).run(
+        host.pipe, [call], Brightness(), Budget(seconds=10), FEWER,
+        settings=SearchSettings(batch=1, held_out=()),
+    ).winners[0]  # fmt: skip
+    assert [c.purpose for c in winner.candidates].count("render") == 2
+    assert winner.ledger.spent().seconds <= 10
+
+
+def test_a_cache_inside_the_network_is_priced_by_its_work():
+    """Its evaluations are as many as without."""
+    host = tiny("pixart")
+    call = {k: v for k, v in host.inputs.items() if k != "output_type"}
+    cache = Recipe((TaylorSeer(interval=4, warmup=2, max_order=1, modules="lite"),))
+    calls = [{**call, "num_inference_steps": 10}]
+    found = calibrate(host.pipe, calls, Brightness(), cache, candidates=2)
+    assert found.price == 1
+    assert found.work < 0.8
+    assert found.cost == pytest.approx(found.work + 1 / 2)
+
+
 def test_calibration_sees_a_faithful_and_a_useless_draft(host, call):
     faithful = calibrate(host.pipe, [call], Brightness(), FEWER, candidates=6)
     assert faithful.rank.estimate > 0.5
-    assert faithful.price == 0.5
+    assert faithful.price == faithful.work == 0.5
     assert faithful.cost == pytest.approx(0.5 + 1 / 6)
 
 
