@@ -184,6 +184,9 @@ class Home(Protocol):
 
 # tensor -> its home, for every tensor that is lent now; by identity, tensors compare elementwise
 _LENT: Any = compat.weak_identity_dictionary()
+# of those, the ones that have their values for now; sizes do not tell: a stand-in that is moved or
+# cast is spread over its shape
+_HOME: Any = compat.weak_identity_dictionary()
 
 
 class Patch:
@@ -322,14 +325,17 @@ def exchanged(others: Mapping[Any, Any]) -> Iterator[None]:
 @contextmanager
 def at_home(tensors: list[Any]) -> Iterator[None]:
     """Lent tensors with their values in place, for the length of a ``with`` block."""
-    away = [t for t in tensors if t in _LENT and t.untyped_storage().nbytes() < t.nbytes]
-    for tensor in away:
-        tensor.data = values_of(tensor)
+    away = [t for t in tensors if t in _LENT and t not in _HOME]
     try:
+        for tensor in away:
+            tensor.data = values_of(tensor)
+            _HOME[tensor] = True
         yield
     finally:
         for tensor in away:
-            stand_in(tensor)
+            _HOME.pop(tensor, None)
+            if tensor in _LENT:  # else it was given back meanwhile
+                stand_in(tensor)
 
 
 def _put(tensor: Any, values: Any) -> None:

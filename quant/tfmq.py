@@ -27,7 +27,7 @@ from accel.clock import Run, denoiser_modules
 from accel.compat import compiled_entry, is_compiled, unwatched
 from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
-from accel.patch import at_home
+from accel.patch import at_home, stand_in
 from quant._layers import Bins, Kernel, Layer
 from quant._samples import Samples
 from quant._shelf import Shelved, with_weights_in_place
@@ -200,6 +200,8 @@ class _Live(Attached):
         self.saturated.clear()
         for bins in self.bins.values():
             bins.off.zero_()
+        for own in self.own.values() if self.homes else ():
+            stand_in(own.weight)
         self._say_if_slow()
         parts = {slot: compiled_entry(m) for slot, m in denoiser_modules(self._pipe())}
         pairs = zip(self.own, self.samples.changed(), strict=True)

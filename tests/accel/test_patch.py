@@ -325,6 +325,30 @@ def test_a_lent_tensor_comes_back_in_the_type_that_it_has_then():
     assert torch.equal(module.weight, expected)
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_a_lent_tensor_that_was_cast_is_still_away(again):
+    """Casting spreads the stand-in to the size of the values."""
+    module, patch = torch.nn.Linear(4, 4), Patch()
+    expected = module.weight.detach().to(torch.float64)
+    patch.lend(module.weight, _Kept(module.weight))
+    module.to(torch.float64)
+    for _ in range(1 + again):
+        with at_home([module.weight]):
+            assert torch.equal(module.weight, expected)
+        assert module.weight.isnan().all()
+    patch.undo()
+    assert torch.equal(module.weight, expected)
+
+
+def test_a_tensor_given_back_while_it_is_at_home_stays():
+    weight, patch = torch.nn.Parameter(torch.randn(3, 2)), Patch()
+    before = weight.detach().clone()
+    patch.lend(weight, _Kept(weight))
+    with at_home([weight]):
+        patch.undo()
+    assert torch.equal(weight, before)
+
+
 class _Full(_Kept):
     """Has no room for its values at first."""
 

@@ -208,6 +208,25 @@ def test_what_is_saved_meanwhile_is_whole(tmp_path):
         assert_equal(kept[key], value, key)
 
 
+def test_weights_are_whole_after_the_model_was_cast(tmp_path):
+    """Casting a model spreads what stands in for a weight to its size."""
+    host = tiny("dit")
+    model = host.pipe.transformer
+    kept = {k: v.to(torch.float64) for k, v in model.state_dict().items()}
+    call = (torch.ones(1, 4, 8, 8, dtype=torch.float64),)
+    known = {"timestep": torch.tensor([7]), "class_labels": torch.tensor([2])}
+    with attached(DISK, host.pipe), torch.no_grad():
+        host.run()
+        model.to(torch.float64)
+        model.save_pretrained(tmp_path)
+        outside = model(*call, **known).sample
+    again = type(model).from_pretrained(tmp_path, torch_dtype=torch.float64)
+    for key, value in again.state_dict().items():
+        assert_equal(kept[key], value, key)
+    with torch.no_grad():
+        assert_equal(model(*call, **known).sample, outside, "outside a run")
+
+
 @pytest.mark.parametrize("method", [TemporalCache(), DISK], ids=str)
 def test_weights_that_others_write_are_used(method):
     host, other = tiny("dit"), tiny("dit", seed=1)

@@ -30,6 +30,16 @@ from quant.tfmq import TFMQ
 from samplers.rlg import RLG
 
 
+@pytest.fixture
+def broken(calibrated, tmp_path):
+    """An artifact for "dit" with one layer whose output is not finite."""
+    found = Artifact.load(calibrated("dit")[1])
+    name = "transformer.transformer_blocks.2.ff.net.2:wscale"
+    infinite = torch.full_like(floats_of(found.tensors[name]), float("inf"))
+    found.tensors = {**found.tensors, name: bits_of(infinite)}
+    return found.save(tmp_path / "broken.safetensors")
+
+
 @pytest.mark.parametrize("check", checks())
 def test_conformance(check, calibrated):
     conform(check, TFMQ(calibrated("dit")[1]), "dit")
@@ -117,16 +127,29 @@ def test_what_is_saved_meanwhile_is_whole(calibrated, tmp_path):
         assert_equal(kept[name], value, name)
 
 
+def test_weights_are_whole_after_the_model_was_cast(calibrated, broken, tmp_path):
+    """Casting a model spreads what stands in for a weight to its size."""
+    host = tiny("dit")
+    model = host.pipe.transformer
+    kept = {name: value.to(torch.float64) for name, value in model.state_dict().items()}
+    with attached(TFMQ(broken, weights="disk"), host.pipe):
+        host.pipe.to(torch.float64)
+        model.save_pretrained(tmp_path)
+        with pytest.warns(FallbackWarning, match="not finite"):
+            whole = host.run()
+        layer = model.transformer_blocks[2].ff.net[2].weight
+        assert layer.untyped_storage().nbytes() == layer.element_size()
+    assert_equal(host.run(), whole, "with the model's own weights")
+    again = type(model).from_pretrained(tmp_path, torch_dtype=torch.float64)
+    for name, value in again.state_dict().items():
+        assert_equal(kept[name], value, name)
+
+
 @pytest.mark.parametrize("weights", ["keep", "disk"])
-def test_an_output_that_is_not_finite_is_computed_whole(weights, calibrated, tmp_path):
-    artifact, ref = calibrated("dit")
-    broken = Artifact.load(ref)
-    name = "transformer.transformer_blocks.2.ff.net.2:wscale"
-    infinite = torch.full_like(broken.tensors[name].view(torch.float32), float("inf"))
-    broken.tensors = {**artifact.tensors, name: infinite.view(torch.int32)}
+def test_an_output_that_is_not_finite_is_computed_whole(weights, broken):
     host = tiny("dit")
     plain = host.run()
-    method = TFMQ(broken.save(tmp_path / "broken.safetensors"), weights=weights)
+    method = TFMQ(broken, weights=weights)
     with attached(method, host.pipe) as live:
         with pytest.warns(FallbackWarning, match="not finite"):
             assert_equal(plain, host.run(), "with the model's own weights")
