@@ -5,8 +5,8 @@ unchanged as diffusers 0.42 has them, but as layers of our patch instead of its 
 model without hookable modules is refused; TaylorSeer's modules come from the table of denoisers
 (its own patterns match nothing in DiT, PixArt, Wan, CogVideoX, LTX, and its "lite" ones give noise
 on DiT); pipelines that name no guidance branch work (they raise there, or mix branches); state is
-cleared when a run starts or the batch changes (guidance that ends early); MagCache knows the run's
-true length and place. Left as it is: FirstBlockCache decides on a mean over the batch, so samples
+cleared when a run starts, the batch changes (guidance that ends early) or a call is asked for again
+(its output was wrong); MagCache knows the run's true length and place. Left as it is: FirstBlockCache decides on a mean over the batch, so samples
 depend on batch mates, and waits for the device every call.
 Memory: two to three activations a branch; TaylorSeer (max_order + 1) for every cached module.
 """
@@ -256,6 +256,7 @@ class _LiveHooks(Attached):
         super().__init__(method, pipe)
         self.hooks: list[tuple[Any, Any]] = []
         self.shapes: dict[tuple[str, str], Any] = {}  # of the newest call, by denoiser and branch
+        self.places: dict[tuple[str, str], tuple[Any, ...]] = {}  # and which call of the run it was
         self.peak = (0, 0)  # bytes on the device and the host
 
     def adopt(self, denoiser: Denoiser, technique: str, config: Any) -> None:
@@ -287,9 +288,7 @@ class _LiveHooks(Attached):
             key, shape = (now.denoiser, now.branch), denoiser.sample(args, kwargs).shape
             if self.shapes.setdefault(key, shape) != shape:
                 self.shapes[key] = shape
-                self.detail["cleared"] = self.detail.get("cleared", 0) + 1
-                self._look_at_memory()
-                self._clear()
+                self._start_afresh()
             run = self.clock.run
             if run is not None and run.position == len(run.timesteps) - 1:
                 self._look_at_memory()  # some forget at the last call
@@ -297,6 +296,19 @@ class _LiveHooks(Attached):
                 self.place(managers)
                 return call_next(*args, **kwargs)
 
+        def once(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
+            now = self.now
+            assert now is not None
+            key, place = (now.denoiser, now.branch), now[:4]
+            if self.places.get(key) != place:
+                self.places[key] = place
+                return call_next(*args, **kwargs)
+            self._start_afresh()  # asked again, because the first output was wrong
+            with compat.branch_context(managers, now.branch):  # which is forgotten too
+                self.place(managers)
+                return call_next(*args, **kwargs)
+
+        self.around_call(denoiser.module, once)  # inside what asks again, wherever it was attached
         self.around_denoiser(denoiser.slot, in_branch)
 
     def _around_hook(self, module: Any, hook: Any) -> None:
@@ -319,10 +331,17 @@ class _LiveHooks(Attached):
 
     def on_run(self, run: Run) -> None:
         self.shapes.clear()
+        self.places.clear()
         self._clear()
         self.peak = (0, 0)
 
     def on_run_end(self, run: Run) -> None:
+        self._look_at_memory()
+        self._clear()
+
+    def _start_afresh(self) -> None:
+        """In mid-run: the next call of every branch computes everything."""
+        self.detail["cleared"] = self.detail.get("cleared", 0) + 1
         self._look_at_memory()
         self._clear()
 

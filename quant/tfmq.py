@@ -182,19 +182,26 @@ class _Live(Attached):
 
         def call(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
             output = call_next(*args, **kwargs)
-            wrong = _wrong(output)
-            self.count("syncs", int(self.bins[denoiser.slot].index.is_cuda))
+            wrong = self._wrong(denoiser, output)
             if wrong is None:
                 return output
             self.fallback(wrong)
             self.whole = True
             try:
                 with at_home(weights):
-                    return call_next(*args, **kwargs)
+                    output = call_next(*args, **kwargs)
             finally:
                 self.whole = False
+            still = self._wrong(denoiser, output)
+            if still is not None:
+                self.fallback(f"{still}, with the model's own weights too")
+            return output
 
         return call
+
+    def _wrong(self, denoiser: Denoiser, output: Any) -> str | None:
+        self.count("syncs", int(self.bins[denoiser.slot].index.is_cuda))
+        return _wrong(output)
 
     def on_run(self, run: Run) -> None:
         self.saturated.clear()

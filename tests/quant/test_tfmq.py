@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from accel.artifact import Artifact, Fingerprint
 from accel.measure import mean_psnr
-from accel.method import FallbackWarning, GuidanceWarning, Recipe, attached
+from accel.method import FallbackWarning, GuidanceWarning, NoEffectWarning, Recipe, attached
 from accel.testing import (
     assert_equal,
     assert_same_state,
@@ -22,7 +22,7 @@ from accel.testing import (
     tiny,
 )
 from caches.interval import IntervalCache
-from caches.native import TaylorSeer
+from caches.native import FirstBlockCache, TaylorSeer
 from quant._rounding import bits_of, floats_of
 from quant.calibrate import TFMQCalibration
 from quant.temporal_cache import TemporalCache
@@ -155,6 +155,45 @@ def test_an_output_that_is_not_finite_is_computed_whole(weights, broken):
             assert_equal(plain, host.run(), "with the model's own weights")
         report = live.report()["runs"][0]
     assert report["fallbacks"] == {"an output was not finite": report["calls"]}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        TaylorSeer(interval=2, warmup=2),
+        TaylorSeer(interval=2, warmup=2, modules="lite"),
+        FirstBlockCache(0.05),
+    ],
+    ids=str,
+)
+def test_what_is_computed_whole_passes_caches_that_saw_it_go_wrong(cache, first, broken):
+    """What they kept of the first call is not finite: of the second they take nothing from it."""
+    host, quantised = tiny("dit"), TFMQ(broken)
+    plain = host.run()
+    recipe = Recipe((quantised, cache) if first else (cache, quantised))
+    with attached(recipe, host.pipe) as live:
+        with pytest.warns(NoEffectWarning), pytest.warns(FallbackWarning, match="not finite"):
+            assert_equal(plain, host.run(), "with the model's own weights, nothing reused")
+        found = [m["runs"][0]["fallbacks"] for m in live.report()["members"]]
+    assert {"an output was not finite"} == found[0].keys() | found[1].keys()
+
+
+def test_what_is_wrong_with_the_models_own_weights_too_is_told(calibrated):
+    host = tiny("dit")
+    with attached(TFMQ(calibrated("dit")[1]), host.pipe) as live:
+
+        def dead(call_next, *args, **kwargs):
+            output = call_next(*args, **kwargs)
+            return type(output)(sample=output.sample * 0)
+
+        live.patch.around_call(host.pipe.transformer, dead)
+        with pytest.warns(FallbackWarning) as warned:
+            host.run()
+        report = live.report()["runs"][0]
+    assert "own weights too" in str(warned[-1].message)
+    assert set(report["fallbacks"].values()) == {report["calls"]}
+    assert len(report["fallbacks"]) == 2
 
 
 def test_inputs_far_outside_the_calibrated_range_are_computed_whole(calibrated, tmp_path):
