@@ -125,7 +125,7 @@ def gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> Tensor:
             errors[:, j - begin] = error
         w[:, end:] -= errors @ inverse[begin:end, end:]
     back = torch.empty_like(order)
-    back[order] = torch.arange(len(order))
+    back[order] = torch.arange(len(order), device=order.device)
     return codes[:, back].to(weight.dtype)
 
 

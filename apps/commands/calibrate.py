@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +18,7 @@ from apps.commands.drafts import draft
 from apps.commands.say import told
 
 if TYPE_CHECKING:
+    from accel.artifact import Artifact, ArtifactRef
     from sparse_attn.budgets import Allocation
     from sparse_attn.subblock_lse import SubblockLSE
 
@@ -80,15 +84,16 @@ def sparse(
         kept = out.with_suffix(".parts")
         typer.echo(f"{len(calls) - 1} inputs, each kept in {kept}", err=True)
         artifact = SubblockLSE.calibrate(pipe, calls[:-1], settings, str(kept))
-        ref = artifact.save(out.with_suffix(".safetensors"))
-        budgets = Budgets.load(ref, pipe)
-        chosen = budgets.at_quality(quality) if density is None else budgets.at_density(density)
-        method = SubblockLSE((dense, 0.0), blocks, density=min(1.0, chosen.density), artifact=ref)
-        typer.echo(f"density {chosen.density:.3f}, expected PSNR {_expected(chosen)}")
-        found = held_out(pipe, method, inputs[-1], seeds[-1])
-        if found is not None:
-            typer.echo(f"on an input held out: density {found[0]:.3f}, PSNR {found[1]:.1f} dB")
-        write_recipe(out, Recipe((method,)), name=out.stem)
+        with _saved(artifact, out) as ref:
+            budgets = Budgets.load(ref, pipe)
+            chosen = budgets.at_quality(quality) if density is None else budgets.at_density(density)
+            share = min(1.0, chosen.density)
+            method = SubblockLSE((dense, 0.0), blocks, density=share, artifact=ref)
+            typer.echo(f"density {chosen.density:.3f}, expected PSNR {_expected(chosen)}")
+            found = held_out(pipe, method, inputs[-1], seeds[-1])
+            if found is not None:
+                typer.echo(f"on an input held out: density {found[0]:.3f}, PSNR {found[1]:.1f} dB")
+            write_recipe(out, Recipe((method,)), name=out.stem)
         typer.echo(f"wrote {out}; measure it with: accel measure {out} --model {model}")
 
 
@@ -113,6 +118,14 @@ def _expected(chosen: Allocation) -> str:
         return f"{chosen.quality:.1f} dB"
     low, high = chosen.extremes
     return f"{chosen.quality:.1f} dB ({low:.1f} to {high:.1f} between inputs)"
+
+
+@contextmanager
+def _saved(artifact: Artifact, out: Path) -> Iterator[ArtifactRef]:
+    """An artifact in a folder of its own beside ``out``, until the recipe there has its copy."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as folder:
+        yield artifact.save(Path(folder) / "artifact.safetensors")
 
 
 def _pipeline(

@@ -40,6 +40,7 @@ def bits(
         Path | None, typer.Option(help="Recipe that the quantised model will be used with.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
     """A plan of bits by layer, within one budget: --size, --time or --psnr.
 
@@ -60,7 +61,7 @@ def bits(
         from quant.mixed_precision import for_quality, measured, total, within, write_plan
 
         torch.set_num_threads(threads)
-        pipe, inputs, _ = _pipeline(model, jobs, None, count)
+        pipe, inputs, _ = _pipeline(model, jobs, device, count)
         others = accel.read_recipe(recipe).recipe if recipe is not None else Recipe(())
         how, kept = TFMQCalibration(rounding="nearest", calls=calls), out.with_suffix(".parts")
         layers = measured(pipe, inputs, how, str(kept), others, say=typer.echo)

@@ -52,7 +52,7 @@ def depth(
 
         from accel.method import Recipe
         from accel.recipe_file import write_recipe
-        from apps.commands.calibrate import _pipeline
+        from apps.commands.calibrate import _pipeline, _saved
         from caches.early_exit import EarlyExit, ExitTraining
 
         torch.set_num_threads(threads)
@@ -65,8 +65,8 @@ def depth(
         artifact = EarlyExit.calibrate(pipe, inputs, rest=instead, **asked)
         for line in said(artifact):
             typer.echo(line)
-        method = EarlyExit(artifact.save(out.with_suffix(".safetensors")))
-        write_recipe(out, Recipe((method,)), name=out.stem)
+        with _saved(artifact, out) as ref:
+            write_recipe(out, Recipe((EarlyExit(ref),)), name=out.stem)
         typer.echo(f"wrote {out}; measure it with: accel measure {out} --model {model}")
 
 

@@ -65,6 +65,7 @@ def tfmq(
         Path | None, typer.Option(help="Also write the model, for diffusers' from_pretrained.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
     """Quantised weights and activations, part by part; a stopped calibration goes on where it was.
 
@@ -78,7 +79,7 @@ def tfmq(
         from accel.method import Recipe
         from accel.recipe_file import write_recipe
         from accel.settings import Settings
-        from apps.commands.calibrate import _pipeline
+        from apps.commands.calibrate import _pipeline, _saved
         from quant.calibrate import TFMQCalibration
         from quant.mixed_precision import read_plan
         from quant.temporal_cache import TemporalCache
@@ -96,12 +97,15 @@ def tfmq(
             only_faster=bits == 8 and plan is None if only_faster is None else only_faster,
             plan=None if plan is None else Settings(read_plan(plan)),
         )
-        pipe, inputs, _ = _pipeline(model, jobs, None, count)
+        pipe, inputs, _ = _pipeline(model, jobs, device, count)
         others = accel.read_recipe(recipe).recipe if recipe is not None else Recipe(())
+        has_cache = any(isinstance(method, TemporalCache) for method in others.methods)
+        wants_cache = temporal is Temporal.cache and not has_cache
+        others_too = ((TemporalCache(),) if wants_cache else ()) + others.methods
+        Recipe(others_too).claims(pipe)  # raises where they cannot be used together
         artifact = how.fit(pipe, inputs, str(out.with_suffix(".parts")), others, say=typer.echo)
-        ref = artifact.save(out.with_suffix(".safetensors"))
-        cache = (TemporalCache(),) if temporal is Temporal.cache else ()
-        write_recipe(out, Recipe((TFMQ(ref), *cache, *others.methods)), name=out.stem)
+        with _saved(artifact, out) as ref:
+            write_recipe(out, Recipe((TFMQ(ref), *others_too)), name=out.stem)
         typer.echo(f"wrote {out}; measure it with: accel measure {out} --model {model}")
         if save_model is not None:
             from quant.diffusers_quantizer import save_quantised

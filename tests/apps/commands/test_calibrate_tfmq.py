@@ -30,6 +30,7 @@ def test_a_recipe_and_a_model(jobs, tmp_path):
     done = CliRunner().invoke(app, [*call, "--save-model", str(tmp_path / "model")])
     assert done.exit_code == 0, done.output
     assert "transformer 1/" in done.output
+    assert len(list((tmp_path / "artifacts").iterdir())) == 1
     recipe = accel.read_recipe(tmp_path / "q.yaml").recipe
     names = [m.name() for m in recipe.methods]
     assert names == ["quant.tfmq:TFMQ", "quant.temporal_cache:TemporalCache"]
@@ -43,6 +44,93 @@ def test_a_recipe_and_a_model(jobs, tmp_path):
     assert written["quantization_config"]["quant_method"] == "tfmq"
     again = CliRunner().invoke(app, call)
     assert again.exit_code == 0, again.output
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"artifacts", "model", "q.parts", "q.yaml", jobs.name}
+
+
+def _calibrated(folder, jobs, *more):
+    call = ["calibrate", "tfmq", "--model", MODEL, "--out", str(folder / "q.yaml")]
+    call += ["--jobs", str(jobs), "--rounding", "nearest", "--count", "1", "--every-layer", *more]
+    return CliRunner().invoke(app, call)
+
+
+@pytest.fixture
+def fitted(jobs, monkeypatch):
+    """Calibrations are one that was made before; the list has the recipes they were for."""
+    from accel.artifact import Artifact, Fingerprint
+    from quant.calibrate import TFMQCalibration
+
+    recipes = []
+
+    def fit(self, pipe, inputs, out, recipe, say=print):
+        recipes.append(recipe)
+        return Artifact("quant.tfmq:TFMQ", Fingerprint.of(pipe.transformer), {})
+
+    monkeypatch.setattr(TFMQCalibration, "fit", fit)
+    return recipes
+
+
+def _names(folder):
+    return [m.name().partition(":")[2] for m in accel.read_recipe(folder / "q.yaml").recipe.methods]
+
+
+def test_a_recipe_that_is_written_over_keeps_its_artifact(fitted, jobs, tmp_path):
+    """Its file has the name that the new recipe's would have, but for the ending."""
+    from accel.artifact import Artifact, Fingerprint
+    from accel.recipe_file import write_recipe
+    from caches.native import MagCache
+
+    pipe = accel.load(MODEL)
+    ratios = Artifact("caches.native:MagCache", Fingerprint.of(pipe.transformer), {})
+    ref = ratios.save(tmp_path / "q.safetensors")
+    write_recipe(tmp_path / "q.yaml", accel.Recipe((MagCache(artifact=ref),)))
+    text = (tmp_path / "q.yaml").read_text()
+    own = text.replace(f"artifacts/{ref.sha256[:16]}.safetensors", "q.safetensors")
+    assert own != text
+    (tmp_path / "q.yaml").write_text(own)
+    done = _calibrated(tmp_path, jobs, "--recipe", str(tmp_path / "q.yaml"))
+    assert done.exit_code == 0, done.output
+    assert _names(tmp_path) == ["TFMQ", "TemporalCache", "MagCache"]
+    assert Artifact.load(ref).method == ratios.method
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "artifacts", "q.safetensors", "q.yaml", jobs.name
+    }  # fmt: skip
+
+
+def test_a_recipe_with_a_temporal_cache_keeps_its_own(fitted, jobs, tmp_path):
+    from accel.recipe_file import write_recipe
+    from quant.temporal_cache import TemporalCache
+
+    given = TemporalCache(weights="keep")
+    write_recipe(tmp_path / "t.yaml", accel.Recipe((given,)))
+    done = _calibrated(tmp_path, jobs, "--recipe", str(tmp_path / "t.yaml"))
+    assert done.exit_code == 0, done.output
+    assert _names(tmp_path) == ["TFMQ", "TemporalCache"]
+    assert accel.read_recipe(tmp_path / "q.yaml").recipe.methods[1] == given
+
+
+def test_methods_that_do_not_go_together_are_told_before(fitted, jobs, tmp_path):
+    from accel.recipe_file import write_recipe
+    from caches.native import FirstBlockCache, TaylorSeer
+
+    both = accel.Recipe((TaylorSeer(modules="lite"), FirstBlockCache()))
+    write_recipe(tmp_path / "t.yaml", both)
+    done = _calibrated(tmp_path, jobs, "--recipe", str(tmp_path / "t.yaml"))
+    assert done.exit_code == 2
+    assert "claim" in done.output
+    assert fitted == []
+
+
+@pytest.mark.parametrize("what", ["tfmq", "bits"])
+def test_the_device_is_asked_for(what, jobs, tmp_path, monkeypatch):
+    def load(model, device=None):
+        raise ValueError(f"on {device}")
+
+    monkeypatch.setattr(accel, "load", load)
+    call = ["calibrate", what, "--model", MODEL, "--out", str(tmp_path / "q.yaml")]
+    budget = ["--size", "0.5"] if what == "bits" else []
+    done = CliRunner().invoke(app, [*call, "--jobs", str(jobs), "--device", "cuda:7", *budget])
+    assert "on cuda:7" in done.output
 
 
 def test_wrong_bits_are_told(tmp_path):
