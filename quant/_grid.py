@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accel.clock import Run
+from accel.denoiser import Denoiser
 
 TIMESTEP = "timestep"  # the argument
 Time = tuple[Any, ...]
@@ -21,6 +22,18 @@ _FORMS: tuple[Callable[[Tensor, torch.dtype], Tensor], ...] = (
     lambda t, dtype: (t / 1000).to(dtype),
     lambda t, dtype: (1 - t / 1000).to(dtype),
 )
+
+
+def with_tensor_time(
+    denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A denoiser's call with its timestep as a tensor, of the type that UNets make of a number."""
+    time = denoiser.argument(TIMESTEP, args, kwargs)
+    if isinstance(time, Tensor):
+        return args, kwargs
+    dtype = torch.float64 if isinstance(time, float) else torch.int64
+    made = torch.tensor(time, dtype=dtype, device=denoiser.sample(args, kwargs).device)
+    return denoiser.replace(args, kwargs, timestep=made)
 
 
 def time_key(timestep: Tensor) -> Time:

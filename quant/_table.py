@@ -14,6 +14,8 @@ from quant._dataflow import PLAIN, ModuleCall
 from quant._grid import TIMESTEP, Time
 from quant._program import Program, rows_alike
 
+OBJECTS_KEPT = 2  # of one value: pipelines give both guidance branches theirs
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -54,24 +56,37 @@ def _spread(tensor: Tensor, rows: int, seen: int) -> Tensor:
 class Condition:
     """What a call holds fixed: objects for a quick look, values to be sure."""
 
-    objects: dict[str, tuple[Tensor, int]]
+    objects: dict[str, list[tuple[Tensor, int]]]  # of each source the latest, with their versions
     values: dict[str, Tensor]
     used: bool = True
+    compared: int = 0  # values that were looked at, each of which waits for the device
 
     @classmethod
     def of(cls, sources: Mapping[str, Tensor]) -> Condition:
-        objects = {k: (v, version(v)) for k, v in sources.items()}
+        objects = {k: [(v, version(v))] for k, v in sources.items()}
         return cls(objects, {k: v.clone() for k, v in sources.items()})
 
-    def fits(self, sources: Mapping[str, Tensor]) -> bool:
-        return all(self._same(k, v) for k, v in sources.items())
+    def knows(self, sources: Mapping[str, Tensor]) -> bool:
+        """Whether it has seen these very objects, which nobody has written into since."""
+        return all(self._knows(k, v) for k, v in sources.items())
 
-    def _same(self, name: str, tensor: Tensor) -> bool:
-        known, seen = self.objects[name]
-        if known is tensor and seen == version(tensor) >= 0:
-            return True
+    def fits(self, sources: Mapping[str, Tensor]) -> bool:
+        """Whether these have its values; then it knows them from now on."""
+        return all(self._knows(k, v) or self._equals(k, v) for k, v in sources.items())
+
+    def _knows(self, name: str, tensor: Tensor) -> bool:
+        known = self.objects[name]
+        return any(x is tensor and seen == version(tensor) >= 0 for x, seen in known)
+
+    def _equals(self, name: str, tensor: Tensor) -> bool:
         value = self.values[name]
-        return value.shape == tensor.shape and torch.equal(value, tensor)
+        if value.shape != tensor.shape:
+            return False
+        self.compared += 1
+        if not torch.equal(value, tensor):
+            return False
+        self.objects[name] = [*self.objects[name], (tensor, version(tensor))][-OBJECTS_KEPT:]
+        return True
 
 
 def version(tensor: Tensor) -> int:
@@ -86,6 +101,8 @@ class Plan:
     table: dict[tuple[Any, ...], Entry] = field(default_factory=dict)
     conditions: list[Condition] = field(default_factory=list)
     placeholders: dict[str, Any] = field(default_factory=dict)
+    used: set[tuple[Any, ...]] = field(default_factory=set)  # places in the table, in this run
+    off_grid: set[tuple[Any, ...]] = field(default_factory=set)  # places that no grid had told
 
     def key(self, path: str, time: Time, condition: int) -> tuple[Any, ...]:
         labels = self.program.served[path].labels
@@ -95,6 +112,36 @@ class Plan:
     def has(self, time: Time, condition: int) -> bool:
         places = (self.key(p, time, condition) for p in self.program.needed)
         return all(p in self.table and self.table[p].intact() for p in places)
+
+    def take(self, path: str, time: Time, condition: int) -> Entry:
+        place = self.key(path, time, condition)
+        self.used.add(place)
+        return self.table[place]
+
+    def note_off_grid(self, time: Time, condition: int) -> None:
+        places = {self.key(path, time, condition) for path in self.program.needed}
+        self.off_grid |= {place for place in places if place[1] is not None}
+
+    def condition(self, sources: Mapping[str, Tensor]) -> tuple[int | None, int]:
+        """Which of its conditions these are, and how many values were compared to know."""
+        for i, known in enumerate(self.conditions):
+            if known.knows(sources):
+                known.used = True
+                return i, 0
+        before = sum(known.compared for known in self.conditions)
+        found = next((i for i, known in enumerate(self.conditions) if known.fits(sources)), None)
+        if found is not None:
+            self.conditions[found].used = True
+        return found, sum(known.compared for known in self.conditions) - before
+
+    def keep(self, all_of_grids: bool) -> None:
+        """Entries that this run used, and perhaps those of other runs' grids; at its end."""
+        kept = self.table.keys() & self.used
+        if all_of_grids:
+            kept |= self.table.keys() - self.off_grid
+        self.table = {k: v for k, v in self.table.items() if k in kept}
+        self.off_grid &= kept
+        self.used = set()
 
 
 def rebuilt(call: ModuleCall, tensors: list[Tensor]) -> Any:

@@ -8,8 +8,8 @@ Their outputs for the steps to come are made by their own operations, at the run
 first time that a grid and its conditions are seen; then they are read from a table, and their
 weights lie in host memory or on disk until ``detach``.
 
-Costs: the table (bounded by the weights it replaces) on the device. One synchronisation a denoiser
-call on an accelerator, to read the timestep.
+Costs: the table on the device. What other runs used stays in it while it is no larger than the
+weights it replaces. One synchronisation a denoiser call on an accelerator, to read the timestep.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from accel.denoiser import Denoiser, denoisers
 from accel.method import Attached, Claim, Method
 from accel.patch import at_home, stand_in, values_of
 from quant._dataflow import PLAIN, ModuleCall, watch
-from quant._grid import TIMESTEP, Time, steps_to_come, time_key
+from quant._grid import TIMESTEP, Time, steps_to_come, time_key, with_tensor_time
 from quant._program import Program, program, small_enough
 from quant._samples import Samples
 from quant._shelf import Shelved, with_weights_in_place
@@ -37,8 +37,9 @@ from quant._table import Condition, Entry, Plan, equal, placeholder, rebuilt, ve
 
 Hold = Literal["timestep", "pooled", "text"]
 MOST_DIMENSIONS = {"timestep": -1, "pooled": 2, "text": 3}  # of arguments that are held fixed
-CONDITIONS_KEPT = 8
+CONDITIONS_KEPT = PLANS_KEPT = 8  # plans that a run has no use for: of other batches or texts
 FILLS = 4  # of the table in one run; conditions that go on changing are computed step by step
+OFF_GRID = "some timesteps were not on the sampler's grid: each was computed when it came"
 LEAST_ELEMENTS = 64  # of a tensor that is worth moving
 
 
@@ -98,6 +99,8 @@ class _Live(Attached):
 
     def on_run_end(self, run: Run) -> None:
         self.detail["denoisers"] = {slot: s.end() for slot, s in self.served.items()}
+        if any(facts["outside_grid"] for facts in self.detail["denoisers"].values()):
+            self._warn_once(OFF_GRID, f"TemporalCache: {OFF_GRID}", UserWarning)
 
     def memory(self) -> dict[str, int]:
         tables = sum(s.table_bytes() for s in self.served.values())
@@ -146,7 +149,8 @@ class _Served:
                 stand_in(parameter)
 
     def end(self) -> dict[str, Any]:
-        """Forget conditions that this run had no use for; what was served, in numbers."""
+        """Forget what this run had no use for; what was served, in numbers."""
+        self._shrink()
         for plan in filter(None, self.plans.values()):
             gone = {id(c) for c in plan.conditions if not c.used}
             plan.conditions = [c for c in plan.conditions if c.used]
@@ -163,6 +167,23 @@ class _Served:
             "outside_grid": self.outside_grid,
         }
 
+    def _shrink(self) -> None:
+        """Timesteps off the grid; all of other runs, where the table has outgrown the weights."""
+        used = {form for form, plan in self.plans.items() if plan is not None and plan.used}
+        if not used:
+            return
+        paths = {path for plan in filter(None, self.plans.values()) for path in plan.program.served}
+        weights = sum(p.nbytes for p in self._weights_of(paths).values())
+        fits = self.table_bytes() <= self.method.largest * weights
+        others = [form for form in self.plans if form not in used] if fits else []
+        kept = [*others[-PLANS_KEPT:], *used]
+        if len(kept) < len(self.plans):
+            self.plans = {form: self.plans[form] for form in kept}
+            self.samples = self.samples and Samples(self._served_weights)
+            self.live.count("syncs", int(self.device.type == "cuda"))
+        for plan in filter(None, self.plans.values()):
+            plan.keep(all_of_grids=fits)
+
     def clear(self) -> None:
         """Weights back in place, nothing known."""
         if self.homes:
@@ -175,11 +196,7 @@ class _Served:
         """Around the denoiser, inside all other methods' layers."""
         if self.hidden:
             return call_next(*args, **kwargs)
-        time = self.denoiser.argument(TIMESTEP, args, kwargs)
-        if not isinstance(time, Tensor):
-            dtype = torch.float64 if isinstance(time, float) else torch.int64  # as UNets do
-            time = torch.tensor(time, dtype=dtype, device=self.device)
-            args, kwargs = self.denoiser.replace(args, kwargs, timestep=time)
+        args, kwargs = with_tensor_time(self.denoiser, args, kwargs)
         sources, form = self._sources(args, kwargs)
         if form not in self.plans:
             return self._watch(form, lambda: call_next(*args, **kwargs), sources)
@@ -252,17 +269,17 @@ class _Served:
         ready: dict[str, Callable[[], Any]] = {}
         for path in served:
             if path in plan.program.needed:
-                entry = plan.table[plan.key(path, time, condition)]
+                entry = plan.take(path, time, condition)
                 ready[path] = lambda e=entry, c=served[path]: rebuilt(c, e.tensors())
             else:
                 ready[path] = lambda made=plan.placeholders[path]: made
         return ready
 
     def _condition(self, plan: Plan, sources: Mapping[str, Tensor]) -> int:
-        for i, known in enumerate(plan.conditions):
-            if known.fits(sources):
-                known.used = True
-                return i
+        found, compared = plan.condition(sources)
+        self.live.count("syncs", compared * (self.device.type == "cuda"))
+        if found is not None:
+            return found
         plan.conditions.append(Condition.of(sources))
         if len(plan.conditions) > CONDITIONS_KEPT:
             gone = id(plan.conditions.pop(0))
@@ -281,6 +298,7 @@ class _Served:
                 )
             self.outside_grid += 1
             to_come = []
+            plan.note_off_grid(time, condition)
         self.fills += 1
         if self.fills > FILLS or not to_come:
             to_come = [now]

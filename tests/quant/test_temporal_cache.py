@@ -14,7 +14,7 @@ from accel.settings import Settings
 from accel.testing import TINY_NAMES, assert_equal, checks, conform, tiny
 from caches.interval import IntervalCache
 from caches.native import TaylorSeer
-from quant.temporal_cache import TemporalCache
+from quant.temporal_cache import PLANS_KEPT, TemporalCache
 from samplers.rlg import RLG
 from samplers.swap import SwapScheduler
 from samplers.time_shift import TimeShift
@@ -171,7 +171,8 @@ def test_a_timestep_off_the_grid_is_computed_or_refused():
     with attached(shift, host.pipe):
         plain = host.run()
     with attached(Recipe((DISK, shift)), host.pipe) as live:
-        assert_equal(plain, host.run(), "with other times than the grid's")
+        with pytest.warns(UserWarning, match="not on the sampler's grid"):
+            assert_equal(plain, host.run(), "with other times than the grid's")
         report = live.report()["members"][0]["runs"][0]
     assert report["detail"]["denoisers"]["unet"]["outside_grid"] > 0
     with (
@@ -181,6 +182,77 @@ def test_a_timestep_off_the_grid_is_computed_or_refused():
         host.run()
     with attached(TemporalCache(uncalibrated="refuse"), host.pipe):
         host.run()  # its own grid
+
+
+def test_timesteps_off_the_grid_do_not_pile_up(recwarn):
+    """Those of the latest run stay for one that asks for the same."""
+    host = tiny("ddim")
+    with attached(Recipe((TemporalCache(), TimeShift(window=200))), host.pipe) as live:
+        (served,) = live.members[0].served.values()
+        held = []
+        for seed in range(4):
+            host.run(generator=torch.Generator().manual_seed(seed))
+            held.append({place[1] for plan in served.plans.values() for place in plan.table})
+        computed = live.report()["members"][0]["runs"]
+        host.run(generator=torch.Generator().manual_seed(seed))
+        assert live.report()["members"][0]["runs"][-1]["computed"] == 0 < computed[-1]["computed"]
+    assert max(map(len, held)) == len(held[-1])
+    assert len(set().union(*held)) > len(held[-1]), "the runs had the same times: nothing to forget"
+    assert len([w for w in recwarn if "sampler's grid" in str(w.message)]) == 1
+
+
+def _table(live):
+    facts = live.report()["runs"][-1]["detail"]["denoisers"]["transformer"]
+    return facts["table_bytes"], facts["weights_bytes"]
+
+
+def test_a_table_of_many_grids_is_no_larger_than_the_weights():
+    host = tiny("cogvideox")
+    with attached(TemporalCache(hold="timestep"), host.pipe) as live:
+        host.run(num_inference_steps=4)
+        sizes = [_table(live)]
+        one = sizes[0][0]
+        for steps in range(5, 30):
+            host.run(num_inference_steps=steps)
+            sizes.append(_table(live))
+        served = host.run(num_inference_steps=29)
+        assert live.report()["runs"][-1]["computed"] == 0
+    assert_equal(host.run(num_inference_steps=29), served, "without the cache")
+    assert sum(range(4, 30)) * one / 4 > sizes[0][1], "too few grids to outgrow the weights"
+    assert all(table <= weights or table <= 30 * one / 4 for table, weights in sizes)
+
+
+def test_plans_of_other_batches_are_few_and_go_when_the_table_outgrows_the_weights():
+    host, counts = tiny("ddim"), []
+    with attached(TemporalCache(), host.pipe) as live:
+        (served,) = live.served.values()
+        for rows in (*range(1, 12), 1):
+            host.run(batch_size=rows, num_inference_steps=4)
+            facts = live.report()["runs"][-1]["detail"]["denoisers"]["unet"]
+            assert facts["table_bytes"] <= facts["weights_bytes"] or len(served.plans) == 1
+            counts.append(len(served.plans))
+        last = host.run(batch_size=1, num_inference_steps=4)
+        assert live.report()["runs"][-1]["computed"] == 0
+    assert max(counts) <= PLANS_KEPT + 1
+    assert_equal(host.run(batch_size=1, num_inference_steps=4), last, "without the cache")
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_conditions_are_compared_by_value_once_a_run(name, monkeypatch):
+    """Each comparison waits for the device; after it the objects are known."""
+    compared = []
+    equal = torch.equal
+    monkeypatch.setattr("quant._table.torch.equal", lambda *x: compared.append(1) or equal(*x))
+    host = tiny(name)
+    with attached(TemporalCache(), host.pipe) as live:
+        for _ in range(3):
+            compared.clear()
+            tensors = {k: v.clone() for k, v in host.inputs.items() if isinstance(v, torch.Tensor)}
+            host.run(**tensors, num_inference_steps=8)
+            run = live.report()["runs"][-1]
+            seen = len(compared)
+    assert run["calls"] >= 8
+    assert 0 < seen <= 4 * len(run["branches"])
 
 
 def test_calls_outside_a_run_use_the_weights():
