@@ -144,16 +144,18 @@ class Clock:
         self.follow()
 
     def release(self, user: Any) -> None:
-        """Stop listening with the last user."""
-        if self.run is not None:
-            user.run_ended(self.run)
-        self._users.remove(user)
-        if self._users:
-            self.follow()
-        else:
-            self._close_run()
-            self._patch.undo()
-            self.scheduler, self._homes = None, ()
+        """Stop listening with the last user; also where its end of a run raises."""
+        try:
+            if self.run is not None:
+                user.run_ended(self.run)
+        finally:
+            self._users.remove(user)
+            if self._users:
+                self.follow()
+            else:
+                self._close_run()
+                self._patch.undo()
+                self.scheduler, self._homes = None, ()
 
     def subscribe(self, fn: Callable[[Event], None]) -> Callable[[], None]:
         """Call ``fn(event)`` at every event; returns the function that ends it."""

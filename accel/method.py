@@ -352,10 +352,10 @@ class Attached:
             return
         self.patch.undo()
         self._attached = False
-        self.clock.release(self)
         pipe = self._pipe()
         if pipe is not None:
             _ATTACHED[pipe] = [r for r in _ATTACHED[pipe] if r() not in (None, self)]
+        self.clock.release(self)
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,15 @@ def multiplies_integers(device: torch.device) -> bool:
     return gpu.runs_on(device)
 
 
-ROUNDED = 1e-4  # of the largest timestep: what hosts round by on the way to the denoiser
+ROUNDED = 1e-4  # of the largest timestep: what hosts round by on the way to the denoiser, at least
 
 
 class Bins(nn.Module):
     """Which group of timesteps is being computed: ``index``, one element, shared by all layers.
 
     times, groups: calibrated timesteps and the group of each; another timestep is in the group of
-    the nearest one. off: how far the farthest of late was from that.
+    the nearest one. off: how far the farthest of late was from that, over what rounding explains as
+    a share (``ROUNDED``, or the precision of the type it came in).
     """
 
     times: Tensor
@@ -63,14 +64,15 @@ class Bins(nn.Module):
     def set(self, timestep: Any) -> None:
         """From a denoiser's argument, a number or tensor. Of several the largest counts: tokens of
         a frame that is given have time 0."""
-        time = torch.as_tensor(timestep, device=self.index.device).amax().reshape(1).float()
-        off, near = (floats_of(self.times) - time).abs().min(0, keepdim=True)
+        given = torch.as_tensor(timestep, device=self.index.device).amax().reshape(1)
+        off, near = (floats_of(self.times) - given.float()).abs().min(0, keepdim=True)
         self.index.copy_(self.groups[near])
-        self.off.copy_(torch.maximum(self.off, off))
+        eps = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
+        self.off.copy_(torch.maximum(self.off, off / max(ROUNDED, eps)))
 
     def is_off_grid(self) -> bool:
         """Whether a timestep since ``off`` was 0 was none of those calibrated; waits for it."""
-        return bool(self.off > ROUNDED * floats_of(self.times).max())
+        return bool(self.off > floats_of(self.times).max())
 
 
 class _NoGradient(torch.autograd.Function):

@@ -57,10 +57,22 @@ def check_fits(artifact: Artifact, pipe: Any) -> None:
 
 
 def bins_of(artifact: Artifact, slot: str) -> Bins:
-    """Groups of timesteps as calibrated. Raises ``ValueError`` if the artifact has none."""
+    """Groups of timesteps as calibrated.
+
+    Raises:
+        ValueError: the artifact has none, or groups that its layers have no scales of.
+    """
     times, groups = (artifact.tensors.get(f"{slot}:{name}") for name in ("times", "groups"))
-    if times is None or groups is None or times.shape != groups.shape:
+    if times is None or groups is None or times.shape != groups.shape or not times.numel():
         raise ValueError(f"the artifact has no timesteps of {slot}; calibrate again")
+    if (times.ndim, times.dtype, groups.dtype) != (1, torch.int32, torch.int64):
+        raise ValueError(
+            f"timesteps of {slot} in the artifact are of another form; calibrate again"
+        )
+    mine = (n for n in artifact.tensors if n.startswith(f"{slot}.") and n.endswith(":ascale"))
+    scales = [n for n in (artifact.tensors[name].numel() for name in mine) if n > 1]
+    if groups.min() < 0 or groups.max() >= min(scales, default=len(groups)):
+        raise ValueError(f"groups of timesteps of {slot} have no scales; calibrate again")
     return Bins(len(times)).fill(floats_of(times), groups)
 
 

@@ -280,3 +280,20 @@ def test_samples_in_a_list_are_rows():
     """Z-Image gives its transformer one tensor a sample."""
     assert _rows(([torch.zeros(4, 1, 8, 8)] * 3, 0.5), {}) == 3
     assert _rows((), {"hidden_states": torch.zeros(2, 4)}) == 2
+
+
+def test_a_user_whose_end_of_a_run_raises_is_released_all_the_same():
+    """Detaching in mid-run, with an error to report."""
+    host = tiny("ddim")
+    state = host_state(host.pipe)
+
+    def end(run):
+        raise RuntimeError("no end")
+
+    live = Recipe(()).attach(host.pipe)
+    host.pipe.scheduler.set_timesteps(2)
+    live.on_run_end = end
+    with pytest.raises(RuntimeError, match="no end"):
+        live.detach()
+    assert not accel.live_on(host.pipe)
+    assert_same_state(state, host_state(host.pipe))

@@ -23,6 +23,7 @@ from accel.testing import (
 )
 from caches.interval import IntervalCache
 from caches.native import FirstBlockCache, TaylorSeer
+from quant._layers import Bins
 from quant._rounding import bits_of, floats_of
 from quant.calibrate import TFMQCalibration
 from quant.temporal_cache import TemporalCache
@@ -287,6 +288,18 @@ def test_timesteps_that_were_not_calibrated_are_told(calibrated, recwarn):
     assert "grid" not in before["detail"] | after["detail"]
 
 
+def test_timesteps_that_the_host_rounds_are_those_that_were_calibrated():
+    """Pipelines in half precision round on the way to the denoiser."""
+    times = torch.linspace(1, 0.01, 20)
+    bins = Bins(len(times)).fill(times, torch.arange(20))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for time in times:
+            bins.set(time.to(dtype))
+        assert not bins.is_off_grid(), dtype
+    bins.set((times[3] + 0.02).to(torch.bfloat16))
+    assert bins.is_off_grid()
+
+
 def test_one_scale_for_all_timesteps_fits_any_grid(calibrated):
     host = tiny("ddim")
     with attached(TFMQ(calibrated("ddim", activations="static")[1]), host.pipe) as live:
@@ -393,6 +406,27 @@ def test_tensors_of_another_form_are_refused(name, instead, calibrated, tmp_path
         tensors[name] = instead
     broken = replace(artifact, tensors=tensors)
     _is_refused(TFMQ(broken.save(tmp_path / "broken.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("times", lambda t: t.long()),
+        ("times", lambda t: t[None]),
+        ("groups", lambda t: t.float()),
+        ("groups", lambda t: t + 4),
+        ("groups", lambda t: t - 1),
+        ("both", lambda t: t[:0]),
+    ],
+)
+def test_timesteps_without_scales_are_refused(name, instead, calibrated, tmp_path):
+    artifact = calibrated("ddim", activations="groups", groups=4)[0]
+    names = ("times", "groups") if name == "both" else (name,)
+    wrong = {f"unet:{n}": instead(artifact.tensors[f"unet:{n}"]) for n in names}
+    broken = replace(artifact, tensors={**artifact.tensors, **wrong})
+    host = tiny("ddim")
+    with pytest.raises(ValueError, match="calibrate again"):
+        TFMQ(broken.save(tmp_path / "broken.safetensors")).attach(host.pipe)
 
 
 def _is_refused(method):
