@@ -44,7 +44,7 @@ from benchmarks.digits_study import (
 from benchmarks.quant_peers import Quanto, TorchAO
 from benchmarks.results_file import DEVICES, add_fresh, read, write
 from quant import mixed_precision
-from quant._parts import NOT_WEIGHTS
+from quant._parts import of_weights
 from quant.calibrate import TFMQCalibration
 from quant.tfmq import TFMQ
 
@@ -149,8 +149,8 @@ class Calibrator:
         return TFMQ(ref), facts(self.pipe, artifact, ref)
 
     def _parts(self, how: TFMQCalibration) -> str:
-        kept = {k: v for k, v in settings_json(how).items() if k not in NOT_WEIGHTS}
-        return str(self.folder / _digest(json.dumps(kept, sort_keys=True)))
+        kept = json.dumps(of_weights(settings_json(how)), sort_keys=True)
+        return str(self.folder / _digest(kept))
 
     def _planned(self, how: TFMQCalibration, share: float) -> TFMQCalibration:
         nearest = replace(how, rounding="nearest", bits=8)

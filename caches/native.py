@@ -5,9 +5,9 @@ unchanged as diffusers 0.42 has them, but as layers of our patch instead of its 
 model without hookable modules is refused; TaylorSeer's modules come from the table of denoisers
 (its own patterns match nothing in DiT, PixArt, Wan, CogVideoX, LTX, and its "lite" ones give noise
 on DiT); pipelines that name no guidance branch work (they raise there, or mix branches); state is
-cleared when a run starts, the batch changes (guidance that ends early) or a call is asked for again
-(its output was wrong); MagCache knows the run's true length and place. Left as it is: FirstBlockCache decides on a mean over the batch, so samples
-depend on batch mates, and waits for the device every call.
+cleared when a run starts, the batch changes (guidance that ends early) or a call comes again (its
+output was wrong); MagCache knows the run's true length and place. Left as it is: FirstBlockCache
+decides on a mean over the batch, so samples depend on batch mates, and waits for the device.
 Memory: two to three activations a branch; TaylorSeer (max_order + 1) for every cached module.
 """
 
@@ -255,8 +255,8 @@ class _LiveHooks(Attached):
     def __init__(self, method: Method, pipe: Any) -> None:
         super().__init__(method, pipe)
         self.hooks: list[tuple[Any, Any]] = []
-        self.shapes: dict[tuple[str, str], Any] = {}  # of the newest call, by denoiser and branch
-        self.places: dict[tuple[str, str], tuple[Any, ...]] = {}  # and which call of the run it was
+        # of the newest call, by denoiser and branch: its shape, and which one of the run it was
+        self.newest: dict[tuple[str, str], tuple[Any, Any]] = {}
         self.peak = (0, 0)  # bytes on the device and the host
 
     def adopt(self, denoiser: Denoiser, technique: str, config: Any) -> None:
@@ -285,10 +285,6 @@ class _LiveHooks(Attached):
             assert now is not None
             if not now.first:
                 self.count("syncs", self.syncs_per_call)
-            key, shape = (now.denoiser, now.branch), denoiser.sample(args, kwargs).shape
-            if self.shapes.setdefault(key, shape) != shape:
-                self.shapes[key] = shape
-                self._start_afresh()
             run = self.clock.run
             if run is not None and run.position == len(run.timesteps) - 1:
                 self._look_at_memory()  # some forget at the last call
@@ -299,11 +295,11 @@ class _LiveHooks(Attached):
         def once(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
             now = self.now
             assert now is not None
-            key, place = (now.denoiser, now.branch), now[:4]
-            if self.places.get(key) != place:
-                self.places[key] = place
+            key, before = (now.denoiser, now.branch), self.newest.get((now.denoiser, now.branch))
+            self.newest[key] = shape, place = denoiser.sample(args, kwargs).shape, now[:4]
+            if before is None or (before[0] == shape and before[1] != place):
                 return call_next(*args, **kwargs)
-            self._start_afresh()  # asked again, because the first output was wrong
+            self._start_afresh()  # another batch; or asked again, because the output was wrong
             with compat.branch_context(managers, now.branch):  # which is forgotten too
                 self.place(managers)
                 return call_next(*args, **kwargs)
@@ -330,8 +326,7 @@ class _LiveHooks(Attached):
         """Tell the states of a branch which call of the run this is."""
 
     def on_run(self, run: Run) -> None:
-        self.shapes.clear()
-        self.places.clear()
+        self.newest.clear()
         self._clear()
         self.peak = (0, 0)
 

@@ -43,17 +43,19 @@ class OneDenoiser:
         self.how, self.denoiser, self.seen, self.folder, self.say = how, denoiser, seen, folder, say
         self.teacher: nn.Module = denoiser.module
         self.student = copy.deepcopy(self.teacher).requires_grad_(False)
-        self.plan, self.sources = self._temporal_plan()
+        self.plan, self.sources, self.known = self._temporal_plan()
         self.splits = {} if how.skips == "joint" else skip_splits(denoiser)
         self.groups = Groups(seen.times, how.groups)
         self.codes: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
+        self.slower: set[str] = set()  # in integers, and whole for that
         self.seconds_before = 0.0  # that parts took which were found done
         self._grids: dict[str, tuple[Any, list[Grids]]] = {}
 
     # -- which layers --------------------------------------------------------------------------
 
-    def _temporal_plan(self) -> tuple[Program, dict[str, Tensor]]:
+    def _temporal_plan(self) -> tuple[Program, dict[str, Tensor], frozenset[str]]:
+        """What depends on the timestep; its arguments; modules that see nothing of the sample."""
         call = self.seen.calls[0]
         sources = {
             name + keystr(where): leaf
@@ -63,7 +65,8 @@ class OneDenoiser:
         }
         with torch.no_grad():
             seen = watch(self.teacher, lambda: self.teacher(*call.args, **call.kwargs), sources)
-        return program(seen, self.teacher), sources
+        known = frozenset(p for p, calls in seen.calls.items() if all(c.known for c in calls))
+        return program(seen, self.teacher), sources, known
 
     def _is_temporal(self, path: str) -> bool:
         served = self.plan.served
@@ -78,8 +81,8 @@ class OneDenoiser:
         def worth(path: str) -> bool:
             call = self.plan.served[path]
             row = sum(t.nbytes // max(len(t), 1) for t in call.tensors)  # of one condition
-            weights = sum(p.nbytes for p in self.teacher.get_submodule(path).parameters())
-            return row * len(self.seen.times) <= weights * self.how.bits / 32
+            weights = sum(p.numel() for p in self.teacher.get_submodule(path).parameters())
+            return row * len(self.seen.times) <= weights * self.how.bits / 8
 
         return any(
             (path == p or path.startswith(p + ".")) and worth(p)
@@ -101,8 +104,8 @@ class OneDenoiser:
         return dict(self.how.plan).get(f"{self.denoiser.slot}.{path}", WHOLE)
 
     def chosen(self) -> list[str]:
-        """Layers to quantise, in the order they run: the plan's, or all but the first, the last
-        and perhaps the skips'.
+        """Layers to quantise, in the order they run: the plan's, or all but the first and the last
+        that the sample goes through, and perhaps the skips'.
 
         Raises:
             ValueError: the plan names a layer that no call went through.
@@ -119,7 +122,7 @@ class OneDenoiser:
             order = sorted(self.seen.layers, key=lambda p: self.seen.layers[p].order)
             return [p for p in order if self.bits(p) < WHOLE]
         order = self.candidates()
-        data = [p for p in order if not self._is_temporal(p)]
+        data = [p for p in order if p not in self.known]
         kept = {data[0], data[-1]} if data else set()
         if self.how.skips == "whole":
             kept |= self.splits.keys()
@@ -148,7 +151,7 @@ class OneDenoiser:
         temporal = [p for p in chosen if self._is_temporal(p)] if apart else []
         rest = [p for p in chosen if p not in temporal]
         units = [*([("temporal", temporal)] if temporal else []), *self.parts(rest)]
-        slot, slower = self.denoiser.slot, 0
+        slot = self.denoiser.slot
         for i, (unit, inside) in enumerate(units):
             began = time.monotonic()
             error = self._round(unit, inside)
@@ -156,16 +159,16 @@ class OneDenoiser:
             self.say(f"{slot} {i + 1}/{len(units)} {unit}: {error} {took}")
         tensors |= self.times()
         for path in chosen:
-            how, held = self.stored(path, self.codes[path], self.scales[path], self.bits(path))
-            if self.how.only_faster and not self.faster(path, how, held):
-                slower += 1
+            if path in self.slower:
                 continue
+            how, held = self.stored(path, self.codes[path], self.scales[path], self.bits(path))
             tensors |= held
             layers[f"{slot}.{path}"] = how
         if self.how.only_faster:
+            faster = f"{len(chosen) - len(self.slower)} of {len(chosen)} layers"
             self.say(
-                f"{slot}: {len(chosen) - slower} of {len(chosen)} layers are faster in integers "
-                "here; the others stay as they are (ask for every layer for size)"
+                f"{slot}: {faster} are faster in integers here; the others stay as they are "
+                "(ask for every layer for size)"
             )
 
     def times(self) -> dict[str, Tensor]:
@@ -220,10 +223,13 @@ class OneDenoiser:
         return torch.cat([per_channel(search(w, bits), w.ndim).expand_as(w) for w in both], 1)
 
     def _round(self, unit: str, inside: list[str]) -> str:
-        """Codes of the layers in one part, in the student too; kept in the folder."""
+        """Codes of the layers in one part, in the student too (but for those that are slower in
+        integers, where that matters); kept in the folder."""
         weights = {p: self.weight(p) for p in inside}
         slot = self.denoiser.slot
-        found = None if self.folder is None else self.folder.load(slot, unit)
+        kinds = ("codes", "scale", "faster") if self.how.only_faster else ("codes", "scale")
+        names = {"seconds"} | {f"{p}:{kind}" for p in inside for kind in kinds}
+        found = None if self.folder is None else self.folder.load(slot, unit, names)
         if found is not None:
             self.seconds_before += float(found["seconds"])
             found = {name: t.to(self.device) for name, t in found.items()}
@@ -233,6 +239,9 @@ class OneDenoiser:
             codes = self._codes(unit, weights, scales)
             found = {f"{p}:codes": c.to(torch.int8) for p, c in codes.items()}
             found |= {f"{p}:scale": s for p, s in scales.items()}
+            if self.how.only_faster:
+                made = {p: self.stored(p, codes[p], scales[p], self.bits(p)) for p in inside}
+                found |= {f"{p}:faster": torch.tensor(self.faster(p, *made[p])) for p in inside}
             found["seconds"] = torch.tensor(time.monotonic() - began)
             if self.folder is not None:
                 self.folder.save(slot, unit, found)
@@ -242,6 +251,9 @@ class OneDenoiser:
             made = self.codes[path].float() * per_channel(self.scales[path], weight.ndim)
             off += float((made - weight).pow(2).sum())
             total += float(weight.pow(2).sum())
+            if not found.get(f"{path}:faster", True):
+                self.slower.add(path)
+                continue
             self.student.get_submodule(path).weight.copy_(made)  # type: ignore[operator, union-attr]
         return f"relative weight error {(off / max(total, 1e-30)) ** 0.5:.4f},"
 

@@ -146,7 +146,11 @@ def rounded_by_gptq(
     student: nn.Module, path: str, scale: Tensor, bits: int, calls: list[Call]
 ) -> Tensor:
     """Codes of one layer, linear or an ungrouped convolution over images, from the inputs that the
-    model quantised so far gives it."""
+    model quantised so far gives it.
+
+    Raises:
+        ValueError: these are not finite.
+    """
     layer: Any = student.get_submodule(path)
     columns = layer.weight[0].numel()
     hessian = layer.weight.new_zeros(columns, columns, dtype=torch.float64)
@@ -157,5 +161,10 @@ def rounded_by_gptq(
             x = x.transpose(1, 2)  # (b, places, c * k * k)
         rows = x.reshape(-1, columns).double()
         hessian += rows.t() @ rows
+    if not bool(hessian.isfinite().all()):
+        raise ValueError(
+            f"inputs of {path} are not finite: the model computes NaN or infinity in "
+            f"{layer.weight.dtype} on these inputs; look at its weights, or calibrate in float32"
+        )
     of_each = scale.expand_as(layer.weight).flatten(1) if scale.ndim > 1 else scale
     return gptq(layer.weight.flatten(1), of_each, bits, hessian).view_as(layer.weight)

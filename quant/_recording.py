@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from accel.clock import clock_of
+from accel.clock import clock_of, sampling_grid
 from accel.denoiser import Denoiser
 from accel.measure import pipeline_samples
 from accel.method import Recipe, attached
 from accel.patch import Patch
+from quant._grid import TIMESTEP, with_tensor_time
 from quant._layers import quantisable, splittable
 
 ROWS = 256  # of one layer's inputs at one call that are kept, to choose among activation schemes
@@ -58,6 +59,7 @@ class Recording:
     layers: dict[str, LayerInputs] = field(default_factory=dict)
     pieces: dict[str, tuple[LayerInputs, LayerInputs]] = field(default_factory=dict)  # of splits
     times: list[float] = field(default_factory=list)  # of the grid, in order, each once
+    grid: tuple[float, ...] = ()  # noise levels of the newest run's grid
     guided: set[bool | None] = field(default_factory=set)  # as runs say it
 
 
@@ -97,10 +99,11 @@ def record(
     kept: dict[str, tuple[int, int, int]] = {}  # path -> (input, part of the grid, step)
 
     def is_due(path: str) -> bool:
-        """Of each part of the grid the first step from its middle on that comes here."""
+        """Of each part of the grid the first step from its middle on that comes here. The middle of
+        part p of n is at step (2 p + 1) steps / 2 n; in as many parts as steps, each is its own."""
         run, place = clock.run, clock.now.step if clock.now is not None else 0
-        stride = max(1, (run.steps if run is not None else 1) // calls)
-        part = (place - stride // 2) // stride
+        steps = run.steps if run is not None else 1
+        part = ((2 * calls * (place + 1) - 1) // steps - 1) // 2
         if part < 0:
             return False
         if kept.get(path, ())[:2] != (now["input"], part):
@@ -108,7 +111,8 @@ def record(
         return kept[path][2] == place
 
     def on_denoiser(call_next: Callable, *args: Any, **kwargs: Any) -> Any:
-        now["time"] = time = _time(denoiser.argument("timestep", args, kwargs))
+        args, kwargs = with_tensor_time(denoiser, args, kwargs)
+        now["time"] = time = _time(denoiser.argument(TIMESTEP, args, kwargs))
         if time not in seen.times:
             seen.times.append(time)
         seen.guided.add(None if clock.run is None else clock.run.guided)
@@ -154,6 +158,7 @@ def record(
                 now["input"] = i
                 pipeline_samples(pipe, {**call, **recipe.call_changes()}, seed + i)
                 now["time"] = None
+            seen.grid = sampling_grid(pipe.scheduler)[1]
         finally:
             patch.undo()
     if seen.times and not seen.calls:
@@ -164,9 +169,9 @@ def record(
     return seen
 
 
-def _time(timestep: Any) -> float:
+def _time(timestep: Tensor) -> float:
     """Of a call, in float32, as tables hold it; of several the largest, as ``Bins.set``."""
-    return float(torch.as_tensor(timestep).amax().float())
+    return float(timestep.amax().float())
 
 
 def _copied(leaf: Any) -> Any:

@@ -15,11 +15,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from accel.artifact import Artifact, fingerprints, inputs_digest
-from accel.clock import sampling_grid
 from accel.denoiser import denoisers
 from accel.method import Recipe, Trainer
 from accel.settings import Settings, check_fields, settings_json
-from quant._parts import Parts, conditions
+from quant._parts import Parts, conditions, of_weights
 from quant._quantise import WHOLE, OneDenoiser, Say, check_host
 from quant._recording import record
 from quant._stored import METHOD
@@ -87,11 +86,13 @@ class TFMQCalibration(Trainer):
         stray = sorted(p for p in self.plan or () if p.partition(".")[0] not in slots)
         if stray:
             raise ValueError(f"the plan has {stray[0]}; this pipeline has {sorted(slots)}")
-        folder = Parts(Path(out), settings_json(self), conditions(pipe, inputs, recipe))
+        work = of_weights(settings_json(self)) | conditions(pipe, inputs, recipe)
+        folder = Parts(Path(out), work)
         tensors: dict[str, Tensor] = {}
         layers: dict[str, Any] = {}
         errors: dict[str, float] = {}
         guided: set[bool | None] = set()
+        grid: tuple[float, ...] = ()
         began, before = time.monotonic(), 0.0
         for denoiser in denoisers(pipe):
             seen = record(pipe, denoiser, inputs, recipe, calls=self.calls, seed=self.seed)
@@ -100,6 +101,7 @@ class TFMQCalibration(Trainer):
                 continue
             say(f"{denoiser.slot}: {len(seen.layers)} layers seen at {len(seen.times)} timesteps")
             guided |= seen.guided
+            grid = seen.grid
             one = OneDenoiser(self, denoiser, seen, folder, say)
             one.quantise(tensors, layers)
             errors[denoiser.slot] = one.temporal_error()
@@ -115,7 +117,7 @@ class TFMQCalibration(Trainer):
             method=METHOD,
             **fingerprints(pipe),
             tensors=tensors,
-            grid=sampling_grid(pipe.scheduler)[1],
+            grid=grid,
             guidance=guided.pop() if len(guided) == 1 else None,
             inputs_sha256=inputs_digest(inputs),
             settings={

@@ -146,7 +146,7 @@ def measured(
     """Costs of every layer that no table of ``TemporalCache`` replaces, first and last among them.
 
     how: a ``TFMQCalibration``, which says what is done with activations. A layer that was measured
-    lies in ``out`` and is not measured again.
+    (with as many threads, which seconds depend on) lies in ``out`` and is not measured again.
 
     Raises:
         ValueError: no inputs, weights that are not those that run (see ``check_host``), or a folder
@@ -156,7 +156,9 @@ def measured(
         raise ValueError("mixed_precision.measured: no inputs")
     recipe = recipe or Recipe(())
     check_host(pipe, recipe)
-    folder = Parts(Path(out), settings_json(how), conditions(pipe, inputs, recipe))
+    threads = {"threads": torch.get_num_threads()}
+    work = settings_json(how) | threads | conditions(pipe, inputs, recipe)
+    folder = Parts(Path(out), work)
     found: list[LayerCosts] = []
     for denoiser in denoisers(pipe):
         seen = record(pipe, denoiser, inputs, recipe, calls=how.calls, seed=how.seed)

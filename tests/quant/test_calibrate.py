@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import DDIMPipeline, HeunDiscreteScheduler
+from safetensors.torch import save
 
 from accel.denoiser import denoisers
 from accel.method import Recipe, attached
+from accel.settings import Settings
 from accel.testing import tiny
 from caches.interval import IntervalCache
 from quant._activations import Groups, activations, static_grids
@@ -18,6 +23,7 @@ from quant._recording import LayerInputs, record
 from quant._rounding import nearest, per_channel, searched_scale, static_grid
 from quant._stored import quantised, stored
 from quant.calibrate import TFMQCalibration
+from samplers.swap import SwapScheduler
 
 
 def test_first_and_last_layer_stay_whole(calibrated):
@@ -25,6 +31,38 @@ def test_first_and_last_layer_stay_whole(calibrated):
     assert "transformer.pos_embed.proj" not in layers
     assert "transformer.proj_out_2" not in layers
     assert "transformer.transformer_blocks.0.ff.net.2" in layers
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("sdxl", "unet.conv_in"), ("cogvideox", "transformer.patch_embed.proj")]
+)
+def test_the_first_layer_is_the_first_of_the_sample(name, first, calibrated):
+    """Layers of the text and of sizes run before it."""
+    layers = calibrated(name)[0].settings["layers"]
+    assert first not in layers
+    assert any("text_proj" in p or "add_embedding" in p or "attn2.to_k" in p for p in layers)
+
+
+def test_half_precision_leaves_the_same_layers_to_the_cache():
+    """A table and packed weights are weighed by their own bytes, not by those of whole weights."""
+    host, kept = tiny("dit"), {}
+    plain = {k: v for k, v in host.inputs.items() if k != "output_type"}
+    (denoiser,) = denoisers(host.pipe)
+    for bits in (4, 8):
+        seen = record(host.pipe, denoiser, [plain], Recipe(()), calls=1)
+        one = OneDenoiser(TFMQCalibration(bits=bits), denoiser, seen, None, print)
+        path = next(p for p, c in one.plan.served.items() if "timestep" in c.labels)
+        row = sum(t.nbytes // len(t) for t in one.plan.served[path].tensors)
+        packed = sum(p.numel() for p in one.teacher.get_submodule(path).parameters()) * bits // 8
+        for steps in (packed // row, packed // row + 1):
+            seen.times = list(range(steps))
+            kept[bits, steps * row > packed] = one._to_be_cached(path)
+        one.teacher.to(torch.bfloat16)
+        for larger in (False, True):
+            seen.times = list(range(packed // row + larger))
+            assert one._to_be_cached(path) == kept[bits, larger]
+        one.teacher.to(torch.float32)
+    assert kept == {(4, False): True, (4, True): False, (8, False): True, (8, True): False}
 
 
 def test_temporal_modules_stay_whole_for_the_cache(calibrated):
@@ -115,6 +153,19 @@ def test_resumes_where_it_stopped(tmp_path, fit):
         assert torch.equal(tensor, again.tensors[name]), name
 
 
+def test_parts_of_another_grid_or_with_other_names_are_not_used(tmp_path, fit):
+    how = TFMQCalibration(rounding="nearest", calls=1)
+    whole = fit(how, tiny("dit"), tmp_path)
+    host = tiny("dit")
+    host.pipe.scheduler = HeunDiscreteScheduler.from_config(host.pipe.scheduler.config)
+    with pytest.raises(ValueError, match="of another scheduler"):
+        fit(how, host, tmp_path)
+    part = next(tmp_path.glob("transformer.*.safetensors"))
+    part.write_bytes(save({"codes": torch.zeros(1)}))
+    again = fit(how, tiny("dit"), tmp_path)
+    assert all(torch.equal(x, again.tensors[name]) for name, x in whole.tensors.items())
+
+
 def test_a_folder_of_another_calibration_is_refused(tmp_path, fit):
     fit(TFMQCalibration(rounding="nearest", calls=1), tiny("dit"), tmp_path)
     with pytest.raises(ValueError, match="another calibration"):
@@ -144,6 +195,50 @@ def test_what_a_cache_leaves_out_is_looked_at_in_the_next_step(recipe, tmp_path,
     rows = {p: len({time for time, _ in x.rows}) for p, x in seen.layers.items()}
     assert seen.calls
     assert min(rows.values()) >= 3, rows
+
+
+@pytest.mark.parametrize(("steps", "calls"), [(4, 4), (9, 5), (15, 8), (20, 8), (3, 8)])
+def test_as_many_calls_are_kept_as_asked(steps, calls):
+    host = tiny("dit")
+    plain = {**host.inputs, "num_inference_steps": steps}
+    del plain["output_type"]
+    seen = record(host.pipe, denoisers(host.pipe)[0], [plain], Recipe(()), calls=calls)
+    assert len({call.time for call in seen.calls}) == min(steps, calls)
+
+
+def test_the_grid_is_that_of_the_recipe(tmp_path, fit):
+    recipe = Recipe((SwapScheduler("DPMSolverMultistepScheduler", steps=6),))
+    made = fit(TFMQCalibration(rounding="nearest", calls=1), tiny("dit"), tmp_path, recipe=recipe)
+    assert len(made.grid) == len(made.tensors["transformer:times"]) == 6
+
+
+class Numbers(DDIMPipeline):
+    """Gives its denoiser the timestep as a number."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=4, generator=None, **rest):
+        x = torch.randn(1, 3, 8, 12, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.unet(x, int(t)).sample, t, x).prev_sample
+        return (x,)
+
+
+def test_timesteps_that_are_numbers(tmp_path):
+    host = tiny("ddim")
+    pipe = Numbers(host.pipe.unet, host.pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    how = TFMQCalibration(rounding="adaround", steps=2, calls=1, temporal="tiar")
+    made = how.fit(pipe, [{"num_inference_steps": 2}], str(tmp_path), say=lambda _: None)
+    assert made.settings["temporal_error"]["unet"] > 0
+
+
+def test_inputs_that_are_not_finite_are_told(tmp_path, fit):
+    host = tiny("dit")
+    with torch.no_grad():
+        host.pipe.transformer.transformer_blocks[0].ff.net[2].bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"inputs of transformer_blocks\S+ are not finite"):
+        fit(TFMQCalibration(calls=1), host, tmp_path)
 
 
 def test_a_part_of_the_schedule_is_enough(tmp_path, fit):
@@ -277,6 +372,30 @@ def test_layers_that_integers_make_slower_stay_whole(tmp_path, fit, monkeypatch)
     assert layers
     assert all(".ff." in path for path in layers)
     assert any(f"{len(layers)} of " in line and "stay as they are" in line for line in said)
+
+
+def test_layers_that_stay_whole_are_whole_for_all_that_follows(tmp_path, fit, monkeypatch):
+    """For its error, for the parts behind, and when a stopped calibration goes on."""
+    slower, tried = ("norm1", "proj_out_1", "attn1"), []
+
+    def seconds(self, path, *_):
+        tried.append(path)
+        return (2.0, 1.0) if any(name in path for name in slower) else (1.0, 2.0)
+
+    monkeypatch.setattr(OneDenoiser, "seconds", seconds)
+    how = TFMQCalibration(bits=4, calls=1, temporal="tiar", steps=2, only_faster=True)
+    made = fit(how, tiny("dit"), tmp_path / "a")
+    assert made.settings["temporal_error"]["transformer"] == 0
+    layers = made.settings["layers"]
+    assert not any(name in path for path in layers for name in slower)
+    planned = replace(how, only_faster=False, plan=Settings(dict.fromkeys(layers, 4)))
+    same = fit(planned, tiny("dit"), tmp_path / "b")
+    for name, tensor in made.tensors.items():
+        assert torch.equal(tensor, same.tensors[name]), name
+    tried.clear()
+    again = fit(how, tiny("dit"), tmp_path / "a")
+    assert tried == []
+    assert again.settings["layers"] == made.settings["layers"]
 
 
 def test_a_tiny_model_has_no_layer_that_integers_make_faster(tmp_path, fit):

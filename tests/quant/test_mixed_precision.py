@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -123,6 +124,17 @@ def test_a_layer_whose_file_is_damaged_is_measured_again(costs):
     files[1].write_bytes(b"[]")
     again = measured(tiny("dit").pipe, inputs, HOW, str(folder), say=lambda _: None)
     assert [layer.error for layer in again] == [layer.error for layer in layers]
+
+
+def test_costs_of_other_activations_or_threads_are_not_these(costs, monkeypatch):
+    """Errors depend on how activations are quantised, seconds on threads."""
+    _, folder, inputs = costs
+    for how in (replace(HOW, activations="static"), replace(HOW, groups=2)):
+        with pytest.raises(ValueError, match="another calibration"):
+            measured(tiny("dit").pipe, inputs, how, str(folder), say=lambda _: None)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 99)
+    with pytest.raises(ValueError, match="99 here"):
+        measured(tiny("dit").pipe, inputs, HOW, str(folder), say=lambda _: None)
 
 
 def test_a_calibration_follows_the_plan(costs, tmp_path, fit):
