@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from accel import zoo
-from accel.checkpoints import newest_checkpoint
+from accel.checkpoints import POSITION, Position, newest_checkpoint
 from accel.files import write_atomically
 from accel.measure import hardware
 from accel.zoo.ship import MODELS, model, ship
@@ -23,6 +23,7 @@ from accel.zoo.training import SETTINGS, TRAINING, LastStage, Preset, Training
 
 PRESETS = ("cpu", "gpu", "smoke")
 SCRATCH, SHIPPED = "scratch", "shipped"
+COMPARED = ("model", "preset", "seed", "start", "pool")  # of a training that is resumed
 
 
 def _limited(preset: Preset, stage: str, steps, minutes, batch) -> Preset:
@@ -41,12 +42,26 @@ def _limited(preset: Preset, stage: str, steps, minutes, batch) -> Preset:
 def _check_same_run(file: Path, settings: dict) -> None:
     """Resumed with other data, a run would be neither the old one nor a new one."""
     before = json.loads(file.read_text()) if file.is_file() else settings
-    for key in ("model", "seed", "start", "pool"):
-        if before[key] != settings[key]:
+    pairs = [(key, before[key], settings[key]) for key in COMPARED]
+    for stage, how in settings["stages"].items():
+        if stage in before["stages"] and _goes_on(file.parent / stage, how["loop"]):
+            pairs.append((f"batch of {stage}", before["stages"][stage]["batch"], how["batch"]))
+    for key, was, now in pairs:
+        if was != now:
             raise SystemExit(
-                f"{file.parent} was begun with {key} {before[key]}, not {settings[key]}; "
+                f"{file.parent} was begun with {key} {was}, not {now}; "
                 f"resume it with that, or name another --out"
             )
+
+
+def _goes_on(stage: Path, loop: dict) -> bool:
+    """Whether a stage was begun and draws more of its data, the place of which its batch tells."""
+    newest = newest_checkpoint(stage)
+    if newest is None:
+        return False
+    at = Position.read(newest / POSITION)
+    in_steps = loop["steps"] is None or at.step < loop["steps"]
+    return in_steps and (loop["minutes"] is None or at.seconds < 60 * loop["minutes"])
 
 
 def _start(start: str, name: str) -> Path | None:

@@ -120,6 +120,24 @@ def test_resuming_with_another_seed_is_refused(tmp_path):
         train.main(arguments(tmp_path, "--resume", "--seed", "1"))
 
 
+def test_resuming_with_another_batch_or_preset_is_refused(tmp_path, monkeypatch):
+    known = train.model("digits-judge")
+    made = SimpleNamespace(stages=known.stages, presets=known.presets, train=lambda run: None)
+    monkeypatch.setattr(train, "model", lambda name: made)
+    monkeypatch.setattr(train, "ship", lambda *place: None)
+    train.main(arguments(tmp_path, "--batch", "8"))
+    train.main(arguments(tmp_path, "--resume", "--batch", "4"))  # nothing was drawn yet
+    newest = tmp_path / "judge" / "checkpoint-2"
+    newest.mkdir(parents=True)
+    Position(step=2).write(newest / POSITION)
+    with pytest.raises(SystemExit, match="was begun with batch of judge 4, not 8"):
+        train.main(arguments(tmp_path, "--resume", "--batch", "8"))
+    with pytest.raises(SystemExit, match="was begun with preset smoke, not cpu"):
+        train.main(arguments(tmp_path, "--resume", "--batch", "4", "--preset", "cpu"))
+    train.main(arguments(tmp_path, "--resume", "--batch", "4"))
+    train.main([*arguments(tmp_path, "--resume", "--batch", "8"), "--steps", "2"])  # it is done
+
+
 def test_digits_dit_is_trained_shipped_and_loaded_from_nothing(tmp_path):
     """The whole way in miniature; the picture is noise, the folder is stock."""
     train.main(["digits-dit", "--preset", "smoke", "--steps", "2", "--out", str(tmp_path)])
