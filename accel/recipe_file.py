@@ -60,9 +60,10 @@ def read_recipe(source: str | os.PathLike[str]) -> RecipeFile:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ValueError(f"{path}: {len(data)} bytes is too large for a recipe")
+        raise ValueError(f"{path}: more than {MAX_BYTES} bytes is too large for a recipe")
     try:
         content = strict_yaml.read(data)
     except ValueError as error:

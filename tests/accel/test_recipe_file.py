@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +143,15 @@ def test_artifacts_lie_beside_the_recipe(tmp_path, path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match="must lie beside the recipe"):
         read_recipe(tmp_path / "r.yaml")
+
+
+def test_no_more_of_a_file_is_read_than_a_recipe_may_have(tmp_path, monkeypatch):
+    hostile = tmp_path / "large.yaml"
+    with hostile.open("wb") as file:
+        file.truncate(1 << 30)  # takes no room, until it is read
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("all of it was read"))
+    with pytest.raises(ValueError, match="too large for a recipe"):
+        read_recipe(hostile)
 
 
 def test_missing_file(tmp_path):
