@@ -9,6 +9,7 @@ import pytest
 
 import accel
 from accel.artifact import ArtifactRef
+from accel.denoiser import denoisers
 from accel.method import RUNS_KEPT, Attached, Method, Recipe, live_on
 from accel.settings import Settings
 from accel.testing import TINY_NAMES, assert_same_state, checks, conform, host_state, spy, tiny
@@ -115,9 +116,23 @@ class Liar(Taker):
         live.around_call(pipe.transformer, layer)
 
 
+@dataclass(frozen=True)
+class Toucher(Taker):
+    """Leaves an attribute behind where it does not know the model."""
+
+    def claims(self, pipe):
+        try:
+            denoisers(pipe)
+        except ValueError:
+            pipe.transformer.left = 1
+            raise
+        return super().claims(pipe)
+
+
 @pytest.mark.parametrize(
     ("check", "method"),
     [
+        ("unsupported_changes_nothing", Toucher()),
         ("detach_restores_everything", Leaver()),
         ("attach_without_run_changes_nothing", Leaver()),
         ("any_detach_order", Leaver()),
