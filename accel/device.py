@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -28,3 +29,15 @@ def forked_rng() -> AbstractContextManager[None]:
         return torch.random.fork_rng(devices=[])
     every = range(torch.accelerator.device_count())
     return torch.random.fork_rng(every, device_type=kind.type)
+
+
+@contextmanager
+def seeded_rng(seed: int) -> Iterator[None]:
+    """``forked_rng`` that begins with this seed.
+
+    Around a pipeline call: a stochastic scheduler that its pipeline gives no generator (DiT, every
+    flow pipeline) draws from the global ones, and the same call must give the same.
+    """
+    with forked_rng():
+        torch.manual_seed(seed)
+        yield

@@ -23,8 +23,9 @@ import torch
 from accel.artifact import Fingerprint, inputs_digest
 from accel.counting import counted_flops, peak_memory, synchronize
 from accel.denoiser import denoisers
+from accel.device import seeded_rng
 from accel.environment import environment, hardware, load_average
-from accel.method import Method, Recipe, attached, live_on
+from accel.method import Method, Recipe, attached, live_on, require_detached
 from accel.metrics.fidelity import SSIM_WINDOW, feature_distance, psnr, ssim
 from accel.metrics.protocol import Protocol
 from accel.metrics.statistics import Interval, bootstrap
@@ -173,8 +174,10 @@ class Study:
             model: the pipeline's name and revision as plain JSON; what it consists of by default.
 
         Raises:
-            ValueError: no inputs, not one seed for each, or not so many to time.
+            ValueError: no inputs, not one seed for each, not so many to time, or a pipeline under
+                a method, which is not the plain one.
         """
+        require_detached(pipe, "measuring")
         self.seeds = list(range(len(inputs)) if seeds is None else seeds)
         if not inputs or len(self.seeds) != len(inputs):
             raise ValueError(
@@ -279,7 +282,16 @@ class Study:
     def _outputs(self, count: int, changes: dict[str, Any]) -> torch.Tensor:
         """Of the first calls, with what the attached method changes in them."""
         pairs = zip(self.inputs[:count], self.seeds[:count], strict=True)
-        return torch.cat([pipeline_samples(self.pipe, {**x, **changes}, s) for x, s in pairs])
+        samples: list[torch.Tensor] = []
+        for i, (arguments, seed) in enumerate(pairs):
+            samples.append(pipeline_samples(self.pipe, {**arguments, **changes}, seed))
+            size, first = (list(s.shape[1:]) for s in (samples[i], samples[0]))
+            if size != first:
+                raise ValueError(
+                    f"Study: input {i} makes samples of {size}, input 0 of {first}; measure inputs "
+                    "of one size together"
+                )
+        return torch.cat(samples)
 
 
 def compare(
@@ -312,7 +324,7 @@ def _paired_values(before: Pass, after: Pass) -> dict[str, list[float]]:
 def pipeline_samples(pipe: Any, arguments: dict[str, Any], seed: int) -> torch.Tensor:
     """What one call returns, in [0, 1]: (batch, channels, h, w), of videos (batch, frames, ...).
 
-    Noise comes from a CPU generator of this seed.
+    Noise comes from a CPU generator of this seed, and from global ones that begin with it.
 
     Raises:
         ValueError: the pipeline cannot be called so; with the arguments, and what it raised.
@@ -320,7 +332,8 @@ def pipeline_samples(pipe: Any, arguments: dict[str, Any], seed: int) -> torch.T
     generator = torch.Generator("cpu").manual_seed(seed)
     call = {**arguments, "generator": generator, "output_type": "np", "return_dict": False}
     try:
-        output = pipe(**call)
+        with seeded_rng(seed):
+            output = pipe(**call)
     except CALL_ERRORS as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(

@@ -8,9 +8,11 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMScheduler
 
 from accel import measure
-from accel.method import Recipe
+from accel.method import Recipe, attached
 from accel.metrics.protocol import Protocol
 from accel.testing import tiny
 from caches.native import FirstBlockCache
@@ -180,3 +182,27 @@ def test_an_output_that_is_not_finite_has_no_figures():
     study = measure.Study(tiny("dit").pipe, INPUTS[:1])
     with pytest.raises(ValueError, match=r"under samplers\.epsilon_scaling:.* not finite"):
         study.compare(EpsilonScaling(scale=1e-300), rounds=1)
+
+
+def test_a_scheduler_that_is_given_no_generator_draws_the_same_for_the_same_seed():
+    pipe = tiny("dit").pipe
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    before = torch.get_rng_state()
+    one, same, other = (measure.pipeline_samples(pipe, INPUTS[0], seed) for seed in (7, 7, 8))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_accelerated_already_is_not_measured_as_plain():
+    pipe = tiny("dit").pipe
+    with attached(FirstBlockCache(0.1), pipe), pytest.raises(ValueError, match="before measuring"):
+        measure.Study(pipe, INPUTS)
+
+
+def test_inputs_of_two_sizes_are_told_apart():
+    host = tiny("sd")
+    call = {k: v for k, v in host.inputs.items() if k != "output_type"}
+    study = measure.Study(host.pipe, [call, {**call, "width": call["width"] * 2}])
+    with pytest.raises(ValueError, match=r"input 1 makes samples of \[3, .*\], input 0 of \[3, "):
+        study.run()
