@@ -5,14 +5,16 @@ no tensors: ``scheduler.set_timesteps`` begins a run, a denoiser call is one gui
 solver stage, ``scheduler.step`` ends the stage. So Heun's two calls at one timestep are told apart,
 and nothing waits for the device, with one exception: a run that may start in mid-schedule under a
 scheduler that keeps no begin index (DDIM, PNDM: image-to-image) reads its first timestep once, if
-the denoiser is not given a view of the grid itself.
+neither the pipeline's own ``t`` nor what the denoiser is given is a view of the grid itself.
+
+A run is of one call of this pipeline, in one thread. Who shares the denoiser and calls it in
+another thread, or from inside that call, is in no run.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -24,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 from accel import compat
 from accel.denoiser import SLOTS
 from accel.patch import Patch
+from accel.pipeline_calls import calls_of, guidance_asked
 
 
 def denoiser_modules(pipe: Any) -> tuple[tuple[str, Any], ...]:
@@ -61,7 +64,7 @@ class Run:
     syncs: int = 0
     finished: bool = False
     thread: int | None = None  # of the pipeline call that it is of; None if it was begun otherwise
-    guidance: float | None = None  # guidance_scale of that call; None if it has none
+    guidance: float | None = None  # scale that call asks for; None if it does not say
 
     @property
     def guided(self) -> bool | None:
@@ -127,6 +130,7 @@ class Clock:
         self._context: str | None = None
         self._call = 0
         self._held = self._deaf = False
+        self._passing: set[int] = set()  # threads in a denoiser call that is in no run
         self.run: Run | None = None
         self.now: Now | None = None
         with torch.inference_mode(False):  # else it could be set in that mode only
@@ -189,7 +193,9 @@ class Clock:
 
     def _set_timesteps(self, call_next: Callable, *args: Any, **kwargs: Any) -> Any:
         result = call_next(*args, **kwargs)
-        self.begin(self.scheduler)
+        call, other = calls_of(self._pipe())
+        if other is None or not (call is not None or _has_users(other)):
+            self.begin(self.scheduler)  # else another pipeline's run, with methods of its own
         return result
 
     def begin(self, scheduler: Any) -> Run:
@@ -214,11 +220,10 @@ class Clock:
         self._call = 0
         self.now = None
         pipe = self._pipe()
-        call = _call_of(pipe)
+        call, _ = calls_of(pipe)
         if call is not None:
             self.run.thread = get_ident()
-            scale = call.f_locals.get("guidance_scale")
-            self.run.guidance = scale if isinstance(scale, (int, float)) else None
+            self.run.guidance = guidance_asked(call, denoiser_modules(pipe))
         if pipe is not None and denoiser_modules(pipe) != self._homes:
             self.follow()  # a denoiser was replaced, for example by torch.compile(denoiser)
         for user in list(self._users):
@@ -240,14 +245,20 @@ class Clock:
         if pipe is not None and pipe.scheduler is not self.scheduler:
             self.follow()  # the user assigned another scheduler; its run began unheard
             self.begin(self.scheduler)
-        run = self.run
-        if run is not None and run.thread == get_ident() and _call_of(pipe) is None:
-            self._close_run()  # its call was cut off; this one is of somebody who shares the module
-            run = None
+        run, call = self.run, None
+        if self._is_of_another_thread():
+            return self._pass(call_next, args, kwargs)
+        if run is not None and run.thread is not None:
+            call, other = calls_of(pipe)
+            if call is None:  # it was cut off; this one is of somebody who shares the module
+                self._close_run()
+                run = None
+            elif other is not None:
+                return call_next(*args, **kwargs)
         if run is None or run.finished:
             return call_next(*args, **kwargs)
         if run.calls == 0:
-            self._locate_begin(run, args, kwargs, module)
+            self._locate_begin(run, args, kwargs, module, call)
         branch = self._context or f"call{self._call}"
         self._tick(run, slot, branch)
         run.calls += 1
@@ -259,6 +270,20 @@ class Clock:
         finally:
             self._call += 1
             self.now = None
+
+    def _is_of_another_thread(self) -> bool:
+        return self.run is not None and self.run.thread not in (None, get_ident())
+
+    def _pass(self, call_next: Callable, args: tuple, kwargs: dict) -> Any:
+        self._passing.add(get_ident())
+        try:
+            return call_next(*args, **kwargs)
+        finally:
+            self._passing.discard(get_ident())
+
+    def passes(self) -> bool:
+        """Whether this thread is in a denoiser call that is in no run, beside one that is."""
+        return bool(self._passing) and get_ident() in self._passing
 
     def _layered(self, slot: str, call: Callable) -> Callable:
         """``call`` inside the users' denoiser layers, the first user's innermost."""
@@ -289,6 +314,8 @@ class Clock:
         return result
 
     def _cache_context(self, call_next: Callable, name: str, **fields: Any) -> Any:
+        if self._is_of_another_thread():
+            return call_next(name, **fields)
         return self._named(call_next(name, **fields), name)
 
     @contextmanager
@@ -299,6 +326,14 @@ class Clock:
                 yield value
         finally:
             self._context = previous
+
+    def close_if_over(self) -> None:
+        """Close a run whose pipeline call ended before its grid did, of which nothing is heard."""
+        run, pipe = self.run, self._pipe()
+        if run is None or not run.calls or run.thread != get_ident() or pipe is None:
+            return
+        if calls_of(pipe)[0] is None:
+            self._close_run()
 
     def _close_run(self) -> None:
         run, self.run = self.run, None
@@ -314,11 +349,15 @@ class Clock:
         for fn in list(self._subscribers):
             fn(Event(kind, run.index, step, run.steps))
 
-    def _locate_begin(self, run: Run, args: tuple, kwargs: dict, module: Any) -> None:
-        begin = getattr(self.scheduler, "begin_index", None)
+    def _locate_begin(
+        self, run: Run, args: tuple, kwargs: dict, module: Any, call: FrameType | None
+    ) -> None:
+        begin, grid = getattr(self.scheduler, "begin_index", None), self.scheduler.timesteps
         if begin is None:
             first = _timestep(module, args, kwargs)
-            begin = place_of_view(first, self.scheduler.timesteps)
+            begin = place_of_view(first, grid)
+            if begin is None and call is not None:  # LTX tells tokens that it was given less
+                begin = place_of_view(call.f_locals.get("t"), grid)
             if begin is None:
                 time = _number(first)
                 begin = run.timesteps.index(time) if time in run.timesteps else 0
@@ -413,13 +452,10 @@ def sampling_grid(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]
     return timesteps, tuple(float(s) for s in np.sqrt((1 - grid) / np.maximum(grid, 1e-12)))
 
 
-def _call_of(pipe: Any) -> FrameType | None:
-    """The call of the pipeline that this thread is inside, if it is."""
-    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
-    frame = sys._getframe(1)
-    while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is pipe):
-        frame = frame.f_back
-    return frame
+def _has_users(pipe: Any) -> bool:
+    known = _CLOCKS.get(pipe)
+    clock = known() if known is not None else None
+    return clock is not None and bool(clock._users)
 
 
 def _rows(args: tuple, kwargs: dict) -> int:

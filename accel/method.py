@@ -186,7 +186,7 @@ class Attached:
     @property
     def now(self) -> Now | None:
         """The denoiser call being computed; ``None`` outside a run this method has seen begin."""
-        return self.clock.now if self._in_run else None
+        return self.clock.now if self._in_run and not self.clock.passes() else None
 
     def around_call(
         self,
@@ -206,7 +206,7 @@ class Attached:
             if compat.is_compiling():
                 call = call_next if in_graph is None else functools.partial(in_graph, call_next)
                 return call(*args, **kwargs)
-            if self.clock.now is None or not self._in_run:
+            if self.now is None:
                 return call_next(*args, **kwargs)
             return layer(call_next, *args, **kwargs)
 
@@ -335,6 +335,7 @@ class Attached:
         """What really happened, counted, as plain JSON: the newest 64 runs in full, and how many
         runs ended and network evaluations there were in all.
         """
+        self.clock.close_if_over()
         return {
             "method": self.method.name(),
             "effect": "some" if self._had_effect else "none",
@@ -437,7 +438,8 @@ def attached(
     """Attach a method, a recipe or several methods to ``pipe`` for the length of a ``with`` block.
 
     ``strict`` turns the warnings about runs without effect and about fallbacks into errors.
-    Pipelines that share its scheduler and denoiser (``from_pipe``) run under the methods, too.
+    Pipelines that share its scheduler and denoiser (``from_pipe``) run under the methods, too, if
+    none are attached to them.
     """
     recipe = method if isinstance(method, Method) else Recipe(tuple(method))
     live = recipe.attach(pipe, strict=strict)

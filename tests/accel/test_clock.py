@@ -6,21 +6,36 @@ import contextlib
 import gc
 import inspect
 import math
+import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    LTXConditionPipeline,
     PNDMScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
+from PIL import Image
 
 import accel
 from accel.clock import _rows, clock_of, denoiser_modules, sampling_grid
 from accel.method import Recipe
-from accel.testing import TINY_NAMES, assert_equal, assert_same_state, host_state, spy, tiny
+from accel.testing import (
+    TINY_NAMES,
+    TinyPipeline,
+    assert_equal,
+    assert_same_state,
+    host_state,
+    spy,
+    tiny,
+)
+from caches.interval import IntervalCache
 from caches.native import FirstBlockCache
 from samplers.swap import SwapScheduler
 
@@ -163,14 +178,22 @@ def test_change_of_steps_and_batch_between_runs():
     assert [r["steps"] for r in listener.live.report()["runs"]] == [3, 5, 2]
 
 
+def sharing(scheduler=False):
+    """Two pipelines with the same modules; the scheduler is the same, too, if asked for."""
+    host = tiny("sd")
+    parts = dict(host.pipe.components)
+    if not scheduler:
+        parts["scheduler"] = type(host.pipe.scheduler).from_config(host.pipe.scheduler.config)
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {"prompt_embeds": -host.inputs["prompt_embeds"]}
+    return host, TinyPipeline("sd", pipe, {**host.inputs, **embeds})
+
+
 @pytest.mark.parametrize("how", ["cut off", "interrupted"])
 def test_a_call_that_did_not_finish_is_over(how):
     """Who shares the denoiser, under a scheduler of his own, is in no run of the other pipeline."""
-    host = tiny("sd")
-    parts = host.pipe.components
-    parts["scheduler"] = type(host.pipe.scheduler).from_config(host.pipe.scheduler.config)
-    other = tiny("sd")
-    other.pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    host, other = sharing()
     plain = other.run()
     listener = Listener(host)
 
@@ -188,6 +211,122 @@ def test_a_call_that_did_not_finish_is_over(how):
     assert listener.clock.run is None
     host.run()
     assert len(listener.take()) == host.inputs["num_inference_steps"]
+
+
+@pytest.mark.parametrize("where", ["in a thread", "nested", "in the midst"])
+def test_who_shares_the_denoiser_is_in_no_run_of_the_other(where):
+    host, other = sharing()
+    plain, made = other.run(), []
+    with accel.attached(IntervalCache(interval=2), host.pipe) as live:
+        cached = host.run()
+
+        def call_other():
+            made.append(other.run())
+
+        def in_thread(*args):
+            thread = threading.Thread(target=call_other)
+            thread.start()
+            thread.join()
+
+        def at_a_step(pipe, step, t, given):
+            if step == 1:
+                call_other() if where == "nested" else in_thread()
+            return given
+
+        def in_the_midst(call_next, *args, **kwargs):
+            if not made and live.now is not None and live.now.step == 1:
+                in_thread()
+            return call_next(*args, **kwargs)
+
+        if where == "in the midst":
+            live.around_call(host.pipe.unet.mid_block, in_the_midst)
+            assert_equal(cached, host.run(), "the pipeline that the cache is on")
+        else:
+            again = host.run(callback_on_step_end=at_a_step)
+            assert_equal(cached, again, "the pipeline that the cache is on")
+        first, second = live.report()["runs"]
+    assert_equal(plain, made[0], "the pipeline that shares the denoiser")
+    assert first == second
+
+
+def test_pipelines_that_share_their_scheduler_run_under_their_own_methods():
+    host, other = sharing(scheduler=True)
+    cached = []
+    for one in (host, other):
+        with accel.attached(IntervalCache(interval=2), host.pipe):
+            cached.append(one.run())
+    with (
+        accel.attached(IntervalCache(interval=2), host.pipe) as a,
+        accel.attached(IntervalCache(interval=2), other.pipe) as b,
+    ):
+        assert_equal(cached[0], host.run(), "output of the first")
+        assert_equal(cached[1], other.run(), "output of the second")
+        runs = [live.report()["runs"] for live in (a, b)]
+    assert [len(each) for each in runs] == [1, 1]
+    assert runs[0] == runs[1]
+
+
+def test_a_call_that_ends_before_its_grid_is_in_its_report():
+    host = tiny("sdxl")
+    with accel.attached(IntervalCache(interval=2), host.pipe) as live:
+        seen = []
+
+        def look(pipe, step, t, given):
+            seen.append(live.report()["runs_ended"])
+            return given
+
+        host.run(denoising_end=0.5, callback_on_step_end=look)
+        (run,) = live.report()["runs"]
+        assert (run["steps"], run["finished"], live.clock.run) == (2, False, None)
+    assert seen == [0, 0]  # not within the call
+
+
+def test_a_grid_entered_in_the_middle_where_tokens_are_told_other_times():
+    """LTX tells the tokens of a condition, the first ones, that they have no noise."""
+    host = tiny("ltx")
+    parts = {**host.pipe.components, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipe: Any = LTXConditionPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    listener = Listener(TinyPipeline("ltx", pipe, host.inputs))
+    size = (host.inputs["width"], host.inputs["height"])
+    video = [Image.new("RGB", size, (20 * i, 40, 90)) for i in range(9)]
+    generator = torch.Generator().manual_seed(0)
+    call = {**host.inputs, "num_inference_steps": 8, "generator": generator}
+    pipe(**call, video=video, denoise_strength=0.5)
+    heard = listener.take()
+    grid = pipe.scheduler.sigmas.tolist()
+    assert [h.step for h in heard] == [4, 5, 6, 7]
+    assert [h.sigma for h in heard] == pytest.approx(grid[4:8])
+    assert listener.live.report()["runs"][0]["syncs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("scales", "guided"),
+    [
+        ({"guidance_scale": 3.5}, False),  # the network is told it
+        ({"guidance_scale": 1.0, "true_cfg_scale": 4.0}, True),
+        ({"guidance_scale": 1.0, "true_cfg_scale": 4.0, "without": True}, False),
+    ],
+)
+def test_guidance_that_a_network_is_told_is_no_second_branch(scales, guided):
+    host = tiny("flux")
+    scales = dict(scales)
+    if not scales.pop("without", False):
+        for name in ("prompt_embeds", "pooled_prompt_embeds"):
+            host.inputs[f"negative_{name}"] = host.inputs[name]
+    live = Recipe(()).attach(host.pipe)
+    host.run(**scales)
+    assert live.guided is guided
+
+
+def test_a_unet_that_is_told_guidance_has_no_second_branch():
+    host = tiny("sd")
+    live = Recipe(()).attach(host.pipe)
+    host.run(guidance_scale=5.0)
+    assert live.guided
+    host.pipe.unet = UNet2DConditionModel.from_config(host.pipe.unet.config, time_cond_proj_dim=8)
+    host.run(guidance_scale=5.0)
+    assert not live.guided
 
 
 def test_two_pipelines_in_one_process_interleaved():

@@ -1,0 +1,54 @@
+"""Calls of pipelines on this thread's stack: nothing else tells whose a denoiser call is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from types import FrameType
+from typing import Any
+
+from accel import compat
+
+
+def calls_of(pipe: Any) -> tuple[FrameType | None, Any]:
+    """The call of ``pipe`` that this thread is inside, if it is; and the pipeline whose call is the
+    innermost one, if that is another (called from a callback, or by who shares the modules).
+    """
+    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+    frame, other = sys._getframe(1), None
+    while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is pipe):
+        if other is None and frame.f_code.co_name == "__call__":
+            caller = frame.f_locals.get("self")
+            if caller is not pipe and isinstance(caller, _pipeline_class()):
+                other = caller
+        frame = frame.f_back
+    return frame, other
+
+
+@functools.cache
+def _pipeline_class() -> type:
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline
+
+
+def guidance_asked(call: FrameType, denoisers: tuple[tuple[str, Any], ...]) -> float | None:
+    """The scale of classifier-free guidance in a call; ``None`` if it does not say.
+
+    Where a network is told a scale itself (Flux, LCM), ``guidance_scale`` is that one, and no
+    second branch is computed for it.
+    """
+    given = call.f_locals
+    if "true_cfg_scale" in given:
+        scale = 1.0 if given.get("do_true_cfg") is False else given["true_cfg_scale"]
+    elif any(_is_told_guidance(module) for _, module in denoisers):
+        scale = 1.0
+    else:
+        scale = given.get("guidance_scale")
+    return scale if isinstance(scale, (int, float)) else None
+
+
+def _is_told_guidance(module: Any) -> bool:
+    config = getattr(compat.compiled_entry(module), "config", None)
+    return getattr(config, "time_cond_proj_dim", None) is not None
