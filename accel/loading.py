@@ -23,6 +23,7 @@ RECIPE_FILE = "accel_recipe.yaml"
 QUANTIZER_MODULE = "diffusers_quantizer"
 SHIM_FILE = "pipeline.py"
 ZOO_PREFIX = "zoo:"
+OF_THE_HUB = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})
 
 # The class keeps its stock name, so that saving the loaded pipeline stays stock.
 _SHIM = '''"""This folder with its acceleration recipe attached, for stock diffusers:
@@ -50,7 +51,7 @@ def load(
     """A diffusers pipeline from ``"zoo:NAME"``, a folder, or a hub id; its recipe attached.
 
     Args:
-        dtype: as in ``from_pretrained``; default float32 on CPU and for the zoo.
+        dtype: as in ``from_pretrained``; default float32.
         device: moved there before the recipe is attached.
         trust_remote_code: passed on; off by default.
 
@@ -76,17 +77,28 @@ def load(
                 dtype=dtype or torch.float32,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
-                local_files_only=folder.is_dir(),
-                **kwargs,
+                **{"local_files_only": folder.is_dir(), **kwargs},
             )
         except (AttributeError, LookupError, TypeError) as error:  # a spoiled config
             told = f"{type(error).__name__}: {error}"
             raise ValueError(f"{source} cannot be loaded by diffusers ({told})") from error
     if device is not None:
         pipe.to(device)
+    if not folder.is_dir():
+        folder = _recipe_folder(source, **{k: v for k, v in kwargs.items() if k in OF_THE_HUB})
     if (folder / RECIPE_FILE).is_file():
         read_recipe(folder / RECIPE_FILE).recipe.attach(pipe)
     return pipe
+
+
+def _recipe_folder(hub_id: str, **where: Any) -> Path:
+    """The snapshot of a hub id with its recipe in it, if it has one; nothing else is fetched.
+
+    Raises ``OSError`` or ``ValueError`` where there is neither a hub nor a snapshot.
+    """
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, allow_patterns=[RECIPE_FILE, "artifacts/*"], **where))
 
 
 def _teach_quantizers() -> None:
@@ -158,7 +170,8 @@ def save(
 def attached_call(call: Any) -> Any:
     """``__call__`` of a ``custom_pipeline`` shim: attaches the folder's recipe, once.
 
-    Who detaches it gets the stock pipeline.
+    Who detaches it gets the stock pipeline. Raises ``ValueError`` where the recipe is not found
+    (a relative folder, and another working directory by now).
     """
     import functools
 
@@ -166,10 +179,23 @@ def attached_call(call: Any) -> Any:
 
     @functools.wraps(call)
     def with_recipe(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        path = Path(pipe.config._name_or_path) / RECIPE_FILE
-        if pipe not in met and not live_on(pipe) and path.is_file():
-            read_recipe(path).recipe.attach(pipe)
+        if pipe not in met and not live_on(pipe):
+            read_recipe(_recipe_of(str(pipe.config._name_or_path))).recipe.attach(pipe)
         met.add(pipe)
         return call(pipe, *args, **kwargs)
 
     return with_recipe
+
+
+def _recipe_of(source: str) -> Path:
+    """The recipe of a folder or hub id ("owner/name")."""
+    folder = Path(source)
+    if not folder.is_dir() and not folder.is_absolute() and source.count("/") == 1:
+        with contextlib.suppress(OSError, ValueError):
+            folder = _recipe_folder(source)
+    if not (folder / RECIPE_FILE).is_file():
+        raise ValueError(
+            f"no {RECIPE_FILE} in {source!r}, of which this pipeline was made to call with its "
+            "recipe; give from_pretrained the absolute path, or load it with accel.load"
+        )
+    return folder / RECIPE_FILE

@@ -83,6 +83,33 @@ def test_custom_pipeline_shim(saved, monkeypatch, tmp_path):
     assert (folder / SHIM_FILE).read_text().count("diffusers.DiTPipeline") == 2
 
 
+def test_a_hub_id_brings_its_recipe(saved, tmp_path):
+    _, folder = saved
+    home, commit = tmp_path / "hub" / "models--me--fast", "a" * 40
+    shutil.copytree(folder, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    pipe = accel.load("me/fast", cache_dir=str(tmp_path / "hub"), local_files_only=True)
+    assert accel.live_on(pipe)[-1].method == RECIPE
+
+
+def test_a_shim_that_does_not_find_its_recipe_says_so(saved, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "m")
+    )
+    host, folder = saved
+    monkeypatch.chdir(folder.parent)
+    pipe = DiffusionPipeline.from_pretrained(
+        folder.name, custom_pipeline=folder.name, trust_remote_code=True
+    )
+    monkeypatch.chdir(tmp_path / "stock")
+    with pytest.raises(ValueError, match=r"no accel_recipe.yaml in 'dit-fast'.*absolute path"):
+        _run(pipe, host)
+    monkeypatch.chdir(folder.parent)
+    _run(pipe, host)
+    assert len(accel.live_on(pipe)) == 3
+
+
 def test_what_a_package_of_methods_has_quantised_is_loaded(tmp_path, monkeypatch):
     from diffusers.quantizers import auto
 
