@@ -87,6 +87,8 @@ class Fingerprint:
             return f"it is for a {self.model_class} of another configuration"
         if match == "architecture":
             return None
+        if not self.weights:
+            return "it was made where none of the model's weights could be read"
         for name, values in self.weights.items():
             if name not in other.weights:
                 return f"this model has no floating-point parameter {name!r} (quantised?)"
@@ -118,19 +120,24 @@ def fingerprints(pipe: Any) -> dict[str, Any]:
 def _sample_weights(module: Any) -> dict[str, list[tuple[int, float]]]:
     from torch import nn
 
+    from accel.compat import at_rest
     from accel.patch import values_of
 
     parameters = {
-        name.replace(".base_layer.", "."): p
+        name.replace(".base_layer.", "."): (name, p)
         for name, p in module.named_parameters()
-        if "lora_" not in name and p.is_floating_point() and p.numel() and p.device.type != "meta"
+        if "lora_" not in name and p.is_floating_point() and p.numel()
         if type(p) is nn.Parameter  # torchao's say that they are floating-point, and are not
     }
     names = sorted(parameters)
     stride = max(1, len(names) // SAMPLED_PARAMETERS)
     sampled = {}
     for name in names[::stride]:
-        flat = values_of(parameters[name]).detach().flatten()
+        own, parameter = parameters[name]
+        held = values_of(parameter) if parameter.device.type != "meta" else at_rest(module, own)
+        if held is None:
+            continue
+        flat = held.detach().flatten()
         places = sorted({k * flat.numel() // SAMPLED_VALUES for k in range(SAMPLED_VALUES)})
         sampled[name] = list(zip(places, flat[places].tolist(), strict=True))  # one read
     return sampled
@@ -201,6 +208,8 @@ class Artifact:
             others = header.pop("others", {})
             others = {slot: Fingerprint.from_json(value) for slot, value in others.items()}
             header["grid"] = tuple(header["grid"])
+            if header.get("match", "weights") not in ("architecture", "weights"):
+                raise ValueError(f"its match is {header['match']!r:.40}")
             if not isinstance(header.get("settings", {}), dict):
                 raise ValueError("its settings are no mapping")
             return cls(fingerprint=fingerprint, tensors=load(data), others=others, **header)

@@ -76,6 +76,13 @@ def copy_into(tensor: torch.Tensor, values: Any) -> None:
         tensor.copy_(values)
 
 
+def tensor_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values as a parameter or plain tensor, as ``tensor`` is one, which is not their storage."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(values.detach(), requires_grad=tensor.requires_grad)
+    return values.detach().requires_grad_(tensor.requires_grad)
+
+
 def is_offloaded(module: Any) -> bool:
     """Whether accelerate or diffusers moves weights of ``module`` on its own account."""
     for part in module.modules():
@@ -83,6 +90,22 @@ def is_offloaded(module: Any) -> bool:
         if "_hf_hook" in vars(part) or any("offload" in name for name in hooks):
             return True
     return False
+
+
+def at_rest(module: Any, name: str) -> torch.Tensor | None:
+    """A parameter that accelerate keeps elsewhere between calls (sequential offloading), found by
+    its name in ``module``; ``None`` if it is nowhere."""
+    path, _, inner = name.rpartition(".")
+    while True:  # the hook may be on any module around it
+        hook = vars(module.get_submodule(path)).get("_hf_hook")
+        for each in getattr(hook, "hooks", (hook,)):
+            held = getattr(each, "weights_map", None)
+            if held is not None and inner in held:
+                return held[inner]
+        if not path:
+            return None
+        path, _, last = path.rpartition(".")
+        inner = f"{last}.{inner}"
 
 
 def adapter_state(module: Any) -> tuple[Any, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from safetensors.torch import save_file
 
 from accel.artifact import Artifact, ArtifactRef, Fingerprint, fingerprints, inputs_digest
@@ -76,6 +79,29 @@ def test_weights_that_are_lent_are_looked_for_at_home(dit):
         artifact.check_model(dit)
     with pytest.raises(ValueError, match="not nan"):
         _artifact(dit).check_model(tiny("dit").pipe.transformer)
+
+
+def test_weights_that_accelerate_keeps_are_looked_for_there(dit):
+    loaded = Fingerprint.of(dit)
+    cpu_offload(dit, execution_device=torch.device("cpu"))
+    assert all(p.device.type == "meta" for p in dit.parameters())
+    assert Fingerprint.of(dit) == loaded
+    remove_hook_from_module(dit, recurse=True)
+
+
+def test_a_fingerprint_without_weights_fits_none(dit):
+    known = Fingerprint.of(dit)
+    empty = dataclasses.replace(known, weights={})
+    assert "none of the model's weights" in (empty.mismatch(known, "weights") or "")
+    assert empty.mismatch(known, "architecture") is None
+
+
+def test_an_artifact_fits_by_architecture_or_weights(tmp_path, dit):
+    artifact = Artifact("m", Fingerprint.of(dit), {"t": torch.zeros(1)})
+    artifact.match = "nonsense"  # pyright: ignore[reportAttributeAccessIssue]
+    ref = artifact.save(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="its match is 'nonsense'"):
+        Artifact.load(ref)
 
 
 def test_lora_is_looked_through():
