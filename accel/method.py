@@ -34,6 +34,8 @@ EXCLUSIVE_SLOTS = frozenset(
     | {"temporal"}
 )
 STACKING_SLOTS = frozenset({"denoiser.call", "initial_latents", "scheduler.modifier"})
+# Of these, the ones that change tensors of the host, for every pipeline that has them.
+SHARED_SLOTS = frozenset({"weights", "temporal"})
 MAX_FIELDS = 8
 RUNS_KEPT = 64  # reports of the newest runs; older ones stay in the totals only
 
@@ -520,6 +522,35 @@ _ATTACHED: weakref.WeakKeyDictionary[Any, list[weakref.ref[Attached]]] = weakref
 def _refuse_collisions(method: Method, claims: frozenset[Claim], pipe: Any) -> None:
     for live in live_on(pipe):
         _refuse_overlap(method, claims, live.method, live.claims)
+    own = {id(compat.compiled_entry(m)): slot for slot, m in denoiser_modules(pipe)}
+    for other in [p for p in _ATTACHED if p is not pipe]:
+        names = {
+            slot: own[id(inner)]
+            for slot, m in denoiser_modules(other)
+            if id(inner := compat.compiled_entry(m)) in own
+        }
+        for live in live_on(other) if names else ():
+            _refuse_shared(method, claims, live, other, names)
+
+
+def _refuse_shared(
+    method: Method, claims: frozenset[Claim], live: Attached, other: Any, names: dict[str, str]
+) -> None:
+    """Raises ``ValueError`` where what is attached to another pipeline has tensors of a denoiser
+    that both have. ``names``: what the denoisers of the other are here.
+    """
+    for slot, paths in live.claims:
+        if slot not in SHARED_SLOTS:
+            continue
+        split = [path.partition(".") for path in paths]
+        here = frozenset(names[head] + dot + tail for head, dot, tail in split if head in names)
+        meets = [_meeting_path(mine, here) for own_slot, mine in claims if own_slot == slot]
+        for meet in filter(None, meets):
+            raise ValueError(
+                f"{method.name()} and {live.method.name()} both claim {slot!r} at {meet!r}, which "
+                f"this pipeline shares with a {type(other).__name__} that has the latter; detach "
+                "it there first (if they share their scheduler, too, this one runs under it)"
+            )
 
 
 def _refuse_overlap(

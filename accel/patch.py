@@ -6,7 +6,8 @@ Three kinds of change, all on instances, never on classes:
   callable attribute. All layers on one attribute share one ``Trampoline``.
 * ``Patch.swap(owner, "scheduler", value)`` replaces an attribute.
 * ``Patch.write(tensor, values)`` changes what a tensor holds, ``Patch.lend(tensor, home)`` puts a
-  stand-in of one element in its place; the tensor stays the same object.
+  stand-in of one element in its place; the tensor stays the same object, and copies of it (deep
+  ones, pickles) hold what is at home.
 
 Other libraries also replace ``forward`` (offloading, diffusers' caches) and restore what they found
 whenever they like. So a trampoline that somebody captured stays as an empty pass-through until it
@@ -16,6 +17,7 @@ start of every run).
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 import weakref
@@ -187,6 +189,12 @@ _LENT: Any = compat.weak_identity_dictionary()
 # of those, the ones that have their values for now; sizes do not tell: a stand-in that is moved or
 # cast is spread over its shape
 _HOME: Any = compat.weak_identity_dictionary()
+# tensor -> weak reference to the patch that has written it
+_WRITTEN: Any = compat.weak_identity_dictionary()
+_TAKEN = (
+    "a tensor of shape {} is {} by another method already, on this pipeline or one that shares it; "
+    "detach that one first"
+)
 
 
 class Patch:
@@ -242,7 +250,14 @@ class Patch:
 
         The tensor stays the same object, so offloading and compiled graphs go on. What it held is
         kept in host memory. One patch at a time may write a tensor: claim the slot ``weights``.
+
+        Raises:
+            ValueError: another patch has written it; nothing was changed.
         """
+        holder = _WRITTEN.get(tensor, lambda: None)()
+        if holder not in (None, self):
+            raise ValueError(_TAKEN.format(tuple(tensor.shape), "written"))
+        _WRITTEN[tensor] = weakref.ref(self)
         self._written.append((tensor, values_of(tensor).detach().to("cpu", copy=True)))
         _put(tensor, values)
 
@@ -251,9 +266,16 @@ class Patch:
 
         Device, type and shape stay; its memory is free once nobody else holds it. What it held must
         be at ``home``: ``values_of`` and ``Patch.write`` look there, and it comes back from there.
+
+        Raises:
+            ValueError: it is lent already; nothing was changed.
         """
+        if tensor in _LENT:
+            raise ValueError(_TAKEN.format(tuple(tensor.shape), "lent"))
         _LENT[tensor] = home
         self._lent.append(tensor)
+        tensor.__deepcopy__ = functools.partial(_deep_copy, weakref.ref(tensor))
+        tensor.__reduce_ex__ = functools.partial(_reduce, weakref.ref(tensor))
         stand_in(tensor)
 
     def ensure(self) -> None:
@@ -277,7 +299,7 @@ class Patch:
         with ExitStack() as changes:
             changes.callback(self.take_back)
             for tensor, before in self._written:
-                changes.callback(_put, tensor, before)
+                changes.callback(_put_back, tensor, before)
             for owner_ref, name, token in self._swaps:
                 changes.callback(_unswap, owner_ref(), name, token)
             for placed in self._placed:
@@ -293,6 +315,7 @@ class Patch:
             tensor = self._lent[-1]
             tensor.data = _LENT[tensor].load(tensor)
             del _LENT[tensor], self._lent[-1]
+            del tensor.__deepcopy__, tensor.__reduce_ex__
 
 
 def values_of(tensor: Any) -> Any:
@@ -336,6 +359,27 @@ def at_home(tensors: list[Any]) -> Iterator[None]:
             _HOME.pop(tensor, None)
             if tensor in _LENT:  # else it was given back meanwhile
                 stand_in(tensor)
+
+
+def _put_back(tensor: Any, before: Any) -> None:
+    _put(tensor, before)
+    _WRITTEN.pop(tensor, None)
+
+
+def _whole(tensor: Any) -> Any:
+    """A tensor of the same kind that holds what a lent one holds at home."""
+    return compat.tensor_like(tensor, values_of(tensor))
+
+
+def _deep_copy(lent: weakref.ref[Any], memo: dict[int, Any]) -> Any:
+    tensor: Any = lent()
+    if id(tensor) not in memo:
+        memo[id(tensor)] = copy.deepcopy(_whole(tensor))
+    return memo[id(tensor)]
+
+
+def _reduce(lent: weakref.ref[Any], protocol: int) -> Any:
+    return _whole(lent()).__reduce_ex__(protocol)
 
 
 def _put(tensor: Any, values: Any) -> None:

@@ -174,6 +174,25 @@ def test_exclusive_slots_collide_where_paths_meet(path, collides):
     assert_same_state(state, host_state(host.pipe))
 
 
+@pytest.mark.parametrize(("slot", "refused"), [("weights", True), ("attention", False)])
+def test_pipelines_that_share_a_model_share_its_weights(slot, refused):
+    host, other = tiny("dit"), tiny("dit")
+    taker = Taker(slot=slot, paths=("transformer",))
+    taker.attach(other.pipe).detach()
+    with accel.attached(taker, other.pipe):
+        taker.attach(host.pipe).detach()  # models of their own
+    other.pipe.transformer = host.pipe.transformer
+    state = host_state(host.pipe)
+    with accel.attached(taker, other.pipe):
+        if refused:
+            with pytest.raises(ValueError, match=r"'weights' at 'transformer', .* DiTPipeline"):
+                taker.attach(host.pipe)
+        else:
+            taker.attach(host.pipe).detach()
+    taker.attach(host.pipe).detach()
+    assert_same_state(state, host_state(host.pipe))
+
+
 def test_stacking_slots_do_not_collide():
     host = tiny("dit")
     Recipe((Taker(slot="denoiser.call"), Other(slot="denoiser.call"))).attach(host.pipe).detach()

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import inspect
+import io
 import pickle
 import weakref
 
@@ -313,6 +314,53 @@ def test_a_tensor_that_is_lent_and_written(first):
     if first == "lend":
         assert torch.equal(weight, values)
     (writes if first == "lend" else lends).undo()
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_copies_of_a_module_whose_weights_are_lent_are_whole(how):
+    module, patch = torch.nn.Linear(4, 4), Patch()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    tied, attributes = torch.nn.ModuleList([module, module]), dict(vars(module.weight))
+    patch.lend(module.weight, _Kept(module.weight))
+    if how == "deepcopy":
+        made = copy.deepcopy(tied)
+    elif how == "pickle":
+        made = pickle.loads(pickle.dumps(tied))
+    else:
+        torch.save(tied, file := io.BytesIO())
+        file.seek(0)
+        made = torch.load(file, weights_only=False)
+    assert module.weight.isnan().all()
+    patch.undo()
+    assert made[0].weight is made[1].weight
+    assert made[0].weight.requires_grad
+    assert vars(module.weight) == vars(made[0].weight) == attributes
+    with torch.no_grad():
+        made[0].weight += 1
+    assert torch.equal(made[0].weight, before["weight"] + 1)
+    assert torch.equal(module.weight, before["weight"])
+
+
+@pytest.mark.parametrize("what", ["lend", "write"])
+def test_one_patch_at_a_time_has_a_tensor(what):
+    weight, first, second = torch.nn.Parameter(torch.randn(3, 2)), Patch(), Patch()
+    before = weight.detach().clone()
+
+    def take(patch):
+        if what == "lend":
+            patch.lend(weight, _Kept(values_of(weight)))
+        else:
+            patch.write(weight, torch.zeros(3, 2))
+
+    take(first)
+    with pytest.raises(ValueError, match=r"by another method already.*detach that one first"):
+        take(second)
+    second.undo()
+    first.undo()
+    assert torch.equal(weight, before)
+    take(second)
+    second.undo()
     assert torch.equal(weight, before)
 
 
