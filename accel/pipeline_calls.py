@@ -15,15 +15,23 @@ def calls_of(pipe: Any) -> tuple[FrameType | None, Any]:
     """The call of ``pipe`` that this thread is inside, if it is; and the pipeline whose call is the
     innermost one, if that is another (called from a callback, or by who shares the modules).
     """
-    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
-    frame, other = sys._getframe(1), None
-    while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is pipe):
-        if other is None and frame.f_code.co_name == "__call__":
+    own, other = _code(type(pipe).__call__), None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is own and frame.f_locals.get("self") is pipe:
+            break
+        if other is None and code.co_name == "__call__":
             caller = frame.f_locals.get("self")
             if caller is not pipe and isinstance(caller, _pipeline_class()):
                 other = caller
         frame = frame.f_back
     return frame, other
+
+
+@functools.lru_cache(maxsize=64)
+def _code(call: Any) -> Any:
+    return getattr(inspect.unwrap(call), "__code__", None)
 
 
 @functools.cache
