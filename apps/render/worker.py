@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import accel
+from accel.device import seeded_rng
 from accel.files import remove
 from accel.loading import quiet_loading
 from apps.render import latents as latents_file
@@ -270,7 +271,7 @@ class Worker:
             arguments = {**inputs, **changes, "generator": stages.generators(seed, count)}
             try:
                 with (
-                    _own_global_rng(seed),
+                    seeded_rng(seed),
                     attached(recipe, pipe, payload["strict"], on_event) as live,
                     from_noise(pipe, inputs, recipe, live, path) as own,
                 ):
@@ -335,16 +336,6 @@ class Worker:
                 "submit it again"
             )
         return accel.read_recipe(payload["recipe"]).recipe
-
-
-@contextlib.contextmanager
-def _own_global_rng(seed: int) -> Iterator[None]:
-    """Seed the global generators for one call: a stochastic scheduler that its pipeline gives no
-    generator (DiT, every flow pipeline) draws from them, and the same job must give the same."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def _under_recipe(payload: dict, story: dict) -> bool:
