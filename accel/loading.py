@@ -85,16 +85,17 @@ def load(
     if device is not None:
         pipe.to(device)
     if not folder.is_dir():
-        folder = _recipe_folder(source, **{k: v for k, v in kwargs.items() if k in OF_THE_HUB})
+        folder = recipe_folder(source, **{k: v for k, v in kwargs.items() if k in OF_THE_HUB})
     if (folder / RECIPE_FILE).is_file():
         read_recipe(folder / RECIPE_FILE).recipe.attach(pipe)
     return pipe
 
 
-def _recipe_folder(hub_id: str, **where: Any) -> Path:
+def recipe_folder(hub_id: str, **where: Any) -> Path:
     """The snapshot of a hub id with its recipe in it, if it has one; nothing else is fetched.
 
-    Raises ``OSError`` or ``ValueError`` where there is neither a hub nor a snapshot.
+    ``where``: as in ``from_pretrained``, of ``OF_THE_HUB``. Raises ``OSError`` or ``ValueError``
+    where there is neither a hub nor a snapshot.
     """
     from huggingface_hub import snapshot_download
 
@@ -192,7 +193,7 @@ def _recipe_of(source: str) -> Path:
     folder = Path(source)
     if not folder.is_dir() and not folder.is_absolute() and source.count("/") == 1:
         with contextlib.suppress(OSError, ValueError):
-            folder = _recipe_folder(source)
+            folder = recipe_folder(source)
     if not (folder / RECIPE_FILE).is_file():
         raise ValueError(
             f"no {RECIPE_FILE} in {source!r}, of which this pipeline was made to call with its "

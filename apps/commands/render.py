@@ -50,7 +50,12 @@ def register(app: typer.Typer) -> None:
 def render(
     jobs: Annotated[Path | None, typer.Argument(help="Job file: .jsonl, or .yaml matrix.")] = None,
     model: Annotated[str | None, typer.Option(help="zoo:NAME, folder or hub id.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe for jobs that name none.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recipe for jobs that name none; default: the model's own, if it has one."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Output folder; a render is resumed from it.")] = Path(
         "out"
     ),

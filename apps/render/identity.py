@@ -16,7 +16,8 @@ from apps.render import strict_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CARD = frozenset({".md", ".png", ".jpg", ".jpeg", ".webp", ".gif"})  # beside model_index.json
-_RECIPE = "accel_recipe.yaml"  # beside it, too: `recipe_sha256` is of it and of what it refers to
+# Beside it, too: `recipe_sha256` is of it and of what it refers to.
+RECIPE_FILE = "accel_recipe.yaml"
 
 
 def identity(payload: dict[str, Any]) -> str:
@@ -89,7 +90,7 @@ def _counts(path: Path, folder: Path) -> bool:
     parts = path.relative_to(folder).parts
     if any(part.startswith(".") for part in parts):
         return False
-    if parts == (_RECIPE,) or (parts[0] == "artifacts" and (folder / _RECIPE).is_file()):
+    if parts == (RECIPE_FILE,) or (parts[0] == "artifacts" and (folder / RECIPE_FILE).is_file()):
         return False
     return len(parts) > 1 or path.suffix.lower() not in _CARD
 

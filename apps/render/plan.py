@@ -16,7 +16,7 @@ from typing import Any
 
 from accel.files import write_atomically
 from apps.render import strict_json
-from apps.render.identity import identity, model_folder, model_revision
+from apps.render.identity import RECIPE_FILE, identity, model_folder, model_revision
 from apps.render.jobs import JobFileError, PlacedJob
 from apps.render.naming import default_stem, folded, stem_problem
 from apps.search import check_request
@@ -149,11 +149,12 @@ def _task(
     model = job.model or settings.model
     if model is None:
         raise ValueError("no model: give the job one, or use --model")
-    recipe, sha256 = _recipe(placed, settings, folder, model)
+    commit = revision(model)
+    recipe, sha256 = _recipe(placed, settings, folder, model, commit)
     payload = {
         "job": job.asked(),
         "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "model_revision": revision(model),
+        "model_revision": commit,
         "recipe": recipe,
         "recipe_sha256": sha256,
         "threads": settings.threads,
@@ -170,20 +171,29 @@ def _task(
 
 
 def _recipe(
-    placed: PlacedJob, settings: Settings, folder: Path, model: str
+    placed: PlacedJob, settings: Settings, folder: Path, model: str, revision: str
 ) -> tuple[str | None, str | None]:
-    """The recipe of a job as (path, sha256): its own, else --recipe, else the model folder's."""
+    """The recipe of a job as (path, sha256): its own, else --recipe, else the model's, if any."""
     if placed.job.chooses_recipe():
         path = None if placed.job.recipe is None else folder / placed.job.recipe
     elif settings.recipe is not None:
         path = Path(settings.recipe)
     else:
-        local = model_folder(model)
-        path = None if local is None else local / "accel_recipe.yaml"
-        path = path if path is not None and path.is_file() else None
+        path = (model_folder(model) or _hub_folder(model, revision)) / RECIPE_FILE
+        path = path if path.is_file() else None
     if path is None:
         return None, None
-    return str(path.resolve()), recipe_sha256(str(path.resolve()))
+    # In a hub's cache files are links, and what a recipe refers to lies beside the link.
+    place = str(path.parent.resolve() / path.name)
+    return place, recipe_sha256(place)
+
+
+@cache
+def _hub_folder(model: str, revision: str) -> Path:
+    """Where the recipe of a hub id lies at "hub:COMMIT"; fetched once for a thousand jobs."""
+    from accel.loading import recipe_folder
+
+    return recipe_folder(model, revision=revision.removeprefix("hub:"))
 
 
 def recipe_sha256(path: str) -> str:

@@ -70,6 +70,29 @@ def test_a_model_folder_brings_its_recipe(tmp_path, tiny_model):
     assert task.payload["recipe"] == str(folder / "accel_recipe.yaml")
 
 
+def test_a_hub_id_brings_its_recipe(tmp_path, monkeypatch):
+    """Of the commit that the job's model has, by the link in the hub's cache, fetched once."""
+    commit, asked = "c" * 40, []
+    snapshot = tmp_path / "hub" / commit
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "blob").write_text(RECIPE)
+    (snapshot / "accel_recipe.yaml").symlink_to(tmp_path / "hub" / "blob")
+
+    def download(ref, *, allow_patterns, revision=None):
+        asked.append((ref, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    first, second, without = _plan(
+        [{"seed": 1}, {"seed": 2}, {"seed": 3, "recipe": None}], tmp_path, model="me/fast-plan"
+    )
+    assert first.payload["model_revision"] == f"hub:{commit}"
+    assert first.payload["recipe"] == str(snapshot / "accel_recipe.yaml")
+    assert second.payload["recipe"] == first.payload["recipe"]
+    assert without.payload["recipe"] is None
+    assert asked == [("me/fast-plan", None), ("me/fast-plan", commit)]
+
+
 def _task(seed, stem, **more):
     parts = {"model_revision": "m", "recipe_sha256": None, "threads": 1, "dtype": "float32"}
     payload = {"job": {"seed": seed}, **parts, "device": "cpu", **more}
