@@ -28,6 +28,7 @@ HALVES = 40  # random halves, for the interval of a kernel distance
 BOOTSTRAP_WORK = 2e8  # n d^2 up to which a Frechet distance is resampled; beyond, jackknife
 FEW = 30  # samples below which a percentile bootstrap holds the truth less often than it says
 WORST = 6
+ARTICLES = frozenset({"a", "an", "the"})  # words of labels that say nothing of what is shown
 
 Figure = dict[str, Any]
 
@@ -345,14 +346,17 @@ def by_label(values: Arrays, labels: Sequence[str], count: int = 8) -> list[dict
 def by_word(values: Arrays, labels: Sequence[str], count: int = 10) -> list[dict[str, Any]]:
     """Mean PSNR of samples whose label has a word, beside those without, the worst word first.
 
+    Of words that the same samples have, the longest stands for all.
     strength: difference over its standard error. Many words are tried, so it is no test.
     """
     words: dict[str, np.ndarray] = {}
     for i, label in enumerate(labels):
-        for word in set(label.lower().replace(",", " ").replace(".", " ").split()):
+        for word in set(label.lower().replace(",", " ").replace(".", " ").split()) - ARTICLES:
             words.setdefault(word, np.zeros(len(labels), bool))[i] = True
+    longest = {words[word].tobytes(): word for word in sorted(words, key=lambda w: (len(w), w))}
     rows = []
-    for word, has in words.items():
+    for word in longest.values():
+        has = words[word]
         if min(has.sum(), (~has).sum()) < 5:
             continue
         inside, outside = values["psnr"][has], values["psnr"][~has]

@@ -128,13 +128,25 @@ def test_what_was_right_and_is_wrong_comes_first_among_the_worst():
 
 def test_what_it_is_worst_at_is_found():
     rng = np.random.default_rng(0)
-    labels = [f"a {'red' if i % 2 else 'blue'} {('one', 'two')[i // 2 % 2]}" for i in range(80)]
-    psnr = np.array([20.0 if "red" in label else 30.0 for label in labels]) + rng.normal(0, 1, 80)
-    words = by_word({"psnr": psnr}, labels)
-    assert words[0]["word"] == "red"
-    assert words[0]["difference"] == pytest.approx(-10, abs=1)
-    assert "a" not in {w["word"] for w in words}  # all have it
-    assert "red" in by_label({"psnr": psnr}, labels)[0]["label"]
+    words = ("a red up", "an orange up")
+    labels = [f"{words[i % 2]} {('one', 'two')[i // 2 % 2]}" for i in range(80)]
+    psnr = np.array([20.0 if "orange" in label else 30 for label in labels])
+    psnr += rng.normal(0, 1, 80)
+    found = by_word({"psnr": psnr}, labels)
+    assert found[0]["word"] == "orange"
+    assert found[0]["difference"] == pytest.approx(-10, abs=1)
+    assert {w["word"] for w in found} == {"orange", "red", "one", "two"}  # all have "up"
+    assert "orange" in by_label({"psnr": psnr}, labels)[0]["label"]
+
+
+def test_words_of_the_same_samples_are_listed_once():
+    labels = ["neon lime up", "brown seven"] * 8
+    psnr = np.random.default_rng(0).normal(30, 1, 16)
+    assert {w["word"] for w in by_word({"psnr": psnr}, labels)} == {"neon", "seven"}
+
+
+def test_which_samples_lose_is_asked_of_labels_that_come_twice():
+    psnr = np.zeros(80)
     assert by_label({"psnr": psnr}, [str(i) for i in range(80)]) == []
 
 
