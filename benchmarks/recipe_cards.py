@@ -18,6 +18,7 @@ import numpy as np
 
 from accel.files import write_atomically
 from apps.evaluate import RENDERS, report
+from apps.evaluation.figures import ARTICLES
 from apps.evaluation.page import interval, number, verdict
 from apps.evaluation.pictures import difference, frame
 from benchmarks.results_file import RESULTS, read, write
@@ -110,7 +111,7 @@ def _card(path: Path, found: dict[str, Any], row: dict[str, Any]) -> str:
     flops, nfe = row["flops"], row["nfe"]
     lines.append(f"| operations | 1 | {flops[1] / flops[0]:.2f} | |")
     lines.append(f"| network evaluations of the timed call | {nfe[0]} | {nfe[1]} | |")
-    weak = [w for w in row["by_word"] if w["strength"] < -2][:3]
+    weak = [w for w in row["by_word"] if w["strength"] < -2 and w["word"] not in ARTICLES][:3]
     if weak:
         words = ", ".join(f"{w['word']} ({w['difference']:+.1f} dB)" for w in weak)
         lines += ["", f"Worst at: {words}."]
@@ -120,7 +121,7 @@ def _card(path: Path, found: dict[str, Any], row: dict[str, Any]) -> str:
         "",
         f"![worst cases](pictures/{_picture(found, row)})",
     ]
-    told = (row["label"], "The machine was busy")
+    told = (f"{row['label']}:", "The machine was busy")
     lines += [f"\nNote: {line}" for line in found["warnings"] if line.startswith(told)]
     return "\n".join(lines)
 

@@ -32,6 +32,20 @@ def test_a_card_says_what_the_report_says():
     )
 
 
+def test_a_card_has_the_notes_on_its_own_recipe_and_no_article_among_its_worst_words():
+    found = read("report_digits-dit")
+    assert found is not None
+    row = next(r for r in found["recipes"] if r["recipe"] == "dpm.yaml")
+    notes = ["dpm-taylor: another's.", "dpm: its own.", "No distance."]
+    word = {"difference": -4.5, "strength": -3.0}
+    words = [{"word": w, **word} for w in ("orange", "an")]
+    card = recipe_cards._card(
+        recipe_cards.RECIPES / row["recipe"], found | {"warnings": notes}, row | {"by_word": words}
+    )
+    assert [x for x in card.splitlines() if x.startswith("Note: ")] == ["Note: dpm: its own."]
+    assert "Worst at: orange (-4.5 dB)." in card
+
+
 def test_a_recipe_of_two_models_has_both_and_a_picture_of_each(monkeypatch):
     found = read("report_digits-dit")
     assert found is not None
