@@ -106,11 +106,11 @@ def _card(path: Path, found: dict[str, Any], row: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     lines += [_line(row["figures"][name]) for name in LINES if name in row["figures"]]
-    if unrelated(found, row):
-        lines += ["", unrelated(found, row)]
     flops, nfe = row["flops"], row["nfe"]
     lines.append(f"| operations | 1 | {flops[1] / flops[0]:.2f} | |")
     lines.append(f"| network evaluations of the timed call | {nfe[0]} | {nfe[1]} | |")
+    if unrelated(found, row):
+        lines += ["", unrelated(found, row)]
     weak = [w for w in row["by_word"] if w["strength"] < -2 and w["word"] not in ARTICLES][:3]
     if weak:
         words = ", ".join(f"{w['word']} ({w['difference']:+.1f} dB)" for w in weak)

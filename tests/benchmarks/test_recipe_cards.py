@@ -46,6 +46,17 @@ def test_a_card_has_the_notes_on_its_own_recipe_and_no_article_among_its_worst_w
     assert "Worst at: orange (-4.5 dB)." in card
 
 
+def test_a_table_of_a_card_is_whole():
+    found = read("report_digits-ddpm")
+    assert found is not None
+    row = found["recipes"][0]
+    lines = recipe_cards._card(recipe_cards.RECIPES / row["recipe"], found, row).splitlines()
+    rows = [number for number, line in enumerate(lines) if line.startswith("|")]
+    assert rows == list(range(rows[0], rows[-1] + 1))
+    assert lines[rows[-1]].startswith("| network evaluations")
+    assert recipe_cards.unrelated(found, row) in lines[rows[-1] :]
+
+
 def test_a_recipe_of_two_models_has_both_and_a_picture_of_each(monkeypatch):
     found = read("report_digits-dit")
     assert found is not None
