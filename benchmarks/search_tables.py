@@ -8,13 +8,13 @@ from benchmarks.spans import span
 
 
 def search(result: dict[str, Any]) -> str:
-    """Every algorithm against random search at equal cost, drafts, and the kills."""
+    """Every algorithm against random search at equal evaluations, drafts, and the kills."""
     env, price = result["environment"], result["price"]
     where = f"{result['model']}, {result['protocol']['steps']} steps, {env['hardware']}"
     lines = [
-        f"Every algorithm against random search at equal cost ({where}, {result['prompts']} prompts"
-        f" chosen for headroom; a render is {price:.0f} evaluations). Nines of certainty; "
-        "difference to random search, paired by prompt, with its interval:",
+        f"Every algorithm against random search at equal network evaluations ({where}, "
+        f"{result['prompts']} prompts chosen for headroom; a render is {price:.0f} evaluations). "
+        "Nines of certainty; difference to random search, paired by prompt, with its interval:",
         "",
         "| algorithm | cost (renders) | prompts | judge (searched) | over random | "
         "referee (held out) | over random |",
@@ -29,7 +29,8 @@ def search(result: dict[str, Any]) -> str:
         for point in (row["at_own_cost"], row["at_8"]):
             if point is not None:
                 lines.append(_row(f"drafts: {name}", f"{point['renders']:.2f}", point))
-    parts = [lines, _drafts(result), _correctors(result["correctors"]), _kills(result["kills"])]
+    tables = [_drafts(result), _correctors(result["correctors"]), _kills(result["kills"])]
+    parts = [lines, _on_top(result), *tables]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -39,6 +40,22 @@ def _row(name: str, cost: str, point: dict[str, Any]) -> str:
         for k in ("judge", "referee")
     ]
     return f"| {name} | {cost} | {point['prompts']} | {' | '.join(cells)} |"
+
+
+def _on_top(result: dict[str, Any]) -> list[str]:
+    """What an algorithm decodes and judges beside its evaluations; random search, every render."""
+    if not result["algorithms"]:
+        return []
+    once = 100 / result["price"]
+    rates = {"random search": (once, once)} | {
+        name: (100 * row["decodes_per_evaluation"], 100 * row["verified_per_evaluation"])
+        for name, row in result["algorithms"].items()
+    }
+    said = "; ".join(f"{k} {made:.1f} and {seen:.1f}" for k, (made, seen) in rates.items())
+    return [
+        "Decoding and judging come on top of the evaluations. Decodes and samples judged for 100 "
+        f"evaluations: {said}."
+    ]
 
 
 def _drafts(result: dict[str, Any]) -> list[str]:
