@@ -43,9 +43,9 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_quant $(FRESH) --model zoo:digits-ddpm
 	$(PY) -m benchmarks.bench_quant $(FRESH) --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_quant_kernels
-	$(PY) -m benchmarks.bench_caches
-	$(PY) -m benchmarks.bench_caches --steps 20 --samples 200
-	$(PY) -m benchmarks.bench_caches --model zoo:digits-sd
+	$(PY) -m benchmarks.bench_caches $(FRESH)
+	$(PY) -m benchmarks.bench_caches $(FRESH) --steps 20 --samples 200
+	$(PY) -m benchmarks.bench_caches $(FRESH) --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_caches_video $(FRESH)
 	$(PY) -m benchmarks.bench_cache_speed $(FRESH)
 	$(PY) -m benchmarks.bench_robustness
@@ -61,10 +61,11 @@ bench: $(READY) figures
 		--out out/evaluate-wan \
 		$(addprefix --recipe ,$(filter-out recipes/digits-%,$(wildcard recipes/*.yaml)))
 	$(PY) -m benchmarks.recipe_cards $(REPORTS)
-	$(PY) -m benchmarks.bench_backend
+	$(PY) -m benchmarks.bench_backend $(FRESH)
 	$(PY) -m benchmarks.bench_sparse
 	$(PY) -m benchmarks.bench_sparse_quality $(FRESH)
 	$(PY) -m benchmarks.bench_search $(FRESH) --prompts 100
+	$(PY) -m benchmarks.bench_search --kill
 	$(PY) -m benchmarks.bench_search $(FRESH) --model zoo:digits-wan --prompts 16
 	$(PY) -m benchmarks.bench_rlg
 	$(PY) -m benchmarks.tables
@@ -72,7 +73,7 @@ bench: $(READY) figures
 # Speeds and qualities of the methods, of peers and of the core: about a quarter of an hour.
 figures: $(READY)
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
-	$(PY) -m benchmarks.bench_native
+	$(PY) -m benchmarks.bench_native $(FRESH)
 	$(PY) -m benchmarks.bench_peers $(FRESH)
 	$(PY) -m benchmarks.waterfall $(FRESH)
 	$(PY) -m benchmarks.bench_overhead
@@ -86,18 +87,18 @@ gpu: $(READY)
 	$(PY) -c "import torch, sys; torch.cuda.is_available() or sys.exit('torch sees no GPU here')"
 	$(PY) -m pip install -q -c constraints.txt -e '.[peers]'
 	$(PY) -m pytest -m "slow or not slow" tests/accel tests/caches tests/samplers tests/quant/test_temporal_cache.py tests/quant/test_gpu_kernels.py tests/sparse_attn
-	$(PY) -m benchmarks.bench_native --device cuda
+	$(PY) -m benchmarks.bench_native $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_peers $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_temporal_cache --device cuda
 	$(PY) -m benchmarks.bench_quant_kernels --device cuda
-	$(PY) -m benchmarks.bench_caches --device cuda
-	$(PY) -m benchmarks.bench_caches --device cuda --model zoo:digits-sd
+	$(PY) -m benchmarks.bench_caches $(FRESH) --device cuda
+	$(PY) -m benchmarks.bench_caches $(FRESH) --device cuda --model zoo:digits-sd
 	$(PY) -m benchmarks.bench_caches_video $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_cache_speed $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_tdm $(FRESH) --device cuda
 	$(PY) -m benchmarks.waterfall $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_overhead --device cuda
-	$(PY) -m benchmarks.bench_backend --device cuda
+	$(PY) -m benchmarks.bench_backend $(FRESH) --device cuda
 	$(PY) -m benchmarks.bench_sparse --device cuda
 	$(PY) -m benchmarks.bench_sparse_quality $(FRESH) --device cuda
 	$(PY) -m benchmarks.tables

@@ -232,6 +232,7 @@ def main() -> None:
 
     def keep() -> None:
         block = environment(given.device, load)
+        own(found, block)
         content = {"environment": block, "protocol": protocol.as_json(), "models": found}
         write(RESULT, given.device, content)
 
@@ -261,7 +262,15 @@ def measured(device: str, protocol: Protocol) -> dict[str, Any]:
         return {}
     require_same(Protocol.read(old["protocol"]), protocol)
     require_machine(old["environment"], environment(device))
+    own(old["models"], old["environment"])
     return old["models"]
+
+
+def own(models: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Give an environment to rows that have none: new ones, or those whose file's it was."""
+    for model in models.values():
+        for row in model["rows"].values():
+            row.setdefault("environment", environment)
 
 
 if __name__ == "__main__":

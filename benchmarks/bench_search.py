@@ -1,4 +1,4 @@
-"""Noise search on the embedded models: every algorithm against random search at equal cost.
+"""Noise search on the embedded models: algorithms against random search at equal evaluations.
 
     python -m benchmarks.bench_search [--model zoo:digits-sd] [--prompts 100] [--only NAME ...]
                                       [--minutes 30] [--fresh | --kill | --draw]
@@ -12,8 +12,8 @@ a pool. Drafts are judged by the gain of best-of-8 that rendering the best of 8 
 
 What each prompt gave is kept in ``results/search_rows.json``, and every run adds what is missing up
 to ``--prompts``: rows of other hardware or another protocol are refused (``--fresh`` measures all
-again). ``search.json``, which tables and the picture are made of, is reckoned from them.
-``--kill``: searches are killed with SIGKILL and resumed (``bench_search_kill.py``).
+again, and drops the kills). ``search.json``, which tables and the picture are made of, is reckoned
+from them. ``--kill``: searches are killed with SIGKILL and resumed (``bench_search_kill.py``).
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ class Bench:
         self.pipe.set_progress_bar_config(disable=True)
         self.rows = (None if fresh else read(self.file)) or self._empty()
         self._check()
-        self._written = time.monotonic()
+        self._own(self.rows["environment"])
+        self._written, self._added = time.monotonic(), False
 
     def _empty(self) -> dict[str, Any]:
         prompts = hard_prompts(self.pipe, self.study)
@@ -285,12 +286,26 @@ class Bench:
         judge, budget = DigitsJudge(JUDGE), Budget(renders=renders)
         return search.run(self.pipe, [call], judge, budget, recipe, settings=settings).winners[0]
 
-    def keep(self, *, now: bool = False) -> None:
-        """Write the rows, now and then."""
-        if now or time.monotonic() - self._written > WRITE_EVERY:
-            self.rows["environment"] = environment("cpu", self.load)
+    def added(self, part: dict[str, Any] | None = None) -> None:
+        """Something was measured, of this algorithm or these drafts: write it, now and then."""
+        self.rows["environment"] = environment("cpu", self.load)
+        if part is not None:
+            part["environment"] = self.rows["environment"]
+        self._added = True
+        if time.monotonic() - self._written > WRITE_EVERY:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write the rows, if any were added."""
+        if self._added:
             write(self.file, "cpu", self.rows)
-            self._written = time.monotonic()
+            self._written, self._added = time.monotonic(), False
+
+    def _own(self, environment: dict[str, Any]) -> None:
+        """What has no environment of its own has the file's, which is renewed."""
+        for kind in ("algorithms", "drafts"):
+            for part in self.rows[kind].values():
+                part.setdefault("environment", environment)
 
     # -- what is measured ------------------------------------------------------------------------
 
@@ -303,7 +318,7 @@ class Bench:
                 "scores": [both(c) for c in winner.candidates],
                 "evaluations": winner.ledger.spent().evaluations,
             }
-            self.keep()
+            self.added()
 
     def algorithm(self, name: str, entry: Entry, count: int) -> None:
         """What it has found at each point of cost, for prompts that lack it."""
@@ -316,7 +331,7 @@ class Bench:
             if prompt not in self.rows["random"]:
                 break
             known["rows"][prompt] = self._points(entry, number, prompt)
-            self.keep()
+            self.added(known)
 
     def _points(self, entry: Entry, number: int, prompt: str) -> dict[str, Any]:
         price, at, spent = self.price(prompt), {}, []
@@ -354,7 +369,7 @@ class Bench:
                 more = self.search(DraftCommit(None), DRAFTED, number, recipe)
                 row["at_8"] = self._committed(more)
             known["rows"][prompt] = row
-            self.keep()
+            self.added(known)
 
     @staticmethod
     def _committed(winner: Winner) -> list[float]:
@@ -378,7 +393,7 @@ class Bench:
                     "spread": float(np.mean(report["spread"])),
                     "effective": float(np.mean(report["effective"])),
                 }
-            self.keep()
+            self.added()
 
 
 def best_at(winner: Winner, evaluations: float) -> Candidate | None:
@@ -426,13 +441,15 @@ def main() -> int:
             found = read(study.name)
             assert found is not None, "measure the rest first"
             calls = [bench.call(p) for p in bench.rows["prompts"][:2]]
-            write(study.name, "cpu", {**found, "kills": kill_test(bench.pipe, calls)})
+            kills = kill_test(bench.pipe, calls)
+            kills["environment"] = environment("cpu", bench.load)
+            write(study.name, "cpu", {**found, "kills": kills})
             return 0
         measure(bench, given.prompts, given.only)
     except OtherRows as error:
         print(f"bench_search: {error}", file=sys.stderr)
         return 2
-    return report(study)
+    return report(study, fresh=given.fresh)
 
 
 def measure(bench: Bench, count: int, only: list[str] | None) -> None:
@@ -455,14 +472,17 @@ def measure(bench: Bench, count: int, only: list[str] | None) -> None:
             began = time.process_time()
             part(some)
             print(f"{some} prompts, {name}: {time.process_time() - began:.0f} s", flush=True)
-        bench.keep(now=True)
+        bench.keep()
 
 
-def report(study: Study) -> int:
-    """``search.json`` and the picture, from the rows; kills stay."""
+def report(study: Study, *, fresh: bool = False) -> int:
+    """``search.json`` and the picture, from the rows; kills stay, but of older code."""
     rows = read(f"{study.name}_rows")
     assert rows is not None, "measure first"
-    kills = (read(study.name) or {}).get("kills")
+    old = None if fresh else read(study.name)
+    kills = old["kills"] if old else None
+    if kills is not None and old is not None:
+        kills.setdefault("environment", old["environment"])
     write(study.name, "cpu", search_report.reported(rows, study.points, study.pool, kills))
     draw(RESULTS / f"{study.name}.json", picture_of(study.name))
     return 0

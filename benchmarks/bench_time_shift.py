@@ -40,8 +40,8 @@ from accel.metrics.distribution import frechet
 from accel.metrics.protocol import Protocol
 from accel.zoo.judge import AttributeJudge, judge, to_tensor
 from accel.zoo.world import DigitWorld
-from benchmarks.bench_native import kept_rows
 from benchmarks.digits_study import weights_sha256
+from benchmarks.kept import kept_rows
 from benchmarks.results_file import add_fresh, read, write
 from samplers.epsilon_scaling import EpsilonScaling
 from samplers.shifted_time import TimeShiftPNDMScheduler
@@ -364,6 +364,8 @@ def main() -> None:
     part = bool(given.only or given.steps)
     old = None if given.fresh and not part else read("time_shift")
     kept, rows = list(kept_rows(old, Protocol.read(own), environment("cpu"))), []
+    if old:  # rows without an environment of their own have the file's, which is renewed below
+        kept = [{**row, "environment": row.get("environment", old["environment"])} for row in kept]
     content = {
         "protocol": own,
         "model": MODEL,
@@ -374,8 +376,8 @@ def main() -> None:
     }
     done = frozenset() if given.fresh else frozenset(map(key_of, kept))
     for row in measure(given.samples, given.sets, given.only, given.steps, done):
-        rows.append(row)
         block = environment("cpu", load)
+        rows.append({**row, "environment": block})
         write("time_shift", "cpu", {"environment": block, **content, "rows": joined(kept, rows)})
 
 

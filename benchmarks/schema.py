@@ -145,7 +145,8 @@ class PerSample(_Strict):
 
 
 class Row(Measured):
-    """A recipe against the unmodified pipeline. seconds: of each round, [without, with]."""
+    """A recipe against the unmodified pipeline. seconds: of each round, [without, with].
+    calibration: what an artifact depends on that was made in the run."""
 
     methods: list[MethodRecord]
     effect: list[Literal["some", "none"]]
@@ -153,6 +154,7 @@ class Row(Measured):
     per_sample: PerSample | None
     protocol: Sha256 | None
     environment: Environment
+    calibration: dict[str, Any] | None = None
 
 
 class Study(_Strict):
@@ -302,6 +304,7 @@ class SpeedRow(_Strict):
 
     speedup: Interval
     flops: Pair
+    environment: Environment | None = None  # the file's
 
 
 class SpeedModel(_Strict):
@@ -329,6 +332,7 @@ class DrawsRow(_Strict):
     samples: Positive
     seeds: list[Count]
     frechet: list[Annotated[float, Field(ge=0)]]
+    environment: Environment | None = None  # the file's
 
     @model_validator(mode="after")
     def _a_distance_for_each_seed(self) -> DrawsRow:
@@ -571,6 +575,7 @@ class SearchKills(_Strict):
     batch: Positive
     most_scored_twice: int
     rows: list[SearchKill]
+    environment: Environment | None = None  # the file's
 
 
 class CorrectorsFigure(_Strict):
@@ -609,9 +614,12 @@ class AlgorithmOnPrompt(_Strict):
 
 
 class AlgorithmRows(_Strict):
+    """environment: of what was added last; ``None``: the file's."""
+
     search: dict[str, Any]
     methods: list[MethodRecord]
     rows: dict[str, AlgorithmOnPrompt]
+    environment: Environment | None = None
 
 
 class DraftOnPrompt(_Strict):
@@ -624,6 +632,7 @@ class DraftOnPrompt(_Strict):
 class DraftRows(_Strict):
     methods: list[MethodRecord]
     rows: dict[str, DraftOnPrompt]
+    environment: Environment | None = None  # as of AlgorithmRows
 
 
 class CorrectorsOnPrompt(_Strict):

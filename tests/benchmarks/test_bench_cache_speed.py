@@ -48,6 +48,18 @@ def test_every_cache_saves_work(rows):
             assert share < 0.95, label
 
 
+def test_rows_keep_the_environment_that_they_were_measured_in():
+    models = {"m": {"rows": {"old": {"speedup": 1}}}}
+    bench_cache_speed.own(models, {"commit": "a"})
+    models["m"]["rows"]["new"] = {"speedup": 2}
+    bench_cache_speed.own(models, {"commit": "b"})
+    rows = models["m"]["rows"]
+    assert {name: row["environment"]["commit"] for name, row in rows.items()} == {
+        "old": "a",
+        "new": "b",
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "compiled"), [("DiT-XL/2", True), ("Wan 2.1 1.3B", False)])
 def test_the_models_run(name, compiled):

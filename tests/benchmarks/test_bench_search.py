@@ -109,7 +109,10 @@ def test_what_is_reported_is_reckoned_from_the_rows():
     assert found["drafts"]["cache"]["price"] == pytest.approx(48 / 160)
     assert found["drafts"]["cache"]["at_own_cost"]["renders"] == pytest.approx(3.4)
     assert found["correctors"]["judge"]["difference"]["estimate"] == 0
-    assert "| one | 4 | 3 |" in search(found)
+    text = search(found)
+    assert "| one | 4 | 3 |" in text
+    assert "equal network evaluations" in text
+    assert "random search 5.0 and 5.0; one 5.0 and 5.0." in text
 
 
 def test_rows_of_other_hardware_or_protocol_are_refused(monkeypatch):
@@ -136,3 +139,34 @@ def test_only_what_is_missing_is_measured(monkeypatch):
     assert [n for n, _ in bench.missing(dict.fromkeys(known), 5)] == [3, 4]
     bench.deadline = 0.0
     assert not list(bench.missing({}, 5))
+
+
+def test_what_is_not_measured_keeps_its_date(monkeypatch):
+    kept, files = rows(), []
+    before = {**kept["environment"], "hardware": hardware("cpu"), "commit": "before"}
+    here = {**read("search_rows"), "environment": before, "algorithms": kept["algorithms"]}
+    monkeypatch.setattr(bench_search, "read", lambda name: here)
+    monkeypatch.setattr(bench_search, "write", lambda *given: files.append(given[-1]))
+    bench = Bench(STUDIES[SD])
+    bench.keep()
+    assert files == []
+    assert bench.rows["environment"] == before
+    bench.added()
+    bench.keep()
+    assert bench.rows["environment"]["commit"] != "before"
+    assert bench.rows["algorithms"]["one"]["environment"] == before
+    bench.added(bench.rows["algorithms"]["one"])
+    assert bench.rows["algorithms"]["one"]["environment"] == bench.rows["environment"]
+    checked("search_rows", as_text(files[-1]))
+
+
+def test_kills_of_older_code_go_when_all_is_measured_again(monkeypatch):
+    kept, files = rows(pool=32), []
+    kills = {"tried": 1, "killed": 1, "same": 1, "batch": 4, "most_scored_twice": 0, "rows": []}
+    old = {"kills": kills, "environment": {"commit": "before"}}
+    monkeypatch.setattr(bench_search, "read", lambda name: old if name == "search" else kept)
+    monkeypatch.setattr(bench_search, "write", lambda *given: files.append(given[-1]))
+    monkeypatch.setattr(bench_search, "draw", lambda *given: None)
+    bench_search.report(STUDIES[SD])
+    bench_search.report(STUDIES[SD], fresh=True)
+    assert [f["kills"] for f in files] == [{**kills, "environment": old["environment"]}, None]

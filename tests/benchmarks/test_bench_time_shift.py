@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,23 @@ def test_a_study_that_was_cut_off_goes_on(monkeypatch):
     rows = list(bench_time_shift.measure(batch, 1, "F-PNDM", [4], done))
     assert [row["setting"] for row in rows] == ["time-shift", "epsilon scaling"]
     assert rows[0]["frechet"] == rows[1]["frechet"]  # nothing was adopted
+
+
+def test_rows_keep_the_environment_that_they_were_measured_in(monkeypatch):
+    def row(setting):
+        return {"sampler": "DDIM", "steps": 10, "setting": setting}
+
+    own, files = bench_time_shift.protocol(2000, 3), []
+    before = {**HERE, "commit": "before"}
+    old = {"protocol": own, "rows": [row("base")], "environment": before}
+    old |= {"exposure": {}, "overhead": {}}
+    monkeypatch.setattr(bench_time_shift, "read", lambda name: old)
+    monkeypatch.setattr(bench_time_shift, "write", lambda *given: files.append(given[-1]))
+    monkeypatch.setattr(bench_time_shift, "environment", lambda *given: HERE)
+    monkeypatch.setattr(bench_time_shift, "measure", lambda *given: [row("time-shift")])
+    monkeypatch.setattr(sys, "argv", ["bench_time_shift"])
+    bench_time_shift.main()
+    assert [r["environment"] for r in files[-1]["rows"]] == [before, HERE]
 
 
 @shipped

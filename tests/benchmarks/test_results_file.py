@@ -71,4 +71,5 @@ def test_make_measures_again_what_another_machine_has_measured():
         known = code + shared * ("command_line" in code)
         for option in re.findall(r"--[a-z]+", options):
             assert f'"{option}"' in known, f"{name} {option}"
-        assert ("add_fresh(" in code) == ("$(FRESH)" in options), name
+        fresh = "$(FRESH)" in options or "--kill" in options
+        assert ("add_fresh(" in code) == fresh, name
