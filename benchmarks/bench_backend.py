@@ -1,12 +1,13 @@
 """Every kernel of dense attention that works here, on ``zoo:digits-dit``, which has none by name.
 
-    python -m benchmarks.bench_backend [--samples 60] [--rounds 5] [--device cuda]
+    python -m benchmarks.bench_backend [--samples 60] [--rounds 5] [--fresh] [--device cuda]
 
 Each row gives all attention to one of diffusers' kernels and is paired with the unmodified
 pipeline, as in ``bench_native``: same seeds, same inputs, timed in turn, judged. The model's
 processors call torch's attention themselves, so calls are rerouted one by one, which is in the
 times. What does not work here is named with its reason. A model of 16 tokens says what a kernel
 costs and whether it is right, not how fast it is on long sequences: ``bench_sparse`` has those.
+Rows are written as they are measured, and a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from accel import compat
 from accel.measure import environment, load_average, pipeline_samples
 from accel.method import Recipe, attached
 from benchmarks.digits_study import head, row, study
-from benchmarks.results_file import DEVICES, write
+from benchmarks.kept import kept_rows, stays
+from benchmarks.results_file import DEVICES, add_fresh, read, write
 from sparse_attn.backend import AttentionBackend
 
 OWN = "native"  # what the model's processors call; a row of it would be the same on both sides
@@ -47,28 +49,37 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=DEVICES)
+    add_fresh(parser)
     given = parser.parse_args()
     load = load_average()
     bench = study(given.samples, given.device)
+    old = None if given.fresh else read("attention_backend", given.device)
+    there = kept_rows(old, bench.protocol(), environment(given.device, load))
     works, refused = usable(bench.pipe, bench.inputs[0])
-    rows: dict[str, Any] = {}
+    rows: dict[str, Any] = {name: there[name] for name in works if name in there}
+    before = old and (old["rows"], old["refused"])
 
     def keep() -> None:
         content = head(bench, given.samples, environment(given.device, load))
-        write("attention_backend", given.device, {**content, "rows": rows, "refused": refused})
+        shown = {name: rows[name] for name in works if name in rows}
+        write("attention_backend", given.device, {**content, "rows": shown, "refused": refused})
 
     for name in works:
         recipe = Recipe((AttentionBackend((name,)),))
+        if stays(rows.get(name), recipe):
+            continue
         try:
             result = bench.compare(recipe, rounds=given.rounds)
         except ValueError as error:  # flex, off accelerators: not while operations are counted
+            rows.pop(name, None)
             refused[name] = str(error)
             continue
         rows[name] = row(recipe, result)
         rows[name]["kernels"] = kernels(result.report)
         print(name, rows[name]["speedup"], rows[name]["kernels"], flush=True)
         keep()
-    keep()
+    if (rows, refused) != before:
+        keep()
 
 
 def kernels(report: dict[str, Any]) -> list[str]:

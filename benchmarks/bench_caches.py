@@ -1,11 +1,13 @@
 """Feature caches against each other: curves of speed against fidelity, ours beside the peers'.
 
     python -m benchmarks.bench_caches [--model zoo:digits-sd] [--steps 20] [--samples 500]
+                                      [--curves CURVE ...] [--fresh]
 
 Every row is timed in turn with the unmodified pipeline and paired with it sample by sample. A row's
 name is its curve, then the setting. Peers: diffusers' own caches, and cache-dit (the ``peers``
 extra) with its caches alone and with its forecasts. The searched and learned schedules come from
-``benchmarks.search_schedules``, made on other noise. Controls compute as much at random steps.
+``benchmarks.search_schedules``, made on other noise. Controls compute as much at random steps. Rows
+are written as they are measured, and a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import functools
 import json
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,12 @@ from accel.denoiser import denoisers
 from accel.measure import load_average
 from accel.method import Method, Recipe
 from accel.settings import Settings
-from benchmarks.bench_native import here, kept_rows
+from benchmarks.bench_native import here
 from benchmarks.density_rows import density
-from benchmarks.digits_study import BATCH, MODEL, SD, command_line, head, inputs, row, study
+from benchmarks.digits_study import BATCH, MODEL, SD, command_line, head, inputs, study
+from benchmarks.kept import Calibrated, Planned, due, kept_rows, measured
 from benchmarks.peers import CacheDit
-from benchmarks.results_file import read, write
+from benchmarks.results_file import add_fresh, read, write
 from benchmarks.search_schedules import HEADS, SCHEDULES, front
 from caches.early_exit import EarlyExit
 from caches.encoder_propagation import EncoderPropagation
@@ -46,10 +49,10 @@ MARGIN = 1.0  # dB more on the calibration inputs
 STEPS = {"caches": 50, "caches_20": 20, "caches_sd": 50}
 
 
-Later = functools.partial  # a method that takes long to make, made when its row is measured
+Made = Method | functools.partial[Any] | Calibrated
 
 
-def transformer_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method | Later]]:
+def transformer_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
     """Curves on a transformer."""
     yield from searched(pipe, steps, folder)
     yield from learned(pipe, steps, folder)
@@ -67,9 +70,9 @@ def transformer_rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str,
         yield f"TaylorSeer: {interval}", TaylorSeer(interval, 3)
     for threshold in (0.05, 0.1, 0.2, 0.3):
         yield f"FirstBlockCache: {threshold}", FirstBlockCache(threshold)
-    ratios = _magnitudes(pipe, steps, folder)
+    ratios = functools.cache(functools.partial(_magnitudes, pipe, steps, folder))
     for threshold in (0.03, 0.06, 0.12):
-        yield f"MagCache: {threshold}", MagCache(threshold, artifact=ratios)
+        yield f"MagCache: {threshold}", magnitudes(threshold, ratios)
     for threshold in (0.08, 0.16, 0.24):
         cache = {
             "Fn_compute_blocks": 1,
@@ -126,7 +129,7 @@ def searched(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]
         yield name, method(shuffled, f"random-{quality}")
 
 
-def gates(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Later]]:
+def gates(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Calibrated]]:
     """Gates calibrated on other noise for rising boldness."""
     calls = [{**x, "output_type": "np"} for x in inputs(2 * BATCH, steps)]
 
@@ -135,7 +138,9 @@ def gates(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Later]]:
         return ResidualGate(found.save(folder / f"gate-{quality}.safetensors"))
 
     for quality in QUALITIES:
-        yield f"residual gate: {quality} dB asked", functools.partial(gate, quality)
+        settings = {"quality": quality, "samples": 2 * BATCH}
+        made = functools.partial(gate, quality)
+        yield f"residual gate: {quality} dB asked", Calibrated(made, settings)
 
 
 def exits(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]:
@@ -190,9 +195,22 @@ def learned(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Method]]
         )
 
 
+def magnitudes(threshold: float, ratios: Callable[[], ArtifactRef]) -> Calibrated:
+    """MagCache with ratios that are calibrated once for all thresholds."""
+    settings = {"threshold": threshold, "samples": BATCH}
+    return Calibrated(lambda: MagCache(threshold, artifact=ratios()), settings)
+
+
 def _magnitudes(pipe: Any, steps: int, folder: Path) -> ArtifactRef:
     calibration = [{**x, "output_type": "np"} for x in inputs(BATCH, steps)]
     return MagCache.calibrate(pipe, calibration).save(folder / "mag.safetensors")
+
+
+def planned(made: Made) -> Planned:
+    """A row's recipe, or what is calibrated for it."""
+    if isinstance(made, Calibrated):
+        return made
+    return Recipe((made if isinstance(made, Method) else made(),))
 
 
 def main() -> None:
@@ -202,30 +220,25 @@ def main() -> None:
     parser.add_argument(
         "--curves", nargs="*", default=[], help="beginnings of rows to measure; the others stay"
     )
+    add_fresh(parser)
     given = parser.parse_args()
     load = load_average()
     bench = study(given.samples, given.device, given.referee, given.model, given.steps)
     rows = transformer_rows if given.model == MODEL else unet_rows
     name = "caches_sd" if given.model == SD else "caches" if given.steps == 50 else "caches_20"
-    block = here(given.device, load)
-    old = read(name, given.device) if given.curves else None
-    kept, measured = kept_rows(old, bench.protocol(), block), {}
-
-    def keep(shown: dict[str, Any]) -> None:
-        block = here(given.device, load)
-        write(name, given.device, {**head(bench, given.samples, block), "rows": shown})
-
+    old = None if given.fresh and not given.curves else read(name, given.device)
+    there = dict(kept_rows(old, bench.protocol(), here(given.device, load)))
     with tempfile.TemporaryDirectory() as folder:
-        for label, method in rows(bench.pipe, given.steps, Path(folder)):
+        made = rows(bench.pipe, given.steps, Path(folder))
+        plans = {label: planned(method) for label, method in made}
+        for label in due(plans, there, given.fresh, folder):
             if given.curves and not label.startswith(tuple(given.curves)):
-                measured |= {label: kept[label]} if label in kept else {}
                 continue
-            recipe = Recipe((method() if isinstance(method, Later) else method,))
-            result = bench.compare(recipe, rounds=given.rounds)
-            measured[label] = row(recipe, result, folder)
-            print(label, *(measured[label][k] for k in ("speedup", "psnr", "judged")), flush=True)
-            keep(measured | {k: r for k, r in kept.items() if k not in measured})
-    keep(measured)
+            there[label] = measured(bench, plans[label], given.rounds, folder)
+            print(label, *(there[label][k] for k in ("speedup", "psnr", "judged")), flush=True)
+            there = {label: there[label] for label in plans if label in there}
+            content = head(bench, given.samples, here(given.device, load))
+            write(name, given.device, {**content, "rows": there})
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from accel.artifact import ArtifactRef
 from accel.measure import Study, load_average
 from accel.method import Method, Recipe
 from accel.settings import Settings
-from benchmarks.bench_native import here, kept_rows
+from benchmarks.bench_caches import magnitudes
+from benchmarks.bench_native import here
 from benchmarks.density_rows import density
-from benchmarks.digits_study import UNIPC, WAN, head, loaded, row, study_of, videos
+from benchmarks.digits_study import UNIPC, WAN, head, loaded, study_of, videos
+from benchmarks.kept import Calibrated, due, kept_rows, measured
 from benchmarks.peers import CacheDit
 from benchmarks.results_file import DEVICES, add_fresh, read, write
 from benchmarks.search_schedules import front
@@ -47,7 +49,7 @@ QUALITIES = (35, 30, 25)  # dB that searched schedule and gate are asked for
 CONTROLLED = 30
 MARGIN = 1.0  # dB more on the calibration videos
 
-Made = Callable[[], Method]
+Made = Callable[[], Method] | Calibrated
 
 
 def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
@@ -87,9 +89,11 @@ def rows(pipe: Any, steps: int, folder: Path) -> Iterator[tuple[str, Made]]:
     )
     for fewer in (10, 12):
         yield f"control: {fewer} steps", partial(SwapScheduler, *UNIPC, steps=fewer)
-    yield "MagCache: 0.06", lambda: MagCache(0.06, artifact=_ratios(pipe, calls, folder))
+    yield "MagCache: 0.06", magnitudes(0.06, partial(_ratios, pipe, calls, folder))
     for quality in QUALITIES:
-        yield f"residual gate: {quality} dB asked", partial(gate, pipe, calls, folder, quality)
+        settings = {"quality": quality + MARGIN, "other": OTHER}
+        made = partial(gate, pipe, calls, folder, quality)
+        yield f"residual gate: {quality} dB asked", Calibrated(made, settings)
 
 
 def searched(
@@ -142,23 +146,24 @@ def main() -> None:
     block = here(given.device, load)
     trial = given.model != MODEL
     old = None if trial or (given.fresh and not given.only) else read(RESULT, given.device)
-    measured: dict[str, Any] = dict(kept_rows(old, bench.protocol(), block))
+    there: dict[str, Any] = dict(kept_rows(old, bench.protocol(), block))
     with tempfile.TemporaryDirectory() as folder:
         found = dict(rows(bench.pipe, given.steps, Path(folder)))
         for label, make in found.items():
-            wanted = not given.only or label.startswith(tuple(given.only))
-            if not wanted or (label in measured and not given.fresh):
+            if given.only and not label.startswith(tuple(given.only)):
                 continue
             try:
-                recipe = Recipe((make(),))
-            except ValueError as error:  # a calibration that finds nothing for so many dB
+                planned = make if isinstance(make, Calibrated) else Recipe((make(),))
+                if not due({label: planned}, there, given.fresh, folder):
+                    continue
+                there[label] = measured(bench, planned, given.rounds, folder)
+            except ValueError as error:  # nothing was found for so many dB
                 print(f"{label}: left out, {error}", flush=True)
                 continue
-            measured[label] = row(recipe, bench.compare(recipe, rounds=given.rounds), folder)
-            print(label, *(measured[label][k] for k in ("speedup", "psnr", "judged")), flush=True)
-            measured = {name: measured[name] for name in found if name in measured}
+            print(label, *(there[label][k] for k in ("speedup", "psnr", "judged")), flush=True)
+            there = {name: there[name] for name in found if name in there}
             if not trial:
-                write(RESULT, given.device, content(bench, here(given.device, load), measured))
+                write(RESULT, given.device, content(bench, here(given.device, load), there))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
 
 One model (``zoo:digits-dit``), one protocol, one machine: each row is paired with the unmodified
 pipeline, timed in turn with it, and judged by the referee. Rows are written as they are measured;
-the same command goes on where it stopped, unless machine, versions or protocol have changed (after
-a change of code: ``--fresh``). What is calibrated is calibrated on other noise. Peers have the
-setting that was best for them here. Methods for other models (encoder propagation, One More Step,
-sparse video attention) have studies of their own.
+the same command goes on where it stopped, and refuses rows of another machine, other versions or
+another protocol (then, and after a change of code: ``--fresh``). What is calibrated is calibrated
+on other noise. Peers have the setting that was best for them here. Methods for other models
+(encoder propagation, One More Step, sparse video attention) have studies of their own.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import accel
-from accel.artifact import ArtifactRef
 from accel.measure import environment, load_average
 from accel.method import Method, Recipe
-from accel.metrics.protocol import Protocol
-from accel.settings import Settings
+from accel.settings import Settings, settings_json
 from benchmarks.bench_caches import learned
-from benchmarks.digits_study import BATCH, DDIM, DPM, command_line, head, inputs, row, study
+from benchmarks.digits_study import BATCH, DDIM, DPM, command_line, head, inputs, study
 from benchmarks.distil import RECIPES
+from benchmarks.kept import Calibrated, due, kept_rows, measured
 from benchmarks.peers import CacheDit
 from benchmarks.quant_peers import Quanto, TorchAO
 from benchmarks.results_file import add_fresh, read, write
@@ -44,7 +43,9 @@ from samplers.time_shift import TimeShift
 
 ASKED = 40  # dB of PSNR that the residual gate is calibrated for
 PEERS = ("cache-dit", "torchao", "optimum-quanto")
+INTEGERS = TFMQCalibration(bits=8, steps=100, calls=5, rounding="gptq")
 Methods = tuple[Method, ...]
+Made = Callable[[], Methods] | Calibrated
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ class Planned:
     """A row before it is measured. ``whose``: ours, diffusers', another project's, a control."""
 
     whose: str
-    methods: Callable[[], Methods]
+    made: Made
+
+    def recipe(self) -> Recipe | Calibrated:
+        """As ``kept.measured`` wants it; nothing is calibrated."""
+        return self.made if isinstance(self.made, Calibrated) else Recipe(self.made())
 
 
 def rows(pipe: Any, folder: Path) -> dict[str, Planned]:
@@ -66,16 +71,21 @@ def rows(pipe: Any, folder: Path) -> dict[str, Planned]:
         max_continuous_cached_steps=3,
     )
     forecast = CacheDit(every_fourth, taylor_order=1)
-    plans: dict[str, tuple[str, Callable[[], Methods] | Method | Methods]] = {
+    ratios = {"threshold": 0.06, "samples": BATCH}
+    asked = {"quality": ASKED, "samples": 2 * BATCH}
+    plans: dict[str, tuple[str, Made | Method | Methods]] = {
         "DPM-Solver++ 20 steps": ("diffusers", dpm20),
         "TaylorSeer: 4, lite": ("diffusers", TaylorSeer(interval=4, warmup=5, modules="lite")),
         "FirstBlockCache: 0.05": ("diffusers", FirstBlockCache(0.05)),
-        "MagCache: 0.06": ("diffusers", lambda: (MagCache(0.06, artifact=_ratios(pipe, folder)),)),
+        "MagCache: 0.06": ("diffusers", Calibrated(lambda: _ratios(pipe, folder), ratios)),
         "interval, output: 5": ("ours", IntervalCache(5, 2, 0, "output", 1)),
         "interval, blocks: 3": ("ours", IntervalCache(3, 3, 0, "blocks", 1)),
         "evolution, as shipped": ("ours", lambda: _shipped("digits-dit-evolution")),
         "router, learned for 20 steps": ("ours", lambda: _router(pipe, folder)),
-        f"residual gate: {ASKED} dB asked": ("ours", lambda: (_gate(pipe, folder),)),
+        f"residual gate: {ASKED} dB asked": (
+            "ours",
+            Calibrated(lambda: _gate(pipe, folder), asked),
+        ),
         "temporal cache": ("ours", TemporalCache()),
         "leap": ("ours", Leap()),
         "epsilon scaling": ("ours", EpsilonScaling()),
@@ -90,7 +100,10 @@ def rows(pipe: Any, folder: Path) -> dict[str, Planned]:
         "DDIM 10 steps": ("control", SwapScheduler(*DDIM, steps=10)),
         "DDIM 20 steps": ("control", SwapScheduler(*DDIM, steps=20)),
         "TaylorSeer: 5, order 0, warmup 1": ("control", TaylorSeer(5, 1, 0)),
-        "TFMQ W8A8, GPTQ": ("ours", lambda: (_integers(pipe, folder),)),
+        "TFMQ W8A8, GPTQ": (
+            "ours",
+            Calibrated(lambda: _integers(pipe, folder), settings_json(INTEGERS)),
+        ),
         "int8 dynamic": ("torchao", TorchAO("int8 dynamic")),
         "int8 weight-only": ("torchao", TorchAO("int8 weight-only")),
         "int8 weights": ("quanto", Quanto(8)),
@@ -98,7 +111,7 @@ def rows(pipe: Any, folder: Path) -> dict[str, Planned]:
     return {name: Planned(whose, _later(made)) for name, (whose, made) in plans.items()}
 
 
-def _later(made: Callable[[], Methods] | Method | Methods) -> Callable[[], Methods]:
+def _later(made: Made | Method | Methods) -> Made:
     if isinstance(made, Method):
         return lambda: (made,)
     if isinstance(made, tuple):
@@ -114,8 +127,9 @@ def _calls(samples: int) -> list[dict[str, Any]]:
     return [{**call, "output_type": "np"} for call in inputs(samples)]
 
 
-def _ratios(pipe: Any, folder: Path) -> ArtifactRef:
-    return MagCache.calibrate(pipe, _calls(BATCH)).save(folder / "mag.safetensors")
+def _ratios(pipe: Any, folder: Path) -> Method:
+    found = MagCache.calibrate(pipe, _calls(BATCH))
+    return MagCache(0.06, artifact=found.save(folder / "mag.safetensors"))
 
 
 def _gate(pipe: Any, folder: Path) -> Method:
@@ -130,25 +144,8 @@ def _router(pipe: Any, folder: Path) -> Methods:
 
 
 def _integers(pipe: Any, folder: Path) -> Method:
-    how = TFMQCalibration(bits=8, steps=100, calls=5, rounding="gptq")
-    made = how.fit(pipe, inputs(BATCH), str(folder / "tfmq"), say=lambda _: None)
+    made = INTEGERS.fit(pipe, inputs(BATCH), str(folder / "tfmq"), say=lambda _: None)
     return TFMQ(made.save(folder / "tfmq.safetensors"))
-
-
-# -- what is kept ----------------------------------------------------------------------------
-
-
-def kept_rows(
-    old: dict[str, Any] | None, protocol: Protocol, here: dict[str, Any]
-) -> dict[str, Any]:
-    """Rows of an earlier run on the same machine, with the same versions and protocol."""
-    if old is None or old["protocol"] is None or old["protocol"]["sha256"] != protocol.sha256:
-        return {}
-
-    def own(environment: dict[str, Any]) -> list[Any]:
-        return [environment[key] for key in ("hardware", "threads", "versions")]
-
-    return {k: r for k, r in old["rows"].items() if own(r["environment"]) == own(here)}
 
 
 def here(device: str, load: float | None) -> dict[str, Any]:
@@ -163,37 +160,38 @@ def main() -> None:
     add_fresh(parser)
     given = parser.parse_args()
     bench = study(given.samples, given.device, given.referee)
-    block = here(given.device, load_average())
+    now = here(given.device, load_average())
     old = None if given.fresh and not given.only else read("peers", given.device)
-    kept = kept_rows(old, bench.protocol(), block)
-    planned = {k: r for k, r in kept.items() if k not in given.only}
-    left_out = old["left_out"] if kept and old else {}  # what this model cannot have, with why
+    there: dict[str, Any] = dict(kept_rows(old, bench.protocol(), now))
+    left_out = dict(old["left_out"]) if old else {}  # what this model cannot have, with why
+    own = old["environment"] if old else now
     with tempfile.TemporaryDirectory() as folder:
-        plans = rows(bench.pipe, Path(folder))
+        plans, folders = rows(bench.pipe, Path(folder)), (folder, str(RECIPES))
         for name, plan in plans.items():
-            if name in planned or (given.only and name not in given.only):
+            if given.only and name not in given.only:
                 continue
-            left_out.pop(name, None)
             load = load_average()
             try:
-                recipe = Recipe(plan.methods())
-                result = bench.compare(recipe, rounds=given.rounds)
+                recipe = plan.recipe()
+                if not due({name: recipe}, there, bool(given.only), *folders):
+                    continue
+                made = measured(bench, recipe, given.rounds, *folders)
+                own = here(given.device, load)
+                there[name] = {**made, "environment": own, "whose": plan.whose}
+                left_out.pop(name, None)
+                print(name, *(made[k] for k in ("speedup", "psnr", "judged")), flush=True)
             except (ValueError, ImportError) as error:
-                left_out[name] = " ".join(str(error).split())[:200]
+                there.pop(name, None)
+                left_out[name] = " ".join(str(error).split())
                 print(f"{name}: left out: {left_out[name]}", flush=True)
-                continue
-            made = row(recipe, result, folder, str(RECIPES))
-            own = here(given.device, load)
-            planned[name] = {**made, "environment": own, "whose": plan.whose}
-            measured = {k: planned[k] for k in plans if k in planned}
+            there = {k: there[k] for k in plans if k in there}
             content = {
                 **head(bench, given.samples, own),
-                "rows": measured,
-                "left_out": left_out,
-                "waiting": [k for k in plans if k not in measured and k not in left_out],
+                "rows": there,
+                "left_out": {k: left_out[k] for k in plans if k in left_out},
+                "waiting": [k for k in plans if k not in there and k not in left_out],
             }
             write("peers", given.device, content)  # after each: a stopped run was not for nothing
-            print(name, *(made[k] for k in ("speedup", "psnr", "judged")), flush=True)
 
 
 if __name__ == "__main__":

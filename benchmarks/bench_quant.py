@@ -5,7 +5,8 @@
 Each row is paired with the unmodified model: same noise, same inputs, timed in turn. Rows go from
 plain rounding with one static scale to everything, one part more at a time; controls have their
 scales shuffled among channels and layers. Calibrated on one batch of other noise. Rows that the
-file has already are not measured again, so a stopped run goes on; ``--fresh`` measures all.
+file has already with the same settings are not measured again, so a stopped run goes on;
+``--fresh`` measures all.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from accel.measure import Referee, Study, Verdict, environment, load_average
 from accel.method import Method, Recipe
 from accel.settings import Settings, settings_json
 from apps.digits_referee import NAME, real_samples
-from benchmarks.bench_native import kept_rows
 from benchmarks.digits_study import (
     BATCH,
     MODEL,
@@ -41,6 +41,7 @@ from benchmarks.digits_study import (
     study,
     weights_sha256,
 )
+from benchmarks.kept import kept_rows, stays
 from benchmarks.quant_peers import Quanto, TorchAO
 from benchmarks.results_file import DEVICES, add_fresh, read, write
 from quant import mixed_precision
@@ -65,6 +66,13 @@ class Spec:
     share: float | None = None
     shuffled: bool = False
     peer: Method | None = None
+
+    def settings(self) -> Recipe | dict[str, Any]:
+        """What its row depends on."""
+        if self.peer is not None:
+            return Recipe((self.peer,))
+        how = settings_json(self.how)
+        return {"how": how, "share": self.share, "shuffled": self.shuffled}
 
 
 def specs(model: str) -> list[Spec]:
@@ -236,6 +244,11 @@ def studied(model: str, samples: int, device: str) -> tuple[Study, list[dict[str
     return study(samples, device, NAME, model, STEPS), made(samples + BATCH, STEPS)[-1:]
 
 
+def there(model: str, measured: dict[str, Any]) -> set[str]:
+    """Names of the rows that are of the settings to be measured."""
+    return {s.label for s in specs(model) if stays(measured.get(s.label), s.settings())}
+
+
 def missing(model: str, only: list[str], have: Container[str]) -> Iterator[Spec]:
     """Of the named rows, or of all, those that are not there yet.
 
@@ -267,14 +280,18 @@ def main() -> None:
     measured = dict(kept_rows(old, bench.protocol(), block))
     with tempfile.TemporaryDirectory() as folder:
         made = Calibrator(bench.pipe, calls, Path(folder))
-        for spec in missing(given.model, given.only, () if given.fresh else set(measured)):
+        have = () if given.fresh else there(given.model, measured)
+        for spec in missing(given.model, given.only, have):
             method, found = made.method(spec)
             result = bench.compare(Recipe((method,)), rounds=given.rounds)
             run = result.report["members"][0]["runs"][-1]
             sizes = ("weights_bytes", "quantised_bytes")
             found |= {k: run["detail"][k] for k in sizes if k in run["detail"]}
             found["fallbacks"] = sum(run["fallbacks"].values())
-            measured[spec.label] = {**row(Recipe((method,)), result, folder), "facts": found}
+            made_row = {**row(Recipe((method,)), result, folder), "facts": found}
+            settings = spec.settings()
+            made_row |= {} if isinstance(settings, Recipe) else {"calibration": settings}
+            measured[spec.label] = made_row
             print(spec.label, *(measured[spec.label][k] for k in ("speedup", "psnr", "facts")))
             block = environment_of(given.device, load)
             content = {

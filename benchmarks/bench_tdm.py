@@ -22,7 +22,6 @@ from PIL import Image
 import accel
 from accel.measure import Study, environment, load_average
 from accel.method import Recipe
-from benchmarks.bench_native import kept_rows
 from benchmarks.digits_study import (
     BATCH,
     DDIM,
@@ -36,6 +35,7 @@ from benchmarks.digits_study import (
     study,
 )
 from benchmarks.distil import SPARSE, STUDENTS, recipe_file, students_of
+from benchmarks.kept import kept_rows, stays
 from benchmarks.results_file import DEVICES, RESULTS, add_fresh, read, write
 from samplers.swap import SwapScheduler
 
@@ -112,7 +112,7 @@ def main() -> None:
     folders = sorted({str(recipe_file(name).resolve().parent) for name in students_of(given.model)})
     for label, recipe in made.items():
         wanted = not given.only or label.startswith(tuple(given.only))
-        if not wanted or (label in measured and not given.fresh):
+        if not wanted or (stays(measured.get(label), recipe, *folders) and not given.fresh):
             continue
         result = bench.compare(recipe, rounds=given.rounds)
         measured[label] = row(recipe, result, *folders)

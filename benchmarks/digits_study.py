@@ -134,17 +134,22 @@ def without_folder(method: Method) -> dict[str, Any]:
     return {**record, "settings": {**record["settings"], "artifact": artifact}}
 
 
+def records(recipe: Recipe, *artifacts: str) -> list[dict[str, Any]]:
+    """Its methods as JSON, without the names of these folders in their artifacts' paths."""
+    methods = json.dumps([m.to_json() for m in recipe.methods])
+    for folder in artifacts:
+        methods = methods.replace(f"{folder}/", "")
+    return json.loads(methods)
+
+
 def row(recipe: Recipe, result: Comparison, *artifacts: str) -> dict[str, Any]:
     """A row of ``schema.Row``. ``artifacts``: folders whose names are left out of paths."""
     measured = result.measured()
     kept = ("speedup", "flops", "nfe", "peak_bytes", "psnr", "ssim", "judged")
-    methods = json.dumps([m.to_json() for m in recipe.methods])
-    for folder in artifacts:
-        methods = methods.replace(f"{folder}/", "")
     seconds = (result.time.seconds_a, result.time.seconds_b)
     return {
         **{k: measured[k] for k in kept},
-        "methods": json.loads(methods),
+        "methods": records(recipe, *artifacts),
         "effect": [m["effect"] for m in result.report["members"]],
         "seconds": [[round(x, 6) for x in side] for side in seconds],
         "per_sample": result.per_sample,

@@ -1,7 +1,8 @@
 """Where figures are kept: ``results/NAME.json``, and ``NAME_DEVICE.json`` off the CPU.
 
-Studies that go on where they were stopped refuse what another machine has measured; their
-``--fresh`` measures again what is there (beside ``--only``: of that), which is what ``make`` asks.
+Studies that go on where they were stopped refuse what another machine or other versions of
+packages have measured; their ``--fresh`` measures again what is there (beside ``--only``: of that),
+which is what ``make`` asks.
 """
 
 from __future__ import annotations
@@ -50,12 +51,23 @@ def add_fresh(parser: argparse.ArgumentParser) -> None:
 
 
 def require_machine(there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises ``ValueError`` where two environments' figures do not stand in one file."""
+    """Raises ``ValueError`` where two environments' figures do not stand in one file.
+
+    Of versions those count that both name, but not this project's own: rows have commits.
+    """
     for key in ("hardware", "threads"):
         if there[key] != here[key]:
             raise ValueError(
                 f"the rows in the file are of {key} {there[key]!r}, this is {here[key]!r}; "
                 "measure all of them again (without --only; with --fresh, where there is one)"
+            )
+    ours, theirs = here.get("versions", {}), there.get("versions", {})
+    for package in sorted((ours.keys() & theirs.keys()) - {"accel"}):
+        if ours[package] != theirs[package]:
+            raise ValueError(
+                f"the rows in the file are of {package} {theirs[package]}, this is "
+                f"{ours[package]}; measure all of them again (without --only; with --fresh, where "
+                "there is one)"
             )
 
 

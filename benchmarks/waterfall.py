@@ -4,26 +4,26 @@
 
 Every bar is timed in turn with the unmodified pipeline, and in turn with the bar before it. The
 quantised layers are those that 8 bits make faster on this machine, each timed alone; calibrated
-under the bar before.
-The last bar is a control: the same methods, but the cache repeats its last output from the first
-step on and extrapolates nothing. It must look worse, or the quality beside the speeds proves
-nothing. Bars that the file has already are not measured again, so a stopped run goes on;
-``--fresh`` measures all. ``--draw`` only draws again.
+under the bar before. The last bar is a control: the same methods and as many computed steps, but
+the cache repeats its last output and extrapolates nothing. It must look worse, or the quality
+beside the speeds proves nothing. Bars that the file has already with the same settings are not
+measured again, so a stopped run goes on (the last two go together: other timings choose other
+layers); ``--fresh`` measures all. ``--draw`` only draws again.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accel.measure import environment, load_average
 from accel.method import Method, Recipe
-from benchmarks.bench_native import kept_rows
+from accel.settings import settings_json
 from benchmarks.digits_study import BATCH, DPM, command_line, head, inputs, row, study
+from benchmarks.kept import kept_rows, stays
 from benchmarks.results_file import add_fresh, path, read, write
 from benchmarks.waterfall_picture import PICTURE, draw
 from caches.native import TaylorSeer
@@ -33,21 +33,34 @@ from samplers.swap import SwapScheduler
 
 FEW = 12  # steps
 LITE = TaylorSeer(interval=2, warmup=6, modules="lite")
-REPEATS = replace(LITE, warmup=1, max_order=0)
+REPEATS = replace(LITE, max_order=0)
 QUANTISED = TFMQCalibration(bits=8, only_faster=True)
-CONTROL = "control: repeats, from step 1"
+EIGHT = "+ 8 bits, where faster alone"
+CONTROL = "control: repeats, extrapolates nothing"
 
 
-def bars(pipe: Any, samples: int, folder: Path) -> Iterator[tuple[str, Recipe]]:
-    """Names and recipes, each but the control a method more than the one before."""
-    yield "DPM-Solver++, 20 steps", Recipe((SwapScheduler(*DPM, steps=20),))
-    yield "+ TaylorSeer", Recipe((SwapScheduler(*DPM, steps=20), LITE))
+def first_bars() -> dict[str, Recipe]:
+    """Names and recipes, each a method more than the one before."""
+    dpm, few = (SwapScheduler(*DPM, steps=steps) for steps in (20, FEW))
+    return {
+        "DPM-Solver++, 20 steps": Recipe((dpm,)),
+        "+ TaylorSeer": Recipe((dpm, LITE)),
+        f"+ {FEW} steps, not 20": Recipe((few, LITE)),
+    }
+
+
+def last_bars(pipe: Any, samples: int, folder: Path) -> dict[str, Recipe]:
+    """The same in 8 bits where that is faster, and the control, of the same layers."""
     few = SwapScheduler(*DPM, steps=FEW)
-    yield f"+ {FEW} steps, not 20", Recipe((few, LITE))
     eight = quantised(pipe, samples, Recipe((few, LITE)), folder)
-    if eight:
-        yield "+ 8 bits, where faster alone", Recipe((few, LITE, *eight))
-    yield CONTROL, Recipe((few, REPEATS, *eight))
+    bar = {EIGHT: Recipe((few, LITE, *eight))} if eight else {}
+    return bar | {CONTROL: Recipe((few, REPEATS, *eight))}
+
+
+def calibration() -> dict[str, Any]:
+    """What the last two bars depend on."""
+    methods = (SwapScheduler(*DPM, steps=FEW), LITE, REPEATS)
+    return {"how": settings_json(QUANTISED), "methods": [m.to_json() for m in methods]}
 
 
 def quantised(pipe: Any, samples: int, under: Recipe, folder: Path) -> tuple[Method, ...]:
@@ -65,27 +78,33 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     """All bars that are not there yet, written one by one as ``schema.Waterfall`` wants them."""
     load = load_average()
     bench = study(given.samples, given.device, given.referee)
-    block = environment(given.device, load)
     old = None if given.fresh else read("waterfall", given.device)
-    kept = kept_rows(old, bench.protocol(), block)
-    measured: dict[str, Any] = {}
+    there = dict(kept_rows(old, bench.protocol(), environment(given.device, load)))
+    names = (*first_bars(), EIGHT, CONTROL)
     previous: Recipe | None = None
-    for name, recipe in bars(bench.pipe, given.samples, folder):
-        if name in kept:
-            measured[name] = kept[name]
-        else:
-            result = bench.compare(recipe, rounds=given.rounds)
-            over = None
-            if previous is not None and name != CONTROL:
-                paired = bench.paired_time(previous, recipe, rounds=given.rounds)
-                over = paired.speedup.as_json()
-            measured[name] = {**row(recipe, result, str(folder)), "over_previous": over}
-            shown = (measured[name][k] for k in ("speedup", "over_previous", "judged"))
-            print(name, *shown, flush=True)
-            block = environment(given.device, load)
-            content = {**head(bench, given.samples, block), "rows": measured}
-            write("waterfall", given.device, content)
+
+    def add(name: str, recipe: Recipe, more: dict[str, Any]) -> None:
+        result = bench.compare(recipe, rounds=given.rounds)
+        over = None
+        if previous is not None and name != CONTROL:
+            paired = bench.paired_time(previous, recipe, rounds=given.rounds)
+            over = paired.speedup.as_json()
+        there[name] = {**row(recipe, result, str(folder)), "over_previous": over, **more}
+        print(name, *(there[name][k] for k in ("speedup", "over_previous", "judged")), flush=True)
+        content = head(bench, given.samples, environment(given.device, load))
+        rows = {name: there[name] for name in names if name in there}
+        write("waterfall", given.device, {**content, "rows": rows})
+
+    for name, recipe in first_bars().items():
+        if not stays(there.get(name), recipe):
+            add(name, recipe, {})
         previous = recipe
+    settings = calibration()
+    if stays(there.get(CONTROL), settings):  # it comes last, so what is before it is there
+        return
+    there.pop(EIGHT, None)
+    for name, recipe in last_bars(bench.pipe, given.samples, folder).items():
+        add(name, recipe, {"calibration": settings})
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import accel
 from accel.artifact import ArtifactRef
 from accel.metrics.protocol import Protocol
 from benchmarks import bench_peers, tables
+from benchmarks.kept import Calibrated
 from caches.interval import IntervalCache
+from caches.native import MagCache
 from caches.residual_gate import ResidualGate
 from caches.router import RouterCache
 from quant.tfmq import TFMQ
@@ -23,7 +26,7 @@ HERE = {"commit": "abc", "hardware": "h", "threads": 1, "versions": {"torch": "2
 @pytest.fixture
 def plans(monkeypatch):
     """All rows, with nothing calibrated."""
-    monkeypatch.setattr(bench_peers, "_ratios", lambda pipe, folder: ARTIFACT)
+    monkeypatch.setattr(bench_peers, "_ratios", lambda pipe, folder: MagCache(artifact=ARTIFACT))
     monkeypatch.setattr(bench_peers, "_gate", lambda pipe, folder: ResidualGate(ARTIFACT))
     monkeypatch.setattr(bench_peers, "_router", lambda pipe, folder: (RouterCache(ARTIFACT),))
     monkeypatch.setattr(bench_peers, "_integers", lambda pipe, folder: TFMQ(ARTIFACT))
@@ -33,7 +36,8 @@ def plans(monkeypatch):
 def test_every_row_is_a_recipe_of_whose_code_it_says(plans):
     groups = set()
     for name, plan in plans.items():
-        methods = plan.methods()
+        made = plan.recipe()
+        methods = (made.make(),) if isinstance(made, Calibrated) else made.methods
         accel.Recipe(methods)
         peers = [m for m in methods if type(m).__module__.startswith("benchmarks.")]
         assert bool(peers) == (plan.whose in ("cache-dit", "torchao", "quanto")), name
@@ -42,19 +46,56 @@ def test_every_row_is_a_recipe_of_whose_code_it_says(plans):
     assert groups == {"ours", "diffusers", "recipe", "cache-dit", "torchao", "quanto", "control"}
 
 
-def old(**environment):
-    row = {"environment": {**HERE, **environment}}
-    return {"protocol": PROTOCOL.as_json(), "rows": {"a": row}}
+def _run(monkeypatch, old, *options):
+    """The study with made-up figures on what is there; what is written."""
+    files = []
+    monkeypatch.setattr(bench_peers, "study", lambda *given: Study)
+    monkeypatch.setattr(bench_peers, "here", lambda *given: HERE)
+    monkeypatch.setattr(bench_peers, "head", lambda *given: {"environment": given[-1]})
+    monkeypatch.setattr(bench_peers, "read", lambda *given: old)
+    monkeypatch.setattr(bench_peers, "write", lambda *given: files.append(given[-1]))
+    monkeypatch.setattr(sys, "argv", ["bench_peers", *options])
+    bench_peers.main()
+    return files
 
 
-def test_rows_of_the_same_machine_and_protocol_are_kept():
-    assert list(bench_peers.kept_rows(old(), PROTOCOL, HERE)) == ["a"]
-    assert bench_peers.kept_rows(old(commit="def"), PROTOCOL, HERE), "a row names its own commit"
-    for key, value in (("hardware", "g"), ("threads", 2), ("versions", {})):
-        assert bench_peers.kept_rows(old(**{key: value}), PROTOCOL, HERE) == {}, key
+class Study:
+    pipe = None
+
+    @staticmethod
+    def protocol():
+        return PROTOCOL
+
+
+def _old(environment=HERE, **more):
+    rows = {"DDIM 10 steps": {"environment": environment, "methods": [], "whose": "control"}}
+    return {"protocol": PROTOCOL.as_json(), "environment": environment, "rows": rows,
+            "left_out": {}, **more}  # fmt: skip
+
+
+def test_rows_that_do_not_compare_are_refused_and_not_written_over(monkeypatch):
+    for key, value, said in (("hardware", "g", "hardware"), ("versions", {"torch": "1"}, "torch")):
+        with pytest.raises(ValueError, match=f"{said}.*--fresh"):
+            _run(monkeypatch, _old({**HERE, key: value}))
     other = Protocol(model="m", inputs="i", samples=5, seeds=1)
-    assert bench_peers.kept_rows(old(), other, HERE) == {}
-    assert bench_peers.kept_rows(None, PROTOCOL, HERE) == {}
+    with pytest.raises(ValueError, match="samples"):
+        _run(monkeypatch, _old(protocol=other.as_json()))
+
+
+def test_a_reason_is_whole_and_what_was_measured_keeps_its_date(monkeypatch):
+    reason = "it does not work here. " * 20
+
+    def measured(bench, recipe, *given):
+        raise ValueError(reason)
+
+    monkeypatch.setattr(bench_peers, "measured", measured)
+    before = {**HERE, "commit": "before"}
+    (made,) = _run(monkeypatch, _old(before), "--only", "leap")
+    assert made["left_out"] == {"leap": reason.strip()}
+    assert list(made["rows"]) == ["DDIM 10 steps"]
+    assert made["environment"] == before
+    assert "leap" not in made["waiting"]
+    assert "int8 weights" in made["waiting"]
 
 
 def test_the_table_has_groups_fastest_first_and_names_what_is_not_in_it():
