@@ -51,7 +51,7 @@ def _on_top(result: dict[str, Any]) -> list[str]:
         name: (100 * row["decodes_per_evaluation"], 100 * row["verified_per_evaluation"])
         for name, row in result["algorithms"].items()
     }
-    said = "; ".join(f"{k} {made:.1f} and {seen:.1f}" for k, (made, seen) in rates.items())
+    said = "; ".join(f"{k}: {made:.1f} and {seen:.1f}" for k, (made, seen) in rates.items())
     return [
         "Decoding and judging come on top of the evaluations. Decodes and samples judged for 100 "
         f"evaluations: {said}."

@@ -112,7 +112,7 @@ def test_what_is_reported_is_reckoned_from_the_rows():
     text = search(found)
     assert "| one | 4 | 3 |" in text
     assert "equal network evaluations" in text
-    assert "random search 5.0 and 5.0; one 5.0 and 5.0." in text
+    assert "random search: 5.0 and 5.0; one: 5.0 and 5.0." in text
 
 
 def test_rows_of_other_hardware_or_protocol_are_refused(monkeypatch):
