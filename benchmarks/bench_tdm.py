@@ -108,6 +108,8 @@ def main() -> None:
     old = None if given.fresh and not given.only else read(name, given.device)
     measured: dict[str, Any] = dict(kept_rows(old, bench.protocol(), block))
     made = rows(given.model)
+    # rows of students that were trained elsewhere stay
+    labels = dict.fromkeys((*students_of(given.model), AFTERWARDS, *made))
     # of artifacts, also of students that are not shipped
     folders = sorted({str(recipe_file(name).resolve().parent) for name in students_of(given.model)})
     for label, recipe in made.items():
@@ -117,7 +119,7 @@ def main() -> None:
         result = bench.compare(recipe, rounds=given.rounds)
         measured[label] = row(recipe, result, *folders)
         print(label, *(measured[label][k] for k in ("speedup", "judged")), flush=True)
-        measured = {label: measured[label] for label in made if label in measured}
+        measured = {label: measured[label] for label in labels if label in measured}
         shown = head(bench, given.samples, block, 1 if given.model == WAN else BATCH)
         write(name, given.device, {**shown, "rows": measured})
 
