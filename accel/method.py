@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from accel import compat
 from accel.artifact import Artifact
 from accel.clock import Clock, Now, Run, clock_of, denoiser_modules
 from accel.patch import Layer, Patch
+from accel.pipeline_calls import caller_level
 from accel.settings import check_fields, from_settings, settings_json, without_paths
 
 Claim = tuple[str, frozenset[str]]  # (slot, module or component paths)
@@ -242,7 +244,7 @@ class Attached:
     def _warn_once(self, what: str, text: str, category: type[Warning] = FallbackWarning) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(text, category, stacklevel=4)
+            warnings.warn(text, category, stacklevel=caller_level(self._pipe()))
 
     def on_run(self, run: Run) -> None:
         """A run begins: forget everything about the last one."""
@@ -370,7 +372,17 @@ class Recipe(Method):
 
     methods: tuple[Method, ...] = ()
 
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        if len(given) > 1:
+            raise ValueError("Recipe: methods is one tuple: Recipe((a, b))")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        if isinstance(self.methods, str) or not isinstance(self.methods, Iterable):
+            raise ValueError(
+                "Recipe: methods is a tuple: Recipe((a, b)), of a single one Recipe((a,)); got "
+                f"{self.methods!r}"
+            )
         flat: list[Method] = []
         for method in self.methods:
             if not isinstance(method, Method):
@@ -442,13 +454,30 @@ def attached(
     ``strict`` turns the warnings about runs without effect and about fallbacks into errors.
     Pipelines that share its scheduler and denoiser (``from_pipe``) run under the methods, too, if
     none are attached to them.
+
+    Raises:
+        ValueError: what ``Method.attach`` raises; a first argument that is no method, or a pipeline.
     """
-    recipe = method if isinstance(method, Method) else Recipe(tuple(method))
+    recipe = method if isinstance(method, Method) else _recipe_given(method, pipe)
     live = recipe.attach(pipe, strict=strict)
     try:
         yield live
     finally:
         live.detach()
+
+
+def _recipe_given(given: Any, pipe: Any) -> Recipe:
+    """The recipe of several methods; what is none is told what to give."""
+    if isinstance(pipe, Method) or hasattr(getattr(given, "scheduler", None), "set_timesteps"):
+        raise ValueError("attached: the method comes first, the pipeline second")
+    if isinstance(given, (str, os.PathLike)):
+        path = os.fspath(given)
+        raise ValueError(f"attached: {path!r} is a path; give accel.read_recipe({path!r}).recipe")
+    if isinstance(getattr(given, "recipe", None), Recipe):
+        raise ValueError(f"attached: a {type(given).__name__} is no method; give its .recipe")
+    if not isinstance(given, Iterable):
+        raise ValueError(f"attached: {given!r} is no method, no recipe and no tuple of methods")
+    return Recipe(tuple(given))
 
 
 def live_on(pipe: Any) -> tuple[Attached, ...]:

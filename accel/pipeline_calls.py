@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from accel import compat
+from accel.methods import packages
 
 
 def calls_of(pipe: Any) -> tuple[FrameType | None, Any]:
@@ -27,6 +28,22 @@ def calls_of(pipe: Any) -> tuple[FrameType | None, Any]:
                 other = caller
         frame = frame.f_back
     return frame, other
+
+
+def caller_level(pipe: Any) -> int:
+    """The ``stacklevel`` with which a warning of the function that asks points at who called the
+    pipeline; outside a call of it, at the first code that is not of a library below.
+    """
+    call, _ = calls_of(pipe)
+    ours = {"accel", "contextlib", "diffusers", "torch", *packages()}
+    outside, level = call is None, 1
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if outside and frame.f_globals.get("__name__", "").partition(".")[0] not in ours:
+            return level
+        outside |= frame is call
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -309,6 +310,45 @@ def test_fallbacks_are_counted_and_warned_of_once():
         (accel.FallbackWarning, "Stumbler: stumbled; computed in full"),
         (accel.NoEffectWarning, "Stumbler changed nothing in this run (stumbled)"),
     ]
+
+
+def test_warnings_point_at_who_called_the_pipeline():
+    """Not into the host's loop over steps, nor at a method's layer in it."""
+    host = tiny("dit")
+    with accel.attached(Stumbler(), host.pipe), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        host.run(num_inference_steps=2)
+    assert [w.filename for w in caught] == [__file__] * 2
+    assert len({w.lineno for w in caught}) == 1, "the line of the call"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe(Taker()), r"a tuple: Recipe\(\(a, b\)\), of a single one .*got Taker"),  # pyright: ignore
+        (lambda: Recipe(Taker(), Taker()), r"one tuple: Recipe\(\(a, b\)\)"),  # pyright: ignore
+        (lambda: Recipe("x.yaml"), "got 'x.yaml'"),  # pyright: ignore
+    ],
+)
+def test_a_recipe_of_no_tuple_says_how_it_is_written(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_what_cannot_be_attached_says_what_to_give():
+    pipe, file = tiny("dit").pipe, accel.RecipeFile(Recipe((Taker(),)), "r")
+    for given, message in (
+        ((pipe, Taker()), "the method comes first, the pipeline second"),
+        ((pipe, "r.yaml"), "the method comes first"),
+        (("r.yaml", pipe), r"is a path; give accel.read_recipe\('r.yaml'\).recipe"),
+        ((Path("r.yaml"), pipe), r"accel.read_recipe\('r.yaml'\).recipe"),
+        ((file, pipe), "a RecipeFile is no method; give its .recipe"),
+        ((Taker, pipe), "is no method, no recipe and no tuple"),
+        ((None, pipe), "None is no method"),
+    ):
+        with pytest.raises(ValueError, match=message), accel.attached(*given):
+            pass
+        assert live_on(pipe) == ()
 
 
 def test_strict_turns_warnings_into_errors():
