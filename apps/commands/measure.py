@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apps.commands.say import told
+from apps.commands.say import fail, told
 
 if TYPE_CHECKING:
     from accel.measure import Comparison, Study
@@ -30,11 +30,15 @@ def measure(
     rounds: Annotated[int, typer.Option(min=2, help="Paired timings; one has no interval.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    write: Annotated[bool, typer.Option(help="Store the figures in the recipe file.")] = True,
+    write: Annotated[
+        bool, typer.Option(help="Store the figures in the recipe file, in place of those there.")
+    ] = True,
 ) -> None:
     """Measure a recipe against the unmodified model, in turn: speed, work, memory, quality.
 
-    The figures go into the `measured` block of the recipe file; nothing else in it changes.
+    The figures go into the `measured` block of the recipe file; nothing else in it changes. It holds
+    those of one model: of a second one they overwrite the first one's. Exit code 1, and nothing
+    stored, if the recipe changed nothing.
     """
     with told():
         import torch
@@ -50,6 +54,8 @@ def measure(
         result = study.compare(found.recipe, rounds=rounds)
         for line in table(found.name, model, result):
             typer.echo(line)
+        if result.report["effect"] == "none":
+            raise fail(_without_effect(found.name, result.report), code=1)
         if write:
             store_measured(recipe, {"model": model, **result.measured()})
             typer.echo(f"stored in {recipe}")
@@ -80,6 +86,18 @@ def _study(model: str, jobs: Path | None, device: str | None) -> Study:
         seeds=[job.seed for job in listed] if jobs is not None else None,
         referee=digits_referee(inputs) if zoo else None,
         model={"name": model, "revision": model_revision(model)},
+    )
+
+
+def _without_effect(name: str, report: dict[str, Any]) -> str:
+    """A sentence on a recipe that did nothing in any run, with what its methods gave as reasons."""
+    members = report["members"]
+    names = " and ".join(m["method"].partition(":")[2] for m in members) or name
+    why = dict.fromkeys(x for m in members for run in m["runs"] for x in run["fallbacks"])
+    reasons = f" ({', '.join(why)})" if why else ""
+    return (
+        f"{names} changed nothing in these calls{reasons}: nothing was stored; give calls of more "
+        "steps, or other settings"
     )
 
 

@@ -12,7 +12,7 @@ from accel.metrics.protocol import Protocol
 from accel.recipe_file import read_recipe, write_recipe
 from accel.testing import tiny
 from apps.cli import app
-from caches.native import FirstBlockCache
+from caches.native import FirstBlockCache, TaylorSeer
 
 
 @pytest.fixture
@@ -45,6 +45,18 @@ def test_says_what_it_measured_and_leaves_the_recipe(folder):
     assert "PSNR" in result.output
     assert "judged" not in result.output, "no referee knows this model"
     assert "caches.native:FirstBlockCache: effect some" in result.output
+    assert (folder / "fbc.yaml").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore::accel.method.NoEffectWarning")
+def test_a_recipe_without_effect_is_not_stored(folder):
+    """As fast as the model, that is no figure of the method."""
+    write_recipe(folder / "fbc.yaml", Recipe((TaylorSeer(warmup=6),)), name="fbc")
+    before = (folder / "fbc.yaml").read_bytes()
+    result = _measure(folder)
+    assert result.exit_code == 1
+    assert "TaylorSeer changed nothing in these calls" in result.output
+    assert "stored in" not in result.output
     assert (folder / "fbc.yaml").read_bytes() == before
 
 
