@@ -93,14 +93,15 @@ def from_settings(cls: Any, settings: Mapping[str, Any]) -> Any:
 
 def settings_json(value: Any) -> dict[str, Any]:
     """The fields of a frozen dataclass as JSON values."""
-    return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A field's value as JSON."""
     if isinstance(value, tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, ArtifactRef):
         return {"path": value.path, "sha256": value.sha256}
     return value
