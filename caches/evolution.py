@@ -157,7 +157,7 @@ class EvolutionSearch:
         measure = getattr(quality, "__qualname__", type(quality).__qualname__)
         digest = work_digest(pipe, inputs, self, recipe, measure)
         if importlib.util.find_spec("pymoo") is None:
-            raise ImportError("EvolutionSearch needs pymoo: pip install 'accel[search]'")
+            raise ImportError("EvolutionSearch needs pymoo: pip install -e '.[search]'")
         with attached(recipe, pipe):
             trial = _Trial(self, pipe, list(inputs), folder, quality, digest)
             for genomes in self._generations(trial):

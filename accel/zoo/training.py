@@ -142,7 +142,7 @@ def draw_curve(name: str, position: Position, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no matplotlib, no loss curve picture: pip install 'accel[zoo]'")
+        print("no matplotlib, no loss curve picture: pip install -e '.[zoo]'")
         return
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()

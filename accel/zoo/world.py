@@ -125,7 +125,7 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("DigitWorld needs scikit-learn: pip install 'accel[zoo]'") from error
+        raise ImportError("DigitWorld needs scikit-learn: pip install -e '.[zoo]'") from error
     data = load_digits()
     return (data.images / 16.0).astype(np.float32), data.target.astype(np.int64)
 

@@ -141,7 +141,7 @@ def _pyav() -> Any:
         import av
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "writing or reading mp4 needs PyAV; install it with: pip install 'accel[video]'"
+            "writing or reading mp4 needs PyAV; install it with: pip install -e '.[video]'"
         ) from None
     return av
 

@@ -89,7 +89,7 @@ def _free_port():
 @pytest.fixture(scope="session")
 def app(tmp_path_factory, tiny_model):
     """One app for all tests that do not kill it; its first model is zoo:digits-dit."""
-    pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'accel[app]'")
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install -e '.[app]'")
     served = _serve(tmp_path_factory.mktemp("app") / "out", "--model", tiny_model)
     yield served
     served.end()

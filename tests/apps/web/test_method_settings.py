@@ -42,7 +42,7 @@ def test_what_the_form_shows_is_what_the_method_is(name):
 
 def test_what_is_ticked_and_left_as_it_is_is_what_was_offered():
     """Every box of the page as a browser sends it back, through its fields as Gradio reads them."""
-    gradio = pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'accel[app]'")
+    gradio = pytest.importorskip("gradio", reason="the app needs Gradio: pip install -e '.[app]'")
     from apps.web.settings_form import SettingsForm
 
     boxes = {one.key: one.method for one in offers(sorted(Path("recipes").glob("*.yaml")))}
