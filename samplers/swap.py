@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -164,9 +165,18 @@ def _scheduler_class(name: str) -> Any:
     cls = getattr(module, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps")):
         known = [*OWN, *(n for n in dir(diffusers) if n.endswith("Scheduler"))]
-        near = difflib.get_close_matches(name, known, n=3)
-        raise ValueError(f"diffusers has no scheduler {name!r}; near: {near}")
+        near = _near(name, known)
+        hint = f"near: {', '.join(near)}" if near else "give the class name of one, as in diffusers"
+        raise ValueError(f"diffusers has no scheduler {name!r}; {hint}")
     return cls
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    """Names of classes like one: that begin like it ("DPMSolver++", "euler"), or are spelled so."""
+    start = re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("scheduler")
+    begin = [n for n in known if len(start) > 2 and n.lower().startswith(start)]
+    spelled = difflib.get_close_matches(name, known, n=3)
+    return list(dict.fromkeys([*spelled, *begin]))[:4]
 
 
 def _settings(scheduler: Any) -> dict[str, Any]:

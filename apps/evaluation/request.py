@@ -24,6 +24,7 @@ BASELINE = "baseline"
 SAMPLES = {"fidelity": 100, "judge": 200, "fid": 500, "clip": 100}  # of a zoo model, by default
 MOST_SAMPLES = 1_000_000  # a plan holds them all
 CHUNK = 200  # samples that one task looks at, about
+ELSE = "or use `accel evaluate fidelity`, which needs none"
 SEED = 1000  # of the first sample of a zoo model's calls
 _SAFE = re.compile(r"[^A-Za-z0-9]+")
 
@@ -300,9 +301,9 @@ def _judges(request: Request, calls: list[dict[str, Any]]) -> tuple[str | None, 
         return None, known
     features = request.features or (f"zoo:{NAME}" if zoo else None)
     if features is None:
-        raise ValueError("evaluate fid: give --features, such as torchscript:inception.pt")
+        raise ValueError(f"evaluate fid: give --features, such as torchscript:inception.pt, {ELSE}")
     if request.real is None and not zoo:
-        raise ValueError("evaluate fid: give real pictures with --real FOLDER")
+        raise ValueError(f"evaluate fid: give real pictures with --real FOLDER, {ELSE}")
     return features, known
 
 

@@ -223,12 +223,18 @@ def job_lines(raw: bytes, name: str) -> Iterable[tuple[str, Any]]:
 def _one_line(item: Any) -> str:
     field = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown field {_short(field)}; known: {', '.join(Job.model_fields)}"
+        told = f"unknown field {_short(field)}; known: {', '.join(Job.model_fields)}"
+        return f"{told}; an argument of the call is inputs.{field}" if _is_name(field) else told
     message = item["msg"].removeprefix("Value error, ")
     got = item["input"]
     if item["type"] != "value_error" and isinstance(got, (str, int, float, bool, type(None))):
         message += f", got {_short(got)}"
     return " ".join(f"{field}: {message}".split())
+
+
+def _is_name(field: str) -> bool:
+    """Whether it can be an argument's, and is short enough to be told."""
+    return field.isidentifier() and len(field) <= 40
 
 
 def _has_object(value: Any) -> bool:

@@ -172,7 +172,11 @@ def print_summary(summary: Summary, folder: str, console: Any = None) -> None:
     if summary.left:
         console.print(f"continue with: accel resume {folder}", markup=False)
     elif counts["failed"]:
-        console.print(f"try the failed ones again with: accel retry {folder}", markup=False)
+        invalid = [task for task in summary.failures if task.error_class == "invalid"]
+        if len(invalid) < counts["failed"]:
+            console.print(f"try the failed ones again with: accel retry {folder}", markup=False)
+        if invalid:
+            console.print("invalid: correct the job and render again; a retry changes nothing")
 
 
 def _rate(summary: Summary) -> float:

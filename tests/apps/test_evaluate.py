@@ -162,6 +162,7 @@ def test_a_call_that_fails_is_left_out_of_every_side(tmp_path, tiny_model, job_f
         ({"rounds": 1}, "rounds"),
         ({"samples": 10**9}, "at most 1,000,000"),
         ({"samples": 10}, "job file"),
+        ({"kinds": ("fidelity", "fid")}, "give --features, .*or use `accel evaluate fidelity`"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_rendered(request_of, change, why):

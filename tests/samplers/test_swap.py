@@ -106,7 +106,8 @@ def test_sample_seed_tells_samples_apart():
     ("make", "words"),
     [
         (lambda: SwapScheduler("DPMSolverMultistep"), "near: .*DPMSolverMultistepScheduler"),
-        (lambda: SwapScheduler("os.system"), "no scheduler"),
+        (lambda: SwapScheduler("DPMSolver++"), "near: .*DPMSolverMultistepScheduler"),
+        (lambda: SwapScheduler("os.system"), "no scheduler 'os.system'; give the class name"),
         (lambda: SwapScheduler("DiTPipeline"), "no scheduler"),
         (
             lambda: SwapScheduler("DDIMScheduler", Settings(beta_stat=1)),

@@ -20,6 +20,10 @@ def _problems(tmp_path, raw, name="jobs.jsonl", overrides=None):
 
 BAD_LINES = {
     "unknown field": ('{"sed": 1}', "unknown field 'sed'"),
+    "argument beside inputs": (
+        '{"num_inference_steps": 2}',
+        "an argument of the call is inputs.num_inference_steps",
+    ),
     "text for a number": ('{"seed": "1"}', "seed: Input should be a valid integer, got '1'"),
     "fraction for a number": ('{"seed": 1.5}', "seed: Input should be a valid integer"),
     "truth for a number": ('{"seed": true}', "seed: Input should be a valid integer"),

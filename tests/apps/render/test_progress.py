@@ -1,5 +1,6 @@
 """People and programs see every end of a job."""
 
+import dataclasses
 import io
 import json
 
@@ -69,6 +70,7 @@ def test_summary_says_what_is_left_and_what_to_do():
     assert "1.50" in text
     assert "failed: job [bold]1 (memory): too big" in text
     assert "accel retry out" in text
+    assert "correct the job" not in text
     console = Console(file=io.StringIO(), width=100)
     left = Summary(COUNTS | {"pending": 3}, stopped="the disk is full", notes=[("a", "b")] * 20)
     print_summary(left, "out", console)
@@ -97,3 +99,13 @@ def test_make():
     assert isinstance(make("rich"), RichBars)
     _play(make("none"), _summary())
     assert isinstance(make("none"), Silent)
+
+
+def test_a_retry_is_not_advised_where_it_changes_nothing():
+    invalid = dataclasses.replace(TASK, error_class="invalid")
+    for failures, wanted in (([invalid], [False, True]), ([TASK, invalid], [True, True])):
+        console = Console(file=io.StringIO(), width=100)
+        summary = Summary(COUNTS | {"failed": len(failures)}, failures=failures)
+        print_summary(summary, "out", console)
+        text = console.file.getvalue()
+        assert ["accel retry out" in text, "correct the job and render again" in text] == wanted
