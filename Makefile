@@ -24,6 +24,7 @@ check: $(READY)
 # another machine or older code has measured is measured again: `make bench FRESH=` instead goes on
 # where studies were stopped here.
 FRESH ?= --fresh
+EVALUATE := $(VENV)/bin/accel evaluate all --device cpu
 REPORTS := $(addprefix out/evaluate-,dit sd ddpm wan)
 bench: $(READY) figures
 	$(PY) -m pytest -m slow
@@ -35,7 +36,8 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.distil digits-wan-4-steps-sparse
 	$(PY) -m benchmarks.bench_tdm $(FRESH) --model zoo:digits-wan --samples 24 --rounds 3
 	$(PY) -m benchmarks.bench_one_more_step
-	$(VENV)/bin/accel measure recipes/digits-sd-one-more-step.yaml --model zoo:digits-sd
+	$(VENV)/bin/accel measure recipes/digits-sd-one-more-step.yaml --model zoo:digits-sd \
+		--device cpu
 	$(PY) -m benchmarks.bench_time_shift $(FRESH)
 	$(PY) -m benchmarks.bench_leap
 	$(PY) -m benchmarks.bench_temporal_cache
@@ -51,13 +53,13 @@ bench: $(READY) figures
 	$(PY) -m benchmarks.bench_robustness
 	$(PY) -m benchmarks.bench_evaluate
 	$(if $(FRESH),rm -rf $(REPORTS))
-	$(VENV)/bin/accel evaluate all --model zoo:digits-dit --samples 500 --out out/evaluate-dit \
+	$(EVALUATE) --model zoo:digits-dit --samples 500 --out out/evaluate-dit \
 		$(addprefix --recipe ,$(filter-out recipes/digits-sd-%,$(wildcard recipes/*.yaml)))
-	$(VENV)/bin/accel evaluate all --model zoo:digits-sd --samples 200 --out out/evaluate-sd \
+	$(EVALUATE) --model zoo:digits-sd --samples 200 --out out/evaluate-sd \
 		$(addprefix --recipe ,$(wildcard recipes/digits-sd-*.yaml))
-	$(VENV)/bin/accel evaluate all --model zoo:digits-ddpm --samples 200 --out out/evaluate-ddpm \
+	$(EVALUATE) --model zoo:digits-ddpm --samples 200 --out out/evaluate-ddpm \
 		--recipe recipes/dpm.yaml
-	$(VENV)/bin/accel evaluate all --model zoo:digits-wan --samples 24 --steps 20 --rounds 3 \
+	$(EVALUATE) --model zoo:digits-wan --samples 24 --steps 20 --rounds 3 \
 		--out out/evaluate-wan \
 		$(addprefix --recipe ,$(filter-out recipes/digits-%,$(wildcard recipes/*.yaml)))
 	$(PY) -m benchmarks.recipe_cards $(REPORTS)
@@ -79,7 +81,7 @@ figures: $(READY)
 	$(PY) -m benchmarks.bench_overhead
 	set -e; for recipe in recipes/*.yaml; do \
 		case $$recipe in */digits-sd-*) model=digits-sd;; *) model=digits-dit;; esac; \
-		$(VENV)/bin/accel measure $$recipe --model zoo:$$model; done
+		$(VENV)/bin/accel measure $$recipe --model zoo:$$model --device cpu; done
 	$(PY) -m benchmarks.tables
 
 # The same on a machine with an accelerator: figures go to results files of their own.

@@ -456,7 +456,7 @@ def attached(
     none are attached to them.
 
     Raises:
-        ValueError: what ``Method.attach`` raises; a first argument that is no method, or a pipeline.
+        ValueError: what ``Method.attach`` raises; a first argument that is no method.
     """
     recipe = method if isinstance(method, Method) else _recipe_given(method, pipe)
     live = recipe.attach(pipe, strict=strict)

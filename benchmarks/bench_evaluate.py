@@ -271,7 +271,7 @@ def _whole_evaluation() -> dict[str, Any]:
         out = Path(folder) / "report"
         command = [sys.executable, "-m", "apps.cli", "evaluate", "fidelity", "--model"]
         command += ["zoo:digits-dit", "--recipe", str(ROOT / "recipes" / "taylor.yaml")]
-        command += ["--out", str(out), "--progress", "none"]
+        command += ["--device", "cpu", "--out", str(out), "--progress", "none"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.monotonic()
         subprocess.run(command, cwd=ROOT, env=_environment(), check=True, capture_output=True)

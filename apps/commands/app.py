@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from apps.commands.device import Dtype
 from apps.commands.say import fail, told
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
@@ -17,12 +18,6 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def register(app: typer.Typer) -> None:
@@ -70,7 +65,7 @@ def run(
         except ModuleNotFoundError as error:
             if error.name != "gradio":
                 raise
-            raise fail("the app needs Gradio; install it with: pip install 'accel[app]'") from None
+            raise fail("the app needs Gradio; install it with: pip install -e '.[app]'") from None
         site = Site(
             out=out.resolve(),
             models=_models(model or []),

@@ -14,6 +14,7 @@ import typer
 from apps.commands.calibrate_bits import bits
 from apps.commands.calibrate_depth import depth
 from apps.commands.calibrate_tfmq import tfmq
+from apps.commands.device import Device, Dtype, NumberType, plain_pipeline
 from apps.commands.drafts import draft
 from apps.commands.say import told
 
@@ -58,7 +59,8 @@ def sparse(
     ] = (256, 64),
     dense: Annotated[float, typer.Option(min=0, max=1, help="First steps left dense.")] = 0.2,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: NumberType = Dtype.float32,
+    device: Device = "auto",
 ) -> None:
     """Budgets of sparse attention for each layer and noise level, within a loss of quality.
 
@@ -75,7 +77,7 @@ def sparse(
         from sparse_attn.subblock_lse import SubblockLSE
 
         torch.set_num_threads(threads)
-        pipe, inputs, seeds = _pipeline(model, jobs, device, count)
+        pipe, inputs, seeds = _pipeline(model, jobs, (device, dtype), count)
         calls = [
             {**x, "generator": torch.Generator("cpu").manual_seed(seed)}
             for x, seed in zip(inputs, seeds, strict=True)
@@ -129,22 +131,16 @@ def _saved(artifact: Artifact, out: Path) -> Iterator[ArtifactRef]:
 
 
 def _pipeline(
-    model: str, jobs: Path | None, device: str | None, count: int
+    model: str, jobs: Path | None, where: tuple[str, Dtype], count: int
 ) -> tuple[Any, list[dict[str, Any]], list[int]]:
-    """The plain model, `count` inputs and their seeds."""
-    import accel
-    from accel.loading import quiet_loading
+    """The plain model, `count` inputs and their seeds. `where`: device and number type."""
     from apps.digits_referee import standard_inputs
     from apps.render.jobs import read_jobs
 
     listed = [job.job for job in read_jobs(jobs)] if jobs is not None else []
     if jobs is None and not model.startswith("zoo:"):
         raise ValueError(f"no inputs are known for {model}; give some with --jobs FILE")
-    with quiet_loading():
-        pipe = accel.load(model, device=device)
-    for live in reversed(accel.live_on(pipe)):
-        live.detach()
-    pipe.set_progress_bar_config(disable=True)
+    pipe = plain_pipeline(model, *where)
     inputs = [job.inputs for job in listed] if listed else standard_inputs(pipe)
     seeds = [job.seed for job in listed] if listed else list(range(len(inputs)))
     if len(inputs) < count:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands.device import Device, Dtype, NumberType
 from apps.commands.say import told
 
 if TYPE_CHECKING:
@@ -22,25 +23,35 @@ def bits(
     model: Annotated[str, typer.Option(help="Model: zoo:NAME, a folder or a hub id.")],
     out: Annotated[Path, typer.Option(help="Plan to write, YAML that can be edited.")],
     size: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Bytes of layers, as a share of whole ones.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Bytes that the layers may take, as a share of whole ones."
+        ),
     ] = None,
     time: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Time of layers here, as a share.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Time that the layers may take on this machine, as a share."
+        ),
     ] = None,
     psnr: Annotated[
-        float | None, typer.Option(help="Least PSNR in dB, measured; as small as it allows.")
+        float | None,
+        typer.Option(help="Least PSNR in dB, measured; the plan is as small as it allows."),
     ] = None,
     jobs: Annotated[
         Path | None,
         typer.Option(help="Job file whose inputs are used; zoo models have their own."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pipeline calls to measure on.")] = 1,
-    calls: Annotated[int, typer.Option(min=1, help="Denoiser calls of each that are kept.")] = 5,
+    calls: Annotated[
+        int, typer.Option(min=1, help="Denoiser calls that are kept of each pipeline call.")
+    ] = 5,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe that the quantised model will be used with.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: NumberType = Dtype.float32,
+    device: Device = "auto",
 ) -> None:
     """A plan of bits by layer, within one budget: --size, --time or --psnr.
 
@@ -61,7 +72,7 @@ def bits(
         from quant.mixed_precision import for_quality, measured, total, within, write_plan
 
         torch.set_num_threads(threads)
-        pipe, inputs, _ = _pipeline(model, jobs, device, count)
+        pipe, inputs, _ = _pipeline(model, jobs, (device, dtype), count)
         others = accel.read_recipe(recipe).recipe if recipe is not None else Recipe(())
         how, kept = TFMQCalibration(rounding="nearest", calls=calls), out.with_suffix(".parts")
         layers = measured(pipe, inputs, how, str(kept), others, say=typer.echo)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands.device import Device, Dtype, NumberType
 from apps.commands.say import told
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def depth(
     ] = Rest.forecast,
     updates: Annotated[int, typer.Option(min=1, help="Runs in which heads are trained.")] = 300,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: NumberType = Dtype.float32,
+    device: Device = "auto",
 ) -> None:
     """Leave a transformer's last blocks out at noise levels where they would change little.
 
@@ -56,7 +58,7 @@ def depth(
         from caches.early_exit import EarlyExit, ExitTraining
 
         torch.set_num_threads(threads)
-        pipe, inputs, _ = _pipeline(model, jobs, device, count)
+        pipe, inputs, _ = _pipeline(model, jobs, (device, dtype), count)
         instead: Any = rest.value
         if rest is Rest.heads:
             training = ExitTraining(updates=updates)

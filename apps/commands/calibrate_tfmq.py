@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from apps.commands.device import Device, Dtype, NumberType
 from apps.commands.say import told
 
 
@@ -42,30 +43,42 @@ def tfmq(
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe that the quantised model will be used with.")
     ] = None,
-    bits: Annotated[int, typer.Option(min=4, max=8, help="Of weights: 4 or 8.")] = 8,
+    bits: Annotated[int, typer.Option(min=4, max=8, help="Bits of weights, 4 or 8.")] = 8,
     plan: Annotated[
         Path | None, typer.Option(help="Bits by layer instead, from `calibrate bits`.")
     ] = None,
-    activations: Annotated[Activations, typer.Option(help="8 bits, or whole.")] = Activations.auto,
-    rounding: Annotated[Rounding, typer.Option(help="Of weights.")] = Rounding.gptq,
+    activations: Annotated[
+        Activations, typer.Option(help="How inputs of layers get 8 bits; whole: not at all.")
+    ] = Activations.auto,
+    rounding: Annotated[Rounding, typer.Option(help="How weights are rounded.")] = Rounding.gptq,
     iterations: Annotated[
-        int, typer.Option(min=1, help="Of AdaRound, for each part; thousands are nearer.")
+        int,
+        typer.Option(min=1, help="Iterations of adaround for each part; thousands come nearer."),
     ] = 300,
     temporal: Annotated[
-        Temporal, typer.Option(help="What depends on the timestep: whole, apart, or like the rest.")
+        Temporal,
+        typer.Option(
+            help="Layers that depend on the timestep alone: cache keeps their outputs, tiar "
+            "calibrates them apart, plain like the rest."
+        ),
     ] = Temporal.cache,
     only_faster: Annotated[
         bool | None,
         typer.Option(
             "--only-faster/--every-layer",
-            help="Leave layers whole that integers make slower here [default with 8 bits].",
+            help="Leave layers whole that integers make slower here; default with 8 bits.",
         ),
     ] = None,
     save_model: Annotated[
-        Path | None, typer.Option(help="Also write the model, for diffusers' from_pretrained.")
+        Path | None,
+        typer.Option(
+            help="Folder to write the model to, too, for diffusers' from_pretrained, after "
+            "`import quant.diffusers_quantizer`."
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: NumberType = Dtype.float32,
+    device: Device = "auto",
 ) -> None:
     """Quantised weights and activations, part by part; a stopped calibration goes on where it was.
 
@@ -97,7 +110,7 @@ def tfmq(
             only_faster=bits == 8 and plan is None if only_faster is None else only_faster,
             plan=None if plan is None else Settings(read_plan(plan)),
         )
-        pipe, inputs, _ = _pipeline(model, jobs, device, count)
+        pipe, inputs, _ = _pipeline(model, jobs, (device, dtype), count)
         others = accel.read_recipe(recipe).recipe if recipe is not None else Recipe(())
         has_cache = any(isinstance(method, TemporalCache) for method in others.methods)
         wants_cache = temporal is Temporal.cache and not has_cache

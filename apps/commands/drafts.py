@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands.device import Device, Dtype, NumberType, plain_pipeline
 from apps.commands.say import told
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def draft(
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: NumberType = Dtype.float32,
+    device: Device = "auto",
 ) -> None:
     """Draft and render the same seeds, and say how much of best-of-N's gain drafts capture.
 
@@ -42,20 +44,15 @@ def draft(
         import torch
 
         import accel
-        from accel.loading import quiet_loading
         from samplers.search.conduct import SearchSettings
         from samplers.search.draft_commit import calibrate
         from samplers.search.verifiers.names import verifier_named
 
         torch.set_num_threads(threads)
         found = [accel.read_recipe(path) for path in recipes]
-        with quiet_loading():
-            pipe = accel.load(model, device=device)
-        for live in reversed(accel.live_on(pipe)):
-            live.detach()
-        pipe.set_progress_bar_config(disable=True)
+        pipe = plain_pipeline(model, device, dtype)
         inputs = _inputs(pipe, model, jobs, count)
-        judge = verifier_named(verifier, device=device or "cpu")
+        judge = verifier_named(verifier, device=str(pipe.device))
         doing = f"{len(inputs)} inputs x {candidates} seeds, rendered once and drafted with each"
         typer.echo(doing, err=True)
         results = {}

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apps.commands import vbench
-from apps.commands.render import Dtype, ProgressKind, ProgressOption, Trust, Workers
+from apps.commands.device import Dtype, Kind, NumberType, kind_of_device
+from apps.commands.render import ProgressKind, ProgressOption, Trust, Workers
 from apps.commands.say import fail, told
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ Samples = Annotated[int | None, typer.Option(min=2, help="Samples of a zoo model
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of a zoo model's own calls.")]
 Rounds = Annotated[int, typer.Option(min=0, help="Paired timings; 0: no speeds.")]
 Threads = Annotated[int, typer.Option(min=1, max=1024, help="CPU threads; part of the protocol.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Out = Annotated[Path, typer.Option(help="Folder of the report; an evaluation is resumed from it.")]
 Features = Annotated[
     str | None,
@@ -74,8 +74,8 @@ def _command(kind: str) -> Any:
         real: Real = None,
         clip: Clip = None,
         threads: Threads = 1,
-        dtype: Annotated[Dtype, typer.Option(help="Number type of the model.")] = Dtype.float32,
-        device: Device = "cpu",
+        dtype: NumberType = Dtype.float32,
+        device: Kind = "auto",
         out: Out = Path("report"),
         workers: Workers = 1,
         progress: ProgressOption = ProgressKind.rich,
@@ -94,7 +94,7 @@ def _command(kind: str) -> Any:
                 steps=steps,
                 rounds=rounds,
                 threads=threads,
-                device=device,
+                device=kind_of_device(device),
                 dtype=dtype.value,
                 features=features,
                 real=None if real is None else str(real),

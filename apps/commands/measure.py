@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands.device import Device, Dtype, NumberType, plain_pipeline
 from apps.commands.say import fail, told
 
 if TYPE_CHECKING:
@@ -29,16 +30,17 @@ def measure(
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Paired timings; one has no interval.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: NumberType = Dtype.float32,
+    device: Device = "auto",
     write: Annotated[
         bool, typer.Option(help="Store the figures in the recipe file, in place of those there.")
     ] = True,
 ) -> None:
     """Measure a recipe against the unmodified model, in turn: speed, work, memory, quality.
 
-    The figures go into the `measured` block of the recipe file; nothing else in it changes. It holds
-    those of one model: of a second one they overwrite the first one's. Exit code 1, and nothing
-    stored, if the recipe changed nothing.
+    The figures go into the `measured` block of the recipe file; nothing else in it changes. The
+    block holds figures of one model: a second model's overwrite the first one's. Exit code 1, and
+    nothing stored, if the recipe changed nothing.
     """
     with told():
         import torch
@@ -48,7 +50,7 @@ def measure(
 
         found = accel.read_recipe(recipe)
         torch.set_num_threads(threads)
-        study = _study(model, jobs, device)
+        study = _study(model, jobs, device, dtype)
         doing = f"{len(study.inputs)} calls without and with {found.name}, then {rounds} rounds"
         typer.echo(f"{doing} of both in turn", err=True)
         result = study.compare(found.recipe, rounds=rounds)
@@ -61,10 +63,8 @@ def measure(
             typer.echo(f"stored in {recipe}")
 
 
-def _study(model: str, jobs: Path | None, device: str | None) -> Study:
+def _study(model: str, jobs: Path | None, device: str, dtype: Dtype) -> Study:
     """The model without any recipe, its inputs and, for zoo models, their referee."""
-    import accel
-    from accel.loading import quiet_loading
     from accel.measure import Study
     from apps.digits_referee import digits_referee, standard_inputs
     from apps.render.identity import model_revision
@@ -74,11 +74,7 @@ def _study(model: str, jobs: Path | None, device: str | None) -> Study:
     zoo = model.startswith("zoo:")
     if jobs is None and not zoo:
         raise ValueError(f"no inputs are known for {model}; give some with --jobs FILE")
-    with quiet_loading():
-        pipe = accel.load(model, device=device)
-    for live in reversed(accel.live_on(pipe)):
-        live.detach()  # a folder's own recipe must not stand on both sides
-    pipe.set_progress_bar_config(disable=True)
+    pipe = plain_pipeline(model, device, dtype)
     inputs = [job.inputs for job in listed] if jobs is not None else standard_inputs(pipe)
     return Study(
         pipe,

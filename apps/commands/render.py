@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands.device import Dtype, Kind, NumberType, kind_of_device
 from apps.commands.say import fail, told
 
 if TYPE_CHECKING:
@@ -21,12 +22,6 @@ class ProgressKind(StrEnum):
     rich = "rich"
     json = "json"
     none = "none"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 Workers = Annotated[int, typer.Option(min=1, max=256, help="Worker processes; 1: this process.")]
@@ -48,7 +43,10 @@ def register(app: typer.Typer) -> None:
 
 
 def render(
-    jobs: Annotated[Path | None, typer.Argument(help="Job file: .jsonl, or .yaml matrix.")] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Argument(help="Job file: .jsonl, a job a line; or .yaml with a matrix, see above."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="zoo:NAME, folder or hub id.")] = None,
     recipe: Annotated[
         Path | None,
@@ -73,8 +71,8 @@ def render(
     threads: Annotated[
         int, typer.Option(min=1, max=1024, help="CPU threads per worker; part of the identity.")
     ] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Number type of the model.")] = Dtype.float32,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    dtype: NumberType = Dtype.float32,
+    device: Kind = "auto",
     progress: ProgressOption = ProgressKind.rich,
     strict: Annotated[
         bool, typer.Option("--strict", help="A recipe without effect fails.")
@@ -86,6 +84,14 @@ def render(
     trust_remote_code: Trust = False,
 ) -> None:
     """Render every job of a file that is not finished yet.
+
+    A .yaml file makes a job of each combination in its matrix, and of each in `jobs` beside it:
+
+    defaults: {inputs: {num_inference_steps: 50}}
+
+    matrix: {seed: [0, 1, 2], inputs.class_labels: [[3], [14]]}
+
+    `accel schema` prints the fields of a job.
 
     Exit code: 0 all done, 1 some failed or are left, 2 the input is wrong and nothing was started,
     130 interrupted. Run the same command again to continue, or `accel resume`.
@@ -99,7 +105,7 @@ def render(
             recipe=None if recipe is None else str(recipe),
             threads=threads,
             dtype=dtype.value,
-            device=_device(device),
+            device=kind_of_device(device),
             strict=strict,
             metadata=not no_metadata,
         )
@@ -162,19 +168,6 @@ def _jobs(path: Path | None, overrides: dict[str, Any]) -> list[PlacedJob]:
     if not overrides:
         raise fail("nothing to render: give a job file, or --prompt, --class-label or --set")
     return check_jobs([("command line", {})], overrides)
-
-
-def _device(wanted: str) -> str:
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise fail(f"--device {wanted}: must be cpu, cuda or auto")
-    if wanted == "cpu":
-        return wanted
-    import torch
-
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise fail("--device cuda: no CUDA device is available here")
-    return "cuda" if available else "cpu"
 
 
 def _show(tasks: list[PlannedTask], out: Path) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apps.commands.render import Dtype, ProgressKind, ProgressOption, Trust, _device, _overrides
+from apps.commands.device import Dtype, Kind, NumberType, kind_of_device
+from apps.commands.render import ProgressKind, ProgressOption, Trust, _overrides
 from apps.commands.say import fail, told
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def search(
     out: Annotated[Path, typer.Option(help="Output folder; a search is resumed from it.")] = Path(
         "out"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     options: Annotated[
         list[str] | None,
         typer.Option("--set", help="inputs.guidance_scale=2, name=x, settings.candidates=16."),
@@ -87,8 +88,8 @@ def search(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Candidates in one call.")] = 8,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Number type of the model.")] = Dtype.float32,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    dtype: NumberType = Dtype.float32,
+    device: Kind = "auto",
     progress: ProgressOption = ProgressKind.rich,
     trust_remote_code: Trust = False,
     explained: Annotated[
@@ -130,7 +131,7 @@ def search(
             recipe=None if recipe is None else str(recipe),
             threads=threads,
             dtype=dtype.value,
-            device=_device(device),
+            device=kind_of_device(device),
             trusted=True,
         )
         tasks = plan(placed, settings, Path())

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from apps.commands.render import Dtype, ProgressKind, ProgressOption, Workers
+from apps.commands.device import Dtype, Kind, NumberType, kind_of_device
+from apps.commands.render import ProgressKind, ProgressOption, Workers
 from apps.commands.say import fail, told
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the run.")]
@@ -32,18 +33,23 @@ def plan(
     model: Annotated[str, typer.Option(help="Model: zoo:NAME, a folder or a hub id.")],
     recipe: Annotated[Path | None, typer.Option(help="Recipe file; default: none.")] = None,
     dimension: Dimensions = None,
-    indices: Annotated[int, typer.Option(min=1, help="Videos of a prompt.")] = 5,
-    flicker: Annotated[int, typer.Option(min=1, help="Of temporal_flickering's prompts.")] = 25,
+    indices: Annotated[int, typer.Option(min=1, help="Videos of each prompt.")] = 5,
+    flicker: Annotated[
+        int, typer.Option(min=1, help="Videos of each prompt of temporal_flickering.")
+    ] = 25,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Of each dimension at most: a part, no VBench score.")
+        int | None,
+        typer.Option(
+            min=1, help="Prompts of each dimension at most; of a part there is no VBench score."
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Argument of the call: num_frames=17.")
     ] = None,
     fps: Annotated[int, typer.Option(min=1, max=240, help="Frames per second.")] = 16,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads per worker.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Number type of the model.")] = Dtype.float32,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: NumberType = Dtype.float32,
+    device: Kind = "auto",
 ) -> None:
     """Say which videos will be made, and write it down. Nothing is generated."""
     with told():
@@ -62,7 +68,7 @@ def plan(
             inputs=dict(parse_override(text) for text in overrides or []),
             fps=fps,
             threads=threads,
-            device=device,
+            device=kind_of_device(device, here=False),
             dtype=dtype.value,
         )
         videos = save_plan(made, folder)

@@ -123,14 +123,14 @@ def test_methods_that_do_not_go_together_are_told_before(fitted, jobs, tmp_path)
 
 @pytest.mark.parametrize("what", ["tfmq", "bits"])
 def test_the_device_is_asked_for(what, jobs, tmp_path, monkeypatch):
-    def load(model, device=None):
-        raise ValueError(f"on {device}")
+    def load(model, device, dtype):
+        raise ValueError(f"on {device} in {dtype}")
 
     monkeypatch.setattr(accel, "load", load)
     call = ["calibrate", what, "--model", MODEL, "--out", str(tmp_path / "q.yaml")]
     budget = ["--size", "0.5"] if what == "bits" else []
     done = CliRunner().invoke(app, [*call, "--jobs", str(jobs), "--device", "cuda:7", *budget])
-    assert "on cuda:7" in done.output
+    assert "on cuda:7 in torch.float32" in done.output
 
 
 def test_wrong_bits_are_told(tmp_path):
