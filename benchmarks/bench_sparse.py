@@ -4,7 +4,8 @@
                                       [--shape TOKENSxHEAD]
 
 `attention`: random q, k, v; every round runs dense attention, this project's default policy
-(scores, selection, kernel), its kernel alone, and compiled FlexAttention over the same blocks.
+(scores, selection, kernel), its kernel alone, compiled FlexAttention over the same blocks, and one
+large product of matrices: what FlexAttention would gain by working at its rate.
 `model`: a block of Wan 2.1 1.3B's shape with random weights, whole, without and with the method.
 Speeds do not depend on what weights say; what is kept here says nothing about quality.
 On a CPU seconds are the processor's, of one thread, so that a busy machine changes them little.
@@ -58,6 +59,7 @@ WAN_1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 896
 TEXT_TOKENS, TEXT_WIDTH = 512, 4096
 LAYERS = {"cpu": 1, "cuda": 30}
 SPARGE = "sparge top-k 0.25"
+SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product gives the machine's rate
 
 
 def dense_backends(device: str) -> dict[str, SDPBackend]:
@@ -215,11 +217,15 @@ def _attention_row(q, k, v, density, dense_runs, over_blocks, rounds) -> dict[st
         "kernel": lambda: dispatch.attend(q, k, v, blocks),
         "selection": selected,
         "flex": lambda: over_blocks(q, k, v, flex_blocks),
+        "matmul": _matmul(q),
         **_fastvideo_runs(q, k, v, density),
     }
     seconds = timed_in_turn(runs, rounds)
     dense_names = [name for name in dense_runs if name != SPARGE]
     fastest = min(dense_names, key=lambda name: statistics.median(seconds[name]))
+    executed = float(blocks.density().mean())
+    products = 2 * q.shape[1] * tokens**2 * q.shape[-1] * executed  # of numbers, in two products
+    least = [x * products / SQUARE[device] ** 3 for x in seconds["matmul"]]
     return {
         "tokens": tokens,
         "head_dim": q.shape[-1],
@@ -227,15 +233,23 @@ def _attention_row(q, k, v, density, dense_runs, over_blocks, rounds) -> dict[st
         "blocks": list(sizes),
         "dtype": str(q.dtype).removeprefix("torch."),
         "density": density,
-        "executed": round(float(blocks.density().mean()), 6),  # a sum of floats may pass 1
+        "executed": round(executed, 6),  # a sum of floats may pass 1
         "fastest_dense": fastest,
         "seconds": {name: [round(x, 6) for x in times] for name, times in seconds.items()},
         "speedup": _ratio(seconds[fastest], seconds["ours"]),
         "speedup_pooled": _ratio(seconds[fastest], seconds["ours, pooled"]),
         "over_flex": _ratio(seconds["flex"], seconds["ours"]),
+        "most_over_flex": _ratio(seconds["flex"], least),
         "selection_share": statistics.median(seconds["selection"])
         / statistics.median(seconds["ours"]),
     }
+
+
+def _matmul(like: Tensor) -> Callable[[], Any]:
+    """One large product: its rate is the most that an exact kernel of the same type can reach."""
+    side = SQUARE[like.device.type]
+    a, b = (torch.randn(side, side, device=like.device, dtype=like.dtype) for _ in "ab")
+    return lambda: a @ b
 
 
 def _fastvideo_runs(q: Tensor, k: Tensor, v: Tensor, density: float) -> dict[str, Callable]:

@@ -488,6 +488,7 @@ class SparseAttentionRow(_Strict):
     speedup: Interval
     speedup_pooled: Interval
     over_flex: Interval
+    most_over_flex: Interval
     selection_share: Share
 
 

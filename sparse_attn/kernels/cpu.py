@@ -1,10 +1,11 @@
 """Attention to kept blocks on a CPU: gathers the kept keys and calls torch's own attention.
 
 Origin: measurements in benchmarks/bench_sparse.py. Layout: q (b, h, s, d), k and v (b, g, s, d),
-any strides. Blocks of queries with as many kept blocks are computed together, a few at a time, so
-that what is gathered stays in cache; what is not kept is never touched. Rows that keep everything
-are computed without a copy. A ragged last block of keys is the last of an ascending list, so it is
-cut off and needs no mask; pooled keys are blocks that every row lists, with their biases as a
+any strides: tokens are gathered from where they lie, and the output lies token by token, as a
+pipeline reads it. Blocks of queries with as many kept blocks are computed together, a few at a
+time, so that what is gathered stays in cache; what is not kept is never touched. Keys of rows that
+keep everything are not copied. A ragged last block of keys is the last of an ascending list, so it
+is cut off and needs no mask; pooled keys are blocks that every row lists, with their biases as a
 mask. Tested on x86; works wherever torch does, needs no compiler.
 Gradients: ``cpu_backward``. Blocks of 256 queries are about 1.5 times as fast as
 of 128: torch's attention takes 32 queries at a time below 192 queries, 64 below 768.
@@ -31,19 +32,22 @@ def attend(
 ) -> Attention:  # fmt: skip
     """The same as ``reference.attend``, without gradients."""
     b, h, s, d = q.shape
-    rows = by_block(q, blocks.query_block)
-    out = torch.zeros_like(rows)
-    lse = torch.full(rows.shape[:2], -math.inf, dtype=_lse_type(q.dtype))
-    for part in parts(rows, Sources(k, v, blocks, h, pooled), blocks):
+    nq, block = blocks.keep.shape[2], blocks.query_block
+    make = torch.empty if blocks.counts.all() else torch.zeros
+    out = make(b, nq, block, h, d, dtype=q.dtype)
+    lse = torch.full((b * h * nq, block), -math.inf, dtype=_lse_type(q.dtype))
+    for part in parts(q, Sources(k, v, blocks, h, pooled), blocks):
         found = attention_with_lse(part.q, part.k, part.v, scale, part.mask)
-        out[part.rows] = found.out.view(-1, *rows.shape[1:])
-        lse[part.rows] = found.lse.view(-1, rows.shape[1])
-    return Attention(out.view(b, h, -1, d)[:, :, :s], lse.view(b, h, -1)[:, :, :s])
+        for row, one in zip(part.rows.tolist(), found.out.view(-1, block, d), strict=True):
+            out[row // (nq * h), row % nq, :, row // nq % h] = one
+        lse[part.rows] = found.lse.view(-1, block)
+    return Attention(out.view(b, -1, h, d)[:, :s].transpose(1, 2), lse.view(b, h, -1)[:, :, :s])
 
 
-def by_block(x: Tensor, block: int) -> Tensor:
+def by_block(x: Tensor, block: int, fill: float = 0.0) -> Tensor:
     """(b, h, s, d) -> (rows, block, d): a row is a block of queries of a head, filled up."""
-    return _padded(x, block).reshape(-1, block, x.shape[-1])
+    filled = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block), value=fill)
+    return filled.reshape(-1, block, x.shape[-1])
 
 
 class Part(NamedTuple):
@@ -57,23 +61,54 @@ class Part(NamedTuple):
     mask: Tensor | None
 
 
-def parts(rows: Tensor, sources: Sources, blocks: BlockMap) -> Iterator[Part]:
-    """Queries (rows, query_block, d) in parts; the keys of one are overwritten by the next.
+def parts(q: Tensor, sources: Sources, blocks: BlockMap) -> Iterator[Part]:
+    """Queries (b, h, s, d) in parts; what one holds is overwritten by the next.
 
-    Rows that see no key are in none.
+    Rows that see no key are in none. A ragged last block of queries is filled up with its last.
     """
+    queries = Blocks(q, blocks.query_block)
     for group in _groups(blocks):
         bias = sources.bias_of(group.rows)
         if group.count == 0 and bias is None:
             continue
         if group.count == sources.nk and bias is None:
-            yield from group.whole(rows, sources)
+            yield from group.whole(queries, sources)
         else:
-            yield from group.chunks(rows, sources, bias)
+            yield from group.chunks(queries, sources, bias)
+
+
+class Blocks:
+    """Blocks of the tokens of x (b, h, s, d), gathered from where they lie: rows of one table.
+
+    Only a layout in which no table holds all tokens as rows is copied.
+    """
+
+    def __init__(self, x: Tensor, block: int) -> None:
+        b, h, s, d = x.shape
+        if x.stride(3) != 1 or any(x.stride(i) % d for i in range(3) if x.shape[i] > 1):
+            x = x.contiguous()
+        self.block, self.x = block, x
+        steps = [x.stride(i) // d if x.shape[i] > 1 else 0 for i in range(3)]
+        size = 1 + sum((x.shape[i] - 1) * steps[i] for i in range(3))
+        self.table = x.as_strided((size, d), (d, 1))
+        head = torch.arange(b)[:, None] * steps[0] + torch.arange(h) * steps[1]
+        self._heads = head.flatten()  # (b * h,) where they begin
+        token = torch.arange(-(-s // block) * block).clamp_(max=s - 1) * steps[2]
+        self._tokens = token.view(-1, block)
+
+    def take(self, heads: Tensor, lists: Tensor, out: Tensor | None = None) -> Tensor:
+        """Blocks `lists` (n, count) of each of `heads` (n,) -> (n, 1, count * block, d).
+
+        Past a ragged end stands the last token again. out: (n * count * block or more, d).
+        """
+        rows = (self._tokens[lists] + self._heads[heads][:, None, None]).flatten()
+        out = None if out is None else out[: len(rows)]
+        found = torch.index_select(self.table, 0, rows, out=out)
+        return found.view(len(lists), 1, -1, self.table.shape[1])
 
 
 class Sources:
-    """Keys and values by block, (b * g * blocks, key_block * d), and whose they are.
+    """Keys and values by block, and whose they are; in order they are (b * g * blocks).
 
     Blocks of pooled keys stand before a head's own; their biases are (rows, pooled keys, filled
     up with -inf to whole blocks).
@@ -86,19 +121,19 @@ class Sources:
         self.keys, self.block, self.width = blocks.keys, blocks.key_block, k.shape[-1]
         self.heads, self.own, self.repeat = heads, k.shape[1], heads // k.shape[1]
         self.pooled, self.bias = 0, None
-        parts = [(k, v)]
         if pooled is not None:
             self.pooled = -(-pooled.k.shape[2] // self.block)
             bias = pooled.bias.expand(*blocks.keep.shape[:3], pooled.k.shape[2])
             short = self.pooled * self.block - bias.shape[-1]
             bias = torch.nn.functional.pad(bias.flatten(0, 2), (0, short), value=-math.inf)
             self.bias = bias.to(k.dtype)
-            parts.insert(0, (pooled.k.to(k.dtype), pooled.v.to(v.dtype)))
-        cut = ([_padded(x, self.block) for x in side] for side in zip(*parts, strict=True))
-        self.k, self.v = (
-            (side[0] if len(side) == 1 else torch.cat(side, dim=2)).flatten(3).flatten(0, 2)
-            for side in cut
-        )
+            k, v = (
+                torch.cat([torch.nn.functional.pad(mean.to(x.dtype), (0, 0, 0, short)), x], dim=2)
+                for mean, x in ((pooled.k, k), (pooled.v, v))
+            )
+        self.k, self.v = Blocks(k, self.block), Blocks(v, self.block)
+        count = k.shape[0] * self.own * (self.pooled + self.nk)
+        self.shape = (count, self.block * self.width)  # by block, filled up
 
     def filled(self, x: Tensor) -> Tensor:
         """(n, 1, keys, d) of gathered keys -> (their blocks, key_block * d), zeros at the end."""
@@ -107,17 +142,21 @@ class Sources:
         return x.reshape(-1, self.block * self.width)
 
     def apart(self, x: Tensor, like: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What has the layout of `self.k`, as the keys and the pooled keys that it was made of."""
+        """What has `self.shape`, as the keys and the pooled keys that it was made of."""
         b, g, s, d = like.shape
         x = x.view(b, g, -1, d)
         cut = self.pooled * self.block
         own = x[:, :, cut : cut + s].to(like.dtype)
         return own, None if pooled is None else x[:, :, : pooled.shape[2]].to(pooled.dtype)
 
-    def first_block(self, rows: Tensor) -> Tensor:
-        """Where the blocks of a row's head begin, the pooled ones first."""
+    def head(self, rows: Tensor) -> Tensor:
+        """Whose keys a row sees, of b * g."""
         head, batch = rows // self.nq % self.heads, rows // (self.nq * self.heads)
-        return (batch * self.own + head // self.repeat) * (self.pooled + self.nk)
+        return batch * self.own + head // self.repeat
+
+    def places(self, heads: Tensor, lists: Tensor) -> Tensor:
+        """Blocks of heads, as all blocks are numbered."""
+        return (lists + heads[:, None] * (self.pooled + self.nk)).flatten()
 
     def bias_of(self, rows: Tensor) -> Tensor | None:
         """(rows, pooled keys); None where all of them are hidden."""
@@ -131,21 +170,21 @@ class _Group:
     def __init__(self, rows: Tensor, lists: Tensor, count: int, ragged: bool) -> None:
         self.rows, self.lists, self.count, self.ragged = rows, lists, count, ragged
 
-    def whole(self, q: Tensor, sources: Sources) -> Iterator[Part]:
-        """Rows of one head share all keys: no copy, and long queries."""
-        starts = sources.first_block(self.rows) + sources.pooled
+    def whole(self, queries: Blocks, sources: Sources) -> Iterator[Part]:
+        """Rows of one head share all keys: no copy of them, and long queries."""
         heads = self.rows // sources.nq
+        every = sources.pooled + torch.arange(sources.nk)[None]
         for head in heads.unique().tolist():
             mine = self.rows[heads == head]
-            start = int(starts[heads == head][0])
-            k, v = (
-                x[start : start + sources.nk].view(1, 1, -1, sources.width)[:, :, : sources.keys]
-                for x in (sources.k, sources.v)
-            )
-            places = torch.arange(start, start + sources.nk)
-            yield Part(mine, places, q[mine].view(1, 1, -1, q.shape[-1]), k, v, None)
+            own = sources.head(mine[:1])
+            batch, index = divmod(int(own), sources.own)
+            first = sources.pooled * sources.block
+            k, v = (x.x[batch, index, first:][None, None] for x in (sources.k, sources.v))
+            q = queries.take(mine // sources.nq, mine[:, None] % sources.nq)
+            q = q.view(1, 1, -1, q.shape[-1])
+            yield Part(mine, sources.places(own, every), q, k, v, None)
 
-    def chunks(self, q: Tensor, sources: Sources, bias: Tensor | None) -> Iterator[Part]:
+    def chunks(self, queries: Blocks, sources: Sources, bias: Tensor | None) -> Iterator[Part]:
         rows, lists = self.rows, self.lists + sources.pooled
         if bias is not None:
             if self.count == 0:
@@ -155,20 +194,19 @@ class _Group:
             lists = torch.cat([pooled, lists], dim=1)  # the ragged block stays last
         keys = lists.shape[1] * sources.block
         used = keys - (-sources.keys % sources.block if self.ragged else 0)
-        size = keys * sources.width * q.element_size() * 2
+        table = sources.k.table
+        size = keys * sources.width * table.element_size() * 2
         chunk = max(1, min(len(rows), CHUNK_BYTES // size))
-        places = lists + sources.first_block(rows)[:, None]
-        buffers = [q.new_empty(chunk * lists.shape[1], sources.k.shape[1]) for _ in "kv"]
+        tokens = (queries.block, keys, keys)
+        buffers = [table.new_empty(chunk * count, sources.width) for count in tokens]
         for at in range(0, len(rows), chunk):
-            mine, wanted = rows[at : at + chunk], places[at : at + chunk].flatten()
-            k, v = (
-                torch.index_select(x, 0, wanted, out=buffer[: len(wanted)]).view(
-                    len(mine), 1, keys, sources.width
-                )[:, :, :used]
-                for x, buffer in zip((sources.k, sources.v), buffers, strict=True)
-            )
-            mask = None if bias is None else _mask(bias[at : at + chunk], used, q.shape[1])
-            yield Part(mine, wanted, q[mine, None], k, v, mask)
+            mine, wanted = rows[at : at + chunk], lists[at : at + chunk]
+            q = queries.take(mine // sources.nq, mine[:, None] % sources.nq, buffers[0])
+            heads = sources.head(mine)
+            k = sources.k.take(heads, wanted, buffers[1])[:, :, :used]
+            v = sources.v.take(heads, wanted, buffers[2])[:, :, :used]
+            mask = None if bias is None else _mask(bias[at : at + chunk], used, queries.block)
+            yield Part(mine, sources.places(heads, wanted), q, k, v, mask)
 
 
 def _mask(bias: Tensor, keys: int, queries: int) -> Tensor:
@@ -203,14 +241,3 @@ def attention_with_lse(
 
 def _lse_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _padded(x: Tensor, block: int) -> Tensor:
-    """(b, h, s, d) -> (b, h, blocks, block, d) in one piece, zeros at the end."""
-    b, h, s, d = x.shape
-    count = -(-s // block)
-    if count * block == s:
-        return x.contiguous().view(b, h, count, block, d)
-    out = x.new_zeros(b, h, count * block, d)
-    out[:, :, :s] = x
-    return out.view(b, h, count, block, d)

@@ -9,6 +9,7 @@ selected by gets no gradient, nor do biases and the log-sum-exp. Layouts and typ
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,15 +57,15 @@ def _gradients(
     grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, sources: cpu.Sources, blocks: BlockMap,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of q (b, h, s, d), and of the keys and values of `sources`, in its layout and float32."""
+    """Of q (b, h, s, d), and of the keys and values of `sources`, in its shape and float32."""
     b, h, s, d = q.shape
     size = blocks.query_block
-    rows, grads, outs = (cpu.by_block(x, size) for x in (q, grad.to(q.dtype), out))
-    sums = cpu.by_block(lse[..., None], size)[..., 0]
-    dq = torch.zeros_like(rows)
-    dk, dv = (torch.zeros(x.shape, dtype=sums.dtype) for x in (sources.k, sources.v))
+    grads, outs = (cpu.by_block(x, size) for x in (grad.to(q.dtype), out))
+    sums = cpu.by_block(lse[..., None], size, math.inf)[..., 0]  # what fills up has no weight
+    dq = torch.zeros_like(grads)
+    dk, dv = (torch.zeros(sources.shape, dtype=sums.dtype) for _ in "kv")
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    for part in cpu.parts(rows, sources, blocks):
+    for part in cpu.parts(q, sources, blocks):
         shape = part.q.shape
         of = (grads[part.rows].view(shape), part.q, part.k, part.v, outs[part.rows].view(shape))
         found = backward(

@@ -93,6 +93,52 @@ def test_repeatable_and_inputs_are_left_alone(attention):
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=True))
 
 
+def laid_out(x, how):
+    """The same numbers (b, h, s, d) in another layout."""
+    b, h, s, d = x.shape
+    if how == "by token":  # as pipelines have them
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "fused":  # beside two others, in one projection
+        three = torch.stack([x, x + 1, x + 2]).permute(1, 3, 0, 2, 4).contiguous()
+        return three[:, :, 0].transpose(1, 2)
+    if how == "no rows":  # tokens begin at odd places
+        return torch.nn.functional.pad(x, (0, 1))[..., :d]
+    assert how == "narrow"  # numbers of a token are apart
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@pytest.mark.parametrize("how", ["by token", "fused", "no rows", "narrow"])
+@pytest.mark.parametrize("with_pooled", [False, True])
+def test_layouts_are_one(attention, how, with_pooled):
+    """Ragged ends, grouped heads, full rows, rows that see nothing."""
+    q, k, v, blocks = attention.problem()
+    keep = blocks.keep.clone()
+    keep[0, 0] = True
+    blocks = BlockMap(keep, 32, 16, 150, 170)
+    pooled = attention.pooled_of(k, v, blocks) if with_pooled else None
+    one = cpu.attend(*(x.contiguous() for x in (q, k, v)), blocks, pooled)
+    two = cpu.attend(*(laid_out(x, how) for x in (q, k, v)), blocks, pooled)
+    # whole rows read keys where they lie: the same sums, in the order of another layout
+    assert torch.allclose(one.out, two.out, rtol=0, atol=4 * torch.finfo(q.dtype).eps)
+    assert torch.allclose(one.lse, two.lse, rtol=1e-6)
+
+
+def test_heads_that_are_one_tensor(attention):
+    """Expanded over heads and batch, stride 0."""
+    q, k, v, blocks = attention.problem()
+    alike = [x[:1, :1].expand(x.shape) for x in (q, k, v)]
+    one = cpu.attend(*alike, blocks)
+    two = cpu.attend(*(x.contiguous() for x in alike), blocks)
+    assert torch.allclose(one.out, two.out, rtol=0, atol=4 * torch.finfo(q.dtype).eps)
+
+
+def test_the_output_lies_token_by_token(attention):
+    """As torch's own attention leaves it: heads are joined without a copy."""
+    q, k, v, blocks = attention.problem(64, 64)
+    out = cpu.attend(q, k, v, blocks).out
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+
+
 def test_pooled_keys_that_are_all_hidden(attention):
     q, k, v, blocks = attention.problem()
     pooled = attention.pooled_of(k, v, blocks)

@@ -62,6 +62,16 @@ def test_rows_that_see_nothing_have_no_gradient(attention):
         assert (one.double() - right).abs().max() <= 1e-5 * right.abs().max()
 
 
+def test_large_scores_at_a_ragged_end(attention):
+    """What fills up the last block of queries takes no part, however large its scores would be."""
+    q, k, v, blocks = attention.problem()
+    q = 100 * q
+    exact = gradients(reference.attend, [x.double() for x in (q, k, v)], blocks, None)
+    found = gradients(cpu_backward.attend, (q, k, v), blocks, None)
+    for one, right in zip(found, exact, strict=True):
+        assert (one.double() - right).abs().max() <= 1e-4 * right.abs().max()
+
+
 def test_gradients_repeat_to_the_bit(attention):
     q, k, v, blocks = attention.problem()
     one, two = (gradients(cpu_backward.attend, (q, k, v), blocks, None) for _ in "12")
