@@ -4,7 +4,9 @@ was really kept.
 A policy is a method that says which blocks of keys a block of queries attends to (`select`). The
 rest is here. Tokens are put in the policy's order once a forward where a family permits it (Wan:
 behind the patch embedding, with the rotary table), else at each attention. Early steps and layers
-attend densely, through the host's own processor. So do calls that do not fit or would be slower.
+attend densely, through the host's own processor, in the same order: hidden states that a cache
+holds from one step to the next must be of the same tokens. So do calls that do not fit or would be
+slower, as the host lays tokens; whether they do is the same in all of a run.
 """
 
 from __future__ import annotations
@@ -153,6 +155,7 @@ class _Geometry:
     sequence: TokenOrder | None  # host's joint sequence -> video in order, text; None: in order
     text: int
     hidden_text: int = 0  # padding at the end of the text, which no query attends to
+    dense: bool = False  # nothing is sparse in this call, whose tokens are in order all the same
 
 
 class LiveSparse(Attached):
@@ -219,7 +222,8 @@ class LiveSparse(Attached):
         if torch.is_grad_enabled() and denoiser.module.is_gradient_checkpointing:
             self.fallback("gradient checkpointing attends again when the call is over")
             return None
-        if now.step < first_of(self.policy.dense[0], run.steps):
+        dense = now.step < first_of(self.policy.dense[0], run.steps)
+        if dense and not self._is_ordered(denoiser, run.steps):
             return self._all_dense("first steps")
         try:
             grid = denoiser.grid(args, kwargs)
@@ -231,17 +235,27 @@ class LiveSparse(Attached):
         sample = denoiser.sample(args, kwargs)
         if self.policy.guard and not self._gains(denoiser, sample, math.prod(grid) + text):
             return self._all_dense("guard: dense attention is faster here")
+        if dense:
+            self._dense["first steps"] += 1
         device = sample.device
         order = ORDERS[self.policy.ORDER](grid).on(device)
         sequence = None
-        if denoiser.cls not in REORDERED_ONCE or denoiser.slot in self._whole:
+        if not self._is_ordered(denoiser, run.steps):
             sequence = _joint_order(grid, self.policy.ORDER, text, span is None or span.start > 0)
             sequence = sequence.on(device)
         hidden = self._hidden_text(denoiser, args, kwargs)
         if hidden is None:
             self.fallback("texts of different lengths in one batch")
             return None
-        return _Geometry(denoiser, grid, order, sequence, text, hidden)
+        return _Geometry(denoiser, grid, order, sequence, text, hidden, dense)
+
+    def _is_ordered(self, denoiser: Denoiser, steps: int) -> bool:
+        """Whether the tokens of all calls of a run are in the policy's order, sparse or not."""
+        if denoiser.cls not in REORDERED_ONCE or denoiser.slot in self._whole:
+            return False
+        layers = len(attention_paths(denoiser))
+        firsts = zip(self.policy.dense, (steps, layers), strict=True)
+        return all(first_of(share, count) < count for share, count in firsts)
 
     def _gains(self, denoiser: Denoiser, sample: Tensor, tokens: int) -> bool:
         shape = Attention("", denoiser.module.get_submodule(attention_paths(denoiser)[0])).shape
@@ -300,7 +314,7 @@ class LiveSparse(Attached):
 
     def plan(self, layer: int, layers: int) -> Callable[..., Tensor] | None:
         """How the attention numbered `layer` attends now; None: densely."""
-        if self.geometry is None or self.now is None:
+        if self.geometry is None or self.geometry.dense or self.now is None:
             self.count("computed")
             return None
         if layer < first_of(self.policy.dense[1], layers):

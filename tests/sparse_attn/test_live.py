@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from accel.method import FallbackWarning, NoEffectWarning, attached
+from accel.method import FallbackWarning, NoEffectWarning, Recipe, attached
 from accel.testing import assert_equal, tiny
 from accel.tiny import TinyPipeline, _redraw
 from sparse_attn._live import _read
@@ -221,3 +221,39 @@ def test_what_a_run_kept_is_read_at_once(reads):
     with reads() as seen:
         assert _read(kept) == {(4, 0): 0.5, (4, 1): 1.0}
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+@pytest.mark.parametrize("cache", ["interval", "first block", "taylor"])
+def test_what_a_cache_holds_from_a_dense_step_is_of_the_same_tokens(cache, share):
+    """All blocks kept, the video is the cache's own: no step lays tokens otherwise than others."""
+    from caches.interval import IntervalCache
+    from caches.native import FirstBlockCache, TaylorSeer
+
+    caches = {
+        "interval": IntervalCache(4, parts="blocks"),
+        "first block": FirstBlockCache(0.9),
+        "taylor": TaylorSeer(interval=3, warmup=2),
+    }
+    host = tiny("wan")
+    host.inputs["num_inference_steps"] = 6
+    with attached(caches[cache], host.pipe):
+        expected = host.run()
+    both = Recipe((caches[cache], sparse(0.9999, dense=(share, 0.0))))
+    with attached(both, host.pipe) as live:
+        found = host.run()
+        _, run = (member["runs"][0] for member in live.report()["members"])
+    assert run["detail"]["density"] == 1
+    assert run["detail"]["dense"]["first steps"] > 0
+    # rounding, as where everything is kept without a cache
+    assert (found - expected).abs().max().item() < 1e-4
+
+
+@pytest.mark.parametrize("dense", [(1.0, 0.0), (0.0, 1.0)])
+def test_a_policy_that_never_attends_sparsely_leaves_tokens_where_they_lie(dense):
+    host = tiny("wan")
+    plain = host.run()
+    with attached(sparse(dense=dense), host.pipe) as live, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        assert_equal(plain, host.run(), "dense in all steps or layers")
+        assert "density" not in live.report()["runs"][0]["detail"]
