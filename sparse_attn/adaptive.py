@@ -4,11 +4,11 @@ arXiv 2508.10774. Written from a description and formulas, not from its code. A 
 the largest softmax weight that sampled queries of a block of queries give sampled keys of it,
 relative to their row's largest: a maximum, not a mass. The best are kept until 95 % of the scores'
 sum; the block that crosses is dropped, which with the upper clamp makes it a top-k that sometimes
-stops early. All keys, the kept ones too, take part once more as means of 30 tokens. Deviation:
-samples are drawn from a generator of our own, seeded by run position, so that a video can be made
-again; the merge is one softmax in float32, not two rounded to the type. Its caps were chosen for a
-student trained under them; without training loosen them. Costs 1 / 16 of dense logits for the
-samples, and no synchronisation.
+stops early. All keys, the kept ones too, take part once more as means of 30 tokens. Deviations:
+samples are drawn from a generator of our own, seeded by run position and alike in a batch, so that
+a video can be made again, alone or among others; the merge is one softmax in float32, not two
+rounded to the type. Its caps were chosen for a student trained under them; without training loosen
+them. Costs 1 / 16 of dense logits for the samples, and no synchronisation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ AT_ONCE = 1024  # sampled queries whose logits are held: of a long video's, all 
 
 def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(b, h, nq, nk), rows sum to one. q, k (b, h, blocks, block, d); the sampled places in every
-    block of a head, rows and columns (b, h, samples)."""
+    block of a head, rows and columns (b or 1, h, samples)."""
     nq, nk, scale = q.shape[2], k.shape[2], 1 / math.sqrt(q.shape[-1])
     queries = _sampled(q, rows).flatten(2, 3).float()
     keys = _sampled(k, columns).flatten(2, 3).float().transpose(-1, -2)
@@ -44,9 +44,18 @@ def importance(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _sampled(x: Tensor, places: Tensor) -> Tensor:
-    b, h, n, _, d = x.shape
-    index = places[:, :, None, :, None].expand(b, h, n, -1, d)
+    b, _, n, _, d = x.shape
+    index = places[:, :, None, :, None].expand(b, -1, n, -1, d)
     return x.gather(3, index)
+
+
+def drawn(heads: int, block: int, seed: int, device: torch.device) -> Tensor:
+    """(1, h, samples): places in a block, without repetition; on a GPU, without waiting for it."""
+    draw = torch.Generator().manual_seed(seed)
+    places = torch.rand(1, heads, block, generator=draw).argsort(-1)[..., : _samples(block)]
+    if device.type != "cuda":
+        return places.to(device)
+    return places.pin_memory().to(device, non_blocking=True)
 
 
 def select(score: Tensor, mass: float, low: float, high: float) -> Tensor:
@@ -102,13 +111,12 @@ class Adaptive(SparseAttention, Method):
 
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        draw = torch.Generator().manual_seed(_seed(place))
-        places = [
-            torch.rand(*x.shape[:2], size, generator=draw).argsort(-1)[..., : _samples(size)]
-            for x, size in zip((q, k), place.blocks, strict=True)
-        ]
-        cut = (blocked(x, size) for x, size in zip((q, k), place.blocks, strict=True))
-        score = importance(*cut, *(x.to(q.device) for x in places))
+        rows, columns = (
+            drawn(q.shape[1], size, _seed(place, of), q.device)
+            for size, of in zip(place.blocks, "qk", strict=True)
+        )
+        queries, keys = (blocked(x, size) for x, size in zip((q, k), place.blocks, strict=True))
+        score = importance(queries, keys, rows, columns)
         return select(score, self.mass, self.low, self.high)
 
     def pool(self, k: Tensor, v: Tensor, keep: Tensor, place: Place) -> Pooled | None:
@@ -122,6 +130,6 @@ def _samples(block: int) -> int:
     return max(1, block * SAMPLES // 128)
 
 
-def _seed(place: Place) -> int:
-    where = (place.denoiser, place.layer, place.step, place.branch)
+def _seed(place: Place, of: str) -> int:
+    where = (place.denoiser, place.layer, place.step, place.branch, of)
     return zlib.crc32(repr(where).encode())

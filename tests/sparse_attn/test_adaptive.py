@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch
 from accel.method import attached
 from accel.testing import checks, conform, tiny
 from sparse_attn import adaptive
+from sparse_attn._live import Place
 from sparse_attn.adaptive import Adaptive, importance, pooled_windows, select
 from sparse_attn.block_map import BlockMap, blocked
 from sparse_attn.kernels import reference
 from sparse_attn.kernels.reference import Pooled
+from sparse_attn.token_order import gilbert
 
 TINY = Adaptive(dense=(0.0, 0.0), blocks=(16, 16), guard=False, high=0.5, window=8)
 
@@ -87,6 +90,20 @@ def test_one_softmax_is_the_merge_of_two_attentions():
 def test_windows_repeat_the_last_token():
     x = torch.arange(7.0).view(1, 1, 7, 1)
     assert pooled_windows(x, 3).flatten().tolist() == [1, 4, 6]
+
+
+def test_a_sample_is_the_same_among_others():
+    """Its places are its own, whatever the batch; of queries and keys not the same ones."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 2, 64, 8, generator=g) for _ in "qk")
+    place = Place((4, 4, 4), gilbert((4, 4, 4)), 0, (16, 16), "transformer", 0, 1, 0, 1, 0.5, "")
+    policy = replace(TINY, mass=0.6, high=1.0)
+    both = policy.keep(q, k, place, None)
+    for i in range(2):
+        assert torch.equal(both[i : i + 1], policy.keep(q[i : i + 1], k[i : i + 1], place, None))
+    rows, columns = (adaptive.drawn(2, 128, adaptive._seed(place, of), q.device) for of in "qk")
+    assert not torch.equal(rows, columns)
+    assert all(len(set(one.tolist())) == adaptive.SAMPLES for one in rows[0])
 
 
 def test_the_caps_hold_in_a_run():
