@@ -2,9 +2,10 @@
 
 SpargeAttn's first stage, arXiv 2502.18137. A block whose tokens are not alike (mean cosine of
 pairs below `alike`) is badly described by its mean: such queries attend to everything, such keys
-are attended to by everyone and left out of the softmax. Of the others the best are kept until
-`mass` of the softmax. Keys lose their mean over the sequence first, which shifts all logits of a
-query alike. Not here: the second stage, inside their kernel, and their 8-bit arithmetic.
+are attended to by everyone and left out of the softmax. Of the others the best are kept up to
+`mass` of the softmax, without the block that crosses it, and one at least. Keys lose their mean
+over the sequence first, which shifts all logits of a query alike. Not here: the second stage,
+inside their kernel, and their 8-bit arithmetic.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from accel.method import Method
 from sparse_attn._live import LiveSparse, Place, SparseAttention
-from sparse_attn.block_map import block_means, blocked, keep_mass
+from sparse_attn.block_map import block_means, blocked
 
 
 def likeness(x: Tensor, block: int) -> Tensor:
@@ -36,7 +37,16 @@ def predicted(q: Tensor, k: Tensor, blocks: tuple[int, int], mass: float, alike:
     logits = queries @ keys.transpose(-1, -2) / math.sqrt(q.shape[-1])
     logits = logits.masked_fill(unlike_k[:, :, None], -math.inf)
     weights = logits.softmax(-1).nan_to_num()  # no key of a head is alike: all are kept anyway
-    return keep_mass(weights, mass) | unlike_q[..., None] | unlike_k[:, :, None]
+    return keep_within(weights, mass) | unlike_q[..., None] | unlike_k[:, :, None]
+
+
+def keep_within(weights: Tensor, mass: float) -> Tensor:
+    """The best blocks of each row whose sum does not exceed `mass` of the row's; at least one."""
+    ranked, order = weights.sort(dim=-1, descending=True, stable=True)
+    total = ranked.cumsum(-1)
+    count = (total <= mass * total[..., -1:]).sum(-1, keepdim=True).clamp(min=1)
+    kept = torch.arange(weights.shape[-1], device=weights.device) < count
+    return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
 @dataclass(frozen=True)

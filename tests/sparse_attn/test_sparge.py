@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accel.testing import checks, conform
-from sparse_attn.sparge import SpargePrediction, likeness, predicted
+from sparse_attn.sparge import SpargePrediction, keep_within, likeness, predicted
 
 TINY = SpargePrediction(dense=(0.0, 0.0), blocks=(16, 16), guard=False, mass=0.6, alike=-1.0)
 
@@ -39,6 +39,17 @@ def test_blocks_that_are_not_alike_are_kept_whole():
     assert keep[2].all()  # queries that differ see all
     assert not keep[0, 0]
     assert keep[0, 2]  # the largest logits
+
+
+def test_the_block_that_crosses_is_dropped():
+    """As `searchsorted` from the right in the running sum, and never none."""
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    running = weights.sort(descending=True).values.cumsum(0)
+    for mass in (0.1, 0.45, 0.5, 0.7, 0.85, 0.99):
+        expected = max(1, int(torch.searchsorted(running, torch.tensor(mass), right=True)))
+        keep = keep_within(weights.view(1, 1, 1, 3), mass)
+        assert keep.sum() == expected
+        assert keep[0, 0, 0, 1], "the largest first"
 
 
 def test_keys_lose_their_mean_which_changes_no_softmax():
