@@ -96,17 +96,29 @@ def measured_line(size: Size) -> Line:
     file = speeds_file()
     known = _read(file)
     if size.key() not in known:
-        known[size.key()] = list(measure(size))
+        found = {size.key(): list(measure(size))}
+        known = _read(file) | found  # others may have written meanwhile
         with contextlib.suppress(OSError):  # a home that cannot be written to
             write_atomically(file, json.dumps(known, indent=1).encode())
     return Line(*known[size.key()])
 
 
 def _read(file: Path) -> dict[str, list[float]]:
+    """What is a line in the file; what is not is as if it were not there."""
     try:
-        return json.loads(file.read_text("utf-8"))
+        found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):  # none yet, or cut off
         return {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {key: line for key, line in entries if _is_line(line)}
+
+
+def _is_line(found: object) -> bool:
+    return (
+        isinstance(found, list)
+        and len(found) == 2
+        and all(isinstance(x, int | float) and math.isfinite(x) for x in found)
+    )
 
 
 @torch.no_grad()

@@ -59,6 +59,35 @@ def test_a_line_is_measured_once_a_size_and_kept(tmp_path, monkeypatch):
     measured_line.cache_clear()
 
 
+@pytest.mark.parametrize("text", ["[]", "null", '{"KEY": 5}', '{"KEY": [NaN, 1]}', '{"KEY": [1]}'])
+def test_a_damaged_file_is_measured_again(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(speed, "measure", lambda s: Line(0.2, 1.6))
+    file, wanted = speed.speeds_file(), size(8192)
+    file.parent.mkdir(parents=True)
+    file.write_text(text.replace("KEY", wanted.key()))
+    measured_line.cache_clear()
+    assert measured_line(wanted) == Line(0.2, 1.6)
+    assert json.loads(file.read_text()) == {wanted.key(): [0.2, 1.6]}
+    measured_line.cache_clear()
+
+
+def test_what_another_process_wrote_meanwhile_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file, wanted = speed.speeds_file(), size(8192)
+    file.parent.mkdir(parents=True)
+
+    def slow(size):
+        file.write_text('{"other": [0.1, 1.0]}')
+        return Line(0.2, 1.6)
+
+    monkeypatch.setattr(speed, "measure", slow)
+    measured_line.cache_clear()
+    measured_line(wanted)
+    assert json.loads(file.read_text()) == {"other": [0.1, 1.0], wanted.key(): [0.2, 1.6]}
+    measured_line.cache_clear()
+
+
 def test_a_home_that_cannot_be_written_to_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "accel").write_text("a file where a folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
