@@ -272,7 +272,8 @@ class LiveSparse(Attached):
         mask = denoiser.argument("encoder_attention_mask", args, kwargs)
         known = _hidden_lengths()
         if mask not in known:  # once a tensor: pipelines make it once a run
-            lengths = set((mask.shape[1] - mask.sum(1)).tolist())
+            seen = mask.sum(1, dtype=torch.int)  # as the host counts: half types miscount
+            lengths = set((mask.shape[1] - seen).tolist())
             known[mask] = int(lengths.pop()) if len(lengths) == 1 else None
             self.count("syncs")
         return known[mask]

@@ -354,6 +354,16 @@ def test_lora_goes_on_working():
         assert (host.run() - plain).abs().max().item() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool])
+def test_padding_is_counted_exactly(dtype):
+    """A sum of 289 ones is 288 in bfloat16, and one more word would be hidden."""
+    host = tiny("hunyuanvideo")
+    (denoiser,) = denoisers(host.pipe)
+    mask = (torch.arange(600) < 289).to(dtype)[None]
+    with attached(sparse(), host.pipe) as live:
+        assert live._hidden_text(denoiser, (None, None, None, mask, None), {}) == 600 - 289
+
+
 def test_texts_of_different_lengths_in_one_batch_attend_densely():
     host = tiny("hunyuanvideo")
     mask = torch.ones(2, 7).index_fill(1, torch.tensor([5, 6]), 0.0)
