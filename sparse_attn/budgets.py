@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from accel.artifact import Artifact, ArtifactRef
 from accel.denoiser import denoisers
@@ -25,23 +27,41 @@ from sparse_attn.block_map import Scope
 
 METHOD = "sparse_attn.subblock_lse:SubblockLSE"
 PARTS = ("losses", "gains", "sigmas", "steps")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
 class Curves:
     """Of one denoiser. losses: (stages, layers, ladder), mean squared error of the sample, of which
     the last is density 1, loss 0. gains: (stages, layers, heads) by which scores of blocks are
-    multiplied. sigmas, steps: (stages,), mean noise level and number of steps.
+    multiplied. sigmas, steps: (stages,), mean noise level and number of steps. ends: (stages,),
+    noise level at which each ends, the last at 0; without them midway between the means.
     """
 
     losses: np.ndarray
     gains: np.ndarray
     sigmas: np.ndarray
     steps: np.ndarray
+    ends: np.ndarray | None = None
 
     def stage(self, sigma: float) -> int:
-        """The stage whose noise level is nearest."""
-        return int(np.abs(self.sigmas - sigma).argmin())
+        """The stage in which a noise level lies: of a grid's own steps, the one they were put in.
+
+        A mean would not tell: where the signal is zero at first (CogVideoX), the first step has
+        nearly all of its stage's noise.
+        """
+        ends = self.ends
+        if ends is None:
+            ends = np.append((self.sigmas[:-1] + self.sigmas[1:]) / 2, 0.0)
+        return int((ends > sigma).sum())
+
+
+def stage_ends(stages: list[list[float]]) -> list[float]:
+    """Where stages end, given the noise levels of the steps of each, descending: midway between
+    steps, by share of noise sigma / (1 + sigma), so that other grids divide alike."""
+    shares = [[sigma / (1 + sigma) for sigma in stage] for stage in stages]
+    middles = [(one[-1] + other[0]) / 2 for one, other in pairwise(shares)]
+    return [*(share / (1 - share) for share in middles), 0.0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +119,19 @@ class Allocation:
     quality: float
     extremes: tuple[float, float] | None
     allocate: Scope
+    _gains: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
-    def of(self, slot: str, layer: int, sigma: float) -> tuple[float, np.ndarray]:
-        """Share of blocks that a layer keeps, and (heads,) gains of its scores."""
+    def of(
+        self, slot: str, layer: int, sigma: float, device: torch.device = CPU
+    ) -> tuple[float, Tensor]:
+        """Share of blocks that a layer keeps, and (heads,) gains of its scores, on `device`."""
         stage = self.curves[slot].stage(sigma)
-        return float(self.shares[slot][stage, layer]), self.curves[slot].gains[stage, layer]
+        gains = self._gains.get((slot, device))
+        if gains is None:  # once a device: a copy at every attention would wait for it
+            with torch.inference_mode(False):
+                gains = torch.as_tensor(self.curves[slot].gains, device=device)
+            self._gains[slot, device] = gains
+        return float(self.shares[slot][stage, layer]), gains[stage, layer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +167,9 @@ class Budgets:
         missing = [d.slot for d in found if f"{d.slot}/losses" not in tensors]
         if missing:
             raise ValueError(f"{ref.path} has no budgets for {missing[0]}; calibrate again")
+        for slot in (d.slot for d in found if f"{d.slot}/ends" not in tensors):
+            if tensors[f"{slot}/sigmas"].max() > 1:  # of flow models, means tell the stages
+                raise ValueError(f"{ref.path} does not say where its stages end; calibrate again")
         # the first artifacts do not say, and were of layers
         allocate = artifact.settings.get("allocate", "layer")
         found_budgets = cls.of(tensors, [d.slot for d in found], allocate)
@@ -150,7 +181,7 @@ class Budgets:
         exact = np.zeros(1)
         return cls(
             tensors["ladder"],
-            {slot: Curves(*(tensors[f"{slot}/{part}"] for part in PARTS)) for slot in slots},
+            {slot: _curves(tensors, slot) for slot in slots},
             Checks(tensors.get("summed", exact), np.atleast_2d(tensors.get("seen", exact))),
             allocate,
         )
@@ -185,6 +216,11 @@ class Budgets:
             self.curves, shares, float(cells.density), loss, self.checks.quality(loss),
             self.checks.extremes(loss), self.allocate,
         )  # fmt: skip
+
+
+def _curves(tensors: dict[str, np.ndarray], slot: str) -> Curves:
+    found = (tensors[f"{slot}/{part}"] for part in PARTS)
+    return Curves(*found, ends=tensors.get(f"{slot}/ends"))
 
 
 class _Cells:

@@ -43,7 +43,7 @@ from sparse_attn._live import (
     with_text,
 )
 from sparse_attn.block_map import Scope, keep_share
-from sparse_attn.budgets import METHOD, Allocation, Budgets, decibels
+from sparse_attn.budgets import METHOD, Allocation, Budgets, decibels, stage_ends
 from sparse_attn.estimators import block_scores, complement, weighed
 from sparse_attn.kernels.reference import Pooled
 
@@ -68,7 +68,7 @@ class CalibrationSettings:
     checked: tuple[float, ...] = (0.15, 0.3, 0.5)
     blocks: tuple[int, int] = (256, 64)
     pooled: bool = True
-    dense: float = 0.0  # share of the first steps that is left out, as the policy leaves it dense
+    dense: float = 0.2  # share of the first steps that is left out, as the policy leaves it dense
     allocate: Scope = "head"
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ def measured_budgets(
         parts: folder where the figures of each input are kept.
 
     Raises:
-        ValueError: no inputs, or runs of different length.
+        ValueError: no inputs, runs at different noise levels, or a sample that is not finite.
     """
     if not inputs:
         raise ValueError("calibrate: give at least one input")
@@ -117,7 +117,7 @@ def measured_budgets(
             file = None if parts is None else Path(parts) / name
             found.append(_kept(file) or _measure(pipe, live, arguments, i, file))
             if _grid(found[0]) != _grid(found[-1]):
-                raise ValueError("calibrate: all inputs must have the same number of steps")
+                raise ValueError("calibrate: all inputs must have the same noise levels")
         tensors = _tensors(pipe, settings, found)
         every = _digest({"inputs": [_plain(x) for x in inputs]}, 0)
         file = None if parts is None else Path(parts) / f"{key[:8]}-{every}-checks.json"
@@ -162,7 +162,17 @@ def _check(
 
 
 def _decibels(sample: Tensor, plain: Tensor) -> float:
-    return decibels(max(LEAST, float((sample - plain).square().mean())))
+    return decibels(max(LEAST, _squared_error(sample, plain)))
+
+
+def _squared_error(sample: Tensor, plain: Tensor) -> float:
+    error = float((sample - plain).square().mean())
+    if not math.isfinite(error):
+        raise ValueError(
+            "calibrate: a sample has values that are not finite; run the pipeline in a dtype "
+            "with a wider range, such as bfloat16 or float32"
+        )
+    return error
 
 
 def _measure(
@@ -179,7 +189,7 @@ def _measure(
         for stage in live.stages(slot):
             live.sparse_steps = {(slot, step) for step in stage}
             sample = _sample(pipe, arguments, at)
-            figures["losses"].append(float((sample - plain).square().mean()))
+            figures["losses"].append(_squared_error(sample, plain))
     live.sparse_steps = set()
     if file is not None:
         write_atomically(file, json.dumps(found).encode())
@@ -205,7 +215,10 @@ def _kept(file: Path | None) -> dict[str, Any] | None:
 
 def _key(pipe: Any, settings: CalibrationSettings) -> str:
     prints = [asdict(Fingerprint.of(d.module)) for d in denoisers(pipe)]
-    text = json.dumps([prints, asdict(settings), type(pipe.scheduler).__name__], sort_keys=True)
+    config = getattr(pipe.scheduler, "config", {})
+    levels = {name: str(value) for name, value in config.items() if not name.startswith("_")}
+    what = [prints, asdict(settings), type(pipe.scheduler).__name__, levels]
+    text = json.dumps(what, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -293,8 +306,8 @@ class _LiveProbe(LiveSparse):
     def asks(self, place: Place) -> tuple[float, Tensor]:
         """Share of blocks and gains of heads, where something is tried."""
         if self.allocation is not None:
-            share, gains = self.allocation.of(place.denoiser, place.layer, place.sigma)
-            return share, torch.as_tensor(gains)
+            at = (place.denoiser, place.layer, place.sigma)
+            return self.allocation.of(*at, self.values.device)
         found = self._seen[place.denoiser, place.step, place.layer]
         return self.settings.tried, _geometric_mean(torch.stack([gains for _, gains in found]))
 
@@ -337,7 +350,7 @@ class _LiveProbe(LiveSparse):
         return [part.tolist() for part in parts]
 
     def end(self) -> dict[str, dict[str, list]]:
-        """By slot: {"sigmas", "steps", "errors", "gains", "reach"}, each by stage."""
+        """By slot: {"sigmas", "ends", "steps", "errors", "gains", "reach"}, each by stage."""
         self._measuring = False
         found = {}
         for denoiser in denoisers(self._pipe()):
@@ -356,6 +369,8 @@ class _LiveProbe(LiveSparse):
                 figures["reach"].append(self._reach_of(slot, stage, len(layers)))
                 figures["sigmas"].append(sum(self._steps[slot][s] for s in stage) / len(stage))
                 figures["steps"].append(len(stage))
+            levels = [[self._steps[slot][s] for s in stage] for stage in self.stages(slot)]
+            figures["ends"] = stage_ends(levels)
         return found
 
     def _reach_of(self, slot: str, stage: list[int], layers: int) -> list[float]:
@@ -473,8 +488,8 @@ def _tensors(
             of("losses"), of("reach"), of("errors"), settings.ladder.index(settings.tried)
         )
         tensors[f"{slot}/gains"] = _geometric_mean(of("gains"))
-        tensors[f"{slot}/sigmas"] = of("sigmas")[0]
-        tensors[f"{slot}/steps"] = of("steps")[0]
+        for name in ("sigmas", "steps", "ends"):
+            tensors[f"{slot}/{name}"] = of(name)[0]
     return tensors
 
 

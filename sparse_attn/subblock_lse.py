@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from accel.artifact import Artifact, ArtifactRef
@@ -36,8 +35,9 @@ class SubblockLSE(SparseAttention, Method):
     density: share of blocks kept; 1 is dense attention. allocate: within what the share holds, a
     "row" of blocks, a "head" or a "layer"; None: what the artifact was calibrated with (a head, as
     it comes), without one a row. pooled: what is dropped takes part as means. artifact: of `accel
-    calibrate sparse`; then `density` is the mean over layers and noise levels, spent where the
-    sample gains most. Over a layer, scores of heads are weighed by what they were seen to miss.
+    calibrate sparse` with the same blocks, pooled and share of dense steps; then `density` is the
+    mean over layers and noise levels, spent where the sample gains most. Over a layer, scores of
+    heads are weighed by what they were seen to miss.
     """
 
     PAPER = "SGLang sub-block selection; pooled branch after Video-BLADE, arXiv 2508.10774"
@@ -76,7 +76,8 @@ class SubblockLSE(SparseAttention, Method):
 
     def prepare(self, pipe: Any, live: LiveSparse) -> None:
         if self.artifact is not None and self.density < 1:
-            budgets = Budgets.load(self.artifact, pipe, blocks=self.blocks, pooled=self.pooled)
+            had = {"blocks": self.blocks, "pooled": self.pooled, "dense": self.dense[0]}
+            budgets = Budgets.load(self.artifact, pipe, **had)
             live.made_with = budgets.guidance
             live.tables = budgets.at_density(self.density)
 
@@ -84,10 +85,10 @@ class SubblockLSE(SparseAttention, Method):
         score = block_scores(q, k, live.values, place.blocks, self.pooled)
         if live.tables is None:
             return keep_share(score, self.density, self.allocate or "row")
-        share, gains = live.tables.of(place.denoiser, place.layer, place.sigma)
+        share, gains = live.tables.of(place.denoiser, place.layer, place.sigma, q.device)
         allocate = self.allocate or live.tables.allocate
         if allocate == "layer":  # else heads are not compared
-            score = weighed(score, torch.as_tensor(gains))
+            score = weighed(score, gains)
         return keep_share(score, share, allocate)
 
     def pool(self, k: Tensor, v: Tensor, keep: Tensor, place: Place) -> Pooled | None:

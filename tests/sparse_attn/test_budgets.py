@@ -7,10 +7,12 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_attn.budgets import Budgets, Checks, Curves, hull
+from accel.clock import sampling_grid
+from sparse_attn.budgets import Budgets, Checks, Curves, hull, stage_ends
 
 LADDER = np.array([0.1, 0.25, 0.5, 1.0])
 
@@ -71,6 +73,52 @@ def test_stages_are_found_by_noise_level():
     b = budgets([1.0, 0.5, 0.2, 0.0], [0.0] * 4, steps=(1, 1))
     found = b.at_density(0.5)
     assert found.of("transformer", 0, 0.8)[0] > found.of("transformer", 0, 0.2)[0]
+
+
+def zero_snr(steps):
+    """CogVideoX's levels: trailing steps, of which the first has next to no signal."""
+    from diffusers import CogVideoXDDIMScheduler
+
+    scheduler = CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+        rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing",
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    return list(sampling_grid(scheduler)[1])
+
+
+def flow(steps, shift=5.0):
+    u = np.linspace(1, 1 / steps, steps)
+    return (shift * u / (1 + (shift - 1) * u)).tolist()
+
+
+def karras(steps):
+    return (np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps) ** 7).tolist()
+
+
+@pytest.mark.parametrize("grid", [zero_snr, flow, karras])
+@pytest.mark.parametrize("stages", [1, 3, 4])
+def test_every_step_is_in_the_stage_that_it_was_measured_in(grid, stages):
+    """So that as many steps are as sparse as a budget counts on; about so on a finer grid."""
+    cut = [part.tolist() for part in np.array_split(grid(50), stages)]
+    sizes = np.array([len(part) for part in cut])
+    means = np.array([np.mean(part) for part in cut])
+    curves = Curves(np.ones(1), np.ones(1), means, sizes, np.array(stage_ends(cut)))
+    found = [curves.stage(sigma) for part in cut for sigma in part]
+    assert found == np.repeat(np.arange(stages), sizes).tolist()
+    finer = np.bincount([curves.stage(sigma) for sigma in grid(100)], minlength=stages)
+    assert np.abs(finer - 2 * sizes).max() <= 2
+    assert curves.stage(0.0) == stages - 1
+
+
+def test_gains_are_on_a_device_once():
+    """A policy asks at every attention, and must not wait for a copy."""
+    found = budgets([1.0, 0.5, 0.2, 0.0]).at_density(0.5)
+    device = torch.device("meta")
+    one, two = (found.of("transformer", 0, 0.8, device)[1] for _ in "12")
+    assert one.device == two.device == device
+    assert one.untyped_storage()._cdata == two.untyped_storage()._cdata
+    assert found.of("transformer", 0, 0.8)[1].tolist() == [1.0, 1.0]
 
 
 def test_qualities_follow_what_was_seen():

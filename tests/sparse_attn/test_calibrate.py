@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +15,19 @@ from accel.denoiser import denoisers
 from accel.measure import mean_psnr, pipeline_samples
 from accel.method import GuidanceWarning, attached
 from accel.testing import assert_same_state, host_state, tiny
+from sparse_attn import calibrate
 from sparse_attn._live import Place
 from sparse_attn.block_map import BlockMap, keep_share
 from sparse_attn.budgets import Budgets
-from sparse_attn.calibrate import CalibrationSettings, layer_errors, losses
+from sparse_attn.calibrate import CalibrationSettings, _decibels, _key, layer_errors, losses
 from sparse_attn.estimators import block_scores, complement
 from sparse_attn.kernels import reference
 from sparse_attn.subblock_lse import SubblockLSE
 from sparse_attn.token_order import gilbert
 
-SETTINGS = CalibrationSettings((0.25, 0.5, 1.0), 0.25, 2, checked=(0.5,), blocks=(16, 16))
+SETTINGS = CalibrationSettings(
+    (0.25, 0.5, 1.0), 0.25, 2, checked=(0.5,), blocks=(16, 16), dense=0.0
+)
 
 
 def inputs(host):
@@ -161,13 +165,17 @@ def test_the_first_artifacts_are_of_layers_and_of_no_inputs(host, tmp_path):
     calls = [inputs(host), {**inputs(host), "guidance_scale": 3.0}]
     artifact = SubblockLSE.calibrate(host.pipe, calls, replace(SETTINGS, allocate="layer"))
     new = artifact.save(tmp_path / "new.safetensors")
-    del artifact.settings["allocate"]
+    del artifact.settings["allocate"], artifact.tensors["transformer/ends"]
     artifact.tensors["seen"] = artifact.tensors["seen"].mean(0)
     old = artifact.save(tmp_path / "old.safetensors")
     found, expected = (Budgets.load(ref, host.pipe).at_density(0.4) for ref in (old, new))
     assert (found.quality, found.extremes) == (pytest.approx(expected.quality), None)
     ours, theirs = (runs_with(host, calls[:1], method(ref, density=0.4)) for ref in (old, new))
     assert ours == theirs
+    artifact.tensors["transformer/sigmas"] *= 100  # of a model whose levels have no bound
+    unsure = artifact.save(tmp_path / "unsure.safetensors")
+    with pytest.raises(ValueError, match="where its stages end; calibrate again"):
+        Budgets.load(unsure, host.pipe)
 
 
 def method(ref, **settings):
@@ -263,8 +271,39 @@ def test_other_artifacts_are_refused(host, tmp_path):
     ref = artifact.save(tmp_path / "mine.safetensors")
     with pytest.raises(ValueError, match="does not fit"):
         SubblockLSE(density=0.5, artifact=ref).attach(tiny("ltx").pipe)
+    with pytest.raises(ValueError, match=r"calibrated with dense 0.0, not 0.2"):
+        SubblockLSE((0.2, 0.0), (16, 16), density=0.5, artifact=ref).attach(host.pipe)
     with pytest.raises(ValueError, match=r"calibrated with blocks \[16, 16\], not \(32, 16\)"):
         SubblockLSE(blocks=(32, 16), density=0.5, artifact=ref).attach(host.pipe)
+
+
+def test_kept_parts_are_of_one_schedule():
+    """Not only of a class of schedulers: other noise levels, other figures."""
+    host = tiny("wan")
+    keys = []
+    for shift in (3.0, 3.0, 12.0):
+        config = host.pipe.scheduler.config
+        host.pipe.scheduler = type(host.pipe.scheduler).from_config(config, flow_shift=shift)
+        keys.append(_key(host.pipe, SETTINGS))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_samples_that_are_not_finite_are_no_measurement(host, monkeypatch):
+    broken = torch.full((4,), math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        _decibels(broken, torch.zeros(4))
+    assert _decibels(torch.zeros(4), torch.zeros(4)) == pytest.approx(120)
+    samples = iter([torch.zeros(4), broken])
+    monkeypatch.setattr(calibrate, "_sample", lambda *_: next(samples))
+    live = SimpleNamespace(
+        begin=lambda: None, end=lambda: {"transformer": {}}, stages=lambda slot: [[0]], guided=True
+    )
+    with pytest.raises(ValueError, match="not finite"):
+        calibrate._measure(host.pipe, live, {}, 0, None)
+
+
+def test_by_default_the_policys_dense_steps_are_left_out():
+    assert CalibrationSettings().dense == SubblockLSE().dense[0]
 
 
 @pytest.mark.parametrize(
