@@ -20,7 +20,7 @@ from torch import Tensor
 from accel.method import Method
 from sparse_attn._live import LiveSparse, Place, SparseAttention
 from sparse_attn.block_map import keep_share
-from sparse_attn.geometry import block_scores
+from sparse_attn.geometry import block_scores, in_first_frame, with_sink
 from sparse_attn.head_classes import spatial_score, temporal_score
 from sparse_attn.radial import radial_score
 from sparse_attn.sliding_tile import window_score
@@ -31,10 +31,11 @@ GRID, BLOCKS = (5, 16, 16), (64, 32)
 QUERY_BLOCK = 9  # in the middle frame
 STATIC = {
     "SlidingTile": window_score(1.0, 1.0, 1.0),
-    "Radial": radial_score(True),
+    "Radial": radial_score,
     "HeadClasses, spatial": spatial_score,
     "HeadClasses, temporal": temporal_score,
 }
+WITH_SINK = ("Radial", "HeadClasses, spatial")
 
 
 def static_rows(density: float) -> dict[str, Tensor]:
@@ -42,6 +43,8 @@ def static_rows(density: float) -> dict[str, Tensor]:
     found = {}
     for name, score in STATIC.items():
         scores = block_scores(score, GRID, "gilbert", (0, 0), BLOCKS)
+        if name in WITH_SINK:
+            scores = with_sink(scores, in_first_frame(GRID, "gilbert", BLOCKS[1]), density)
         found[name] = keep_share(scores[None, None], density)[0, 0, QUERY_BLOCK].float()
     return found
 

@@ -43,20 +43,50 @@ def block_scores(
     return out.float()
 
 
-def pattern(score: Score, density: float, order: str, q: Tensor, k: Tensor, place: Place) -> Tensor:
-    """The `density` of blocks with the best scores, bool (1, 1, nq, nk); made once a grid."""
+def with_sink(scores: Tensor, sinks: Tensor, density: float) -> Tensor:
+    """Scores (nq, nk) in which blocks of keys that are `sinks` (nk,) are above all others.
+
+    At most half of what a row keeps at `density`: of more, its best by score. The first frame of a
+    video reaches into a fifth of the blocks of 81 frames, which would leave too little to be near.
+    """
+    nk = scores.shape[-1]
+    most = max(1, round(density * nk)) // 2
+    of_sinks = scores.masked_fill(~sinks, -float("inf"))
+    ranked = of_sinks.argsort(dim=-1, descending=True, stable=True)
+    place = torch.empty_like(ranked).scatter(-1, ranked, torch.arange(nk).expand_as(ranked))
+    lifted = sinks & (place < most)
+    finite = scores[scores.isfinite()]
+    return scores + lifted * (1 + finite.amax() - finite.amin())
+
+
+def in_first_frame(grid: Grid, order: str, block: int) -> Tensor:
+    """(blocks,): whether a block of the video's tokens holds one of the first frame."""
+    first = places(grid, ORDERS[order](grid))[:, 0] == 0
+    return torch.stack([part.any() for part in first.split(block)])
+
+
+def pattern(
+    score: Score, density: float, order: str, q: Tensor, k: Tensor, place: Place, sink: bool = False
+) -> Tensor:
+    """The `density` of blocks with the best scores, bool (1, 1, nq, nk); made once a grid. sink:
+    blocks that hold tokens of the first frame come first, see `with_sink`."""
     video = place.order.forward.shape[0]
     text = (q.shape[2] - video, k.shape[2] - video)
-    return _pattern(score, density, place.grid, order, text, place.blocks, q.device)
+    return _pattern(score, density, sink, place.grid, order, text, place.blocks, q.device)
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _pattern(
-    score: Score, density: float, grid: Grid, order: str, text: tuple[int, int],
+    score: Score, density: float, sink: bool, grid: Grid, order: str, text: tuple[int, int],
     blocks: tuple[int, int], device: torch.device,
 ) -> Tensor:  # fmt: skip
     scores = block_scores(score, grid, order, text, blocks)
+    if sink:
+        sinks = torch.zeros(scores.shape[1], dtype=torch.bool)
+        first = in_first_frame(grid, order, blocks[1])
+        sinks[: len(first)] = first
+        scores = with_sink(scores, sinks, density)
     return keep_share(scores[None, None], density).to(device)
 
 
@@ -86,9 +116,13 @@ class StaticPattern(SparseAttention):
     def score(self) -> Score:
         """Must be the same object for equal settings: maps are kept by it."""
 
+    def has_sink(self) -> bool:
+        """Whether the first frame comes before what is near, see `with_sink`."""
+        return False
+
     def nominal(self) -> float:
         return self.density
 
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
-        kept = pattern(self.score(), self.density, self.ORDER, q, k, place)
+        kept = pattern(self.score(), self.density, self.ORDER, q, k, place, self.has_sink())
         return kept.expand(*q.shape[:2], -1, -1)

@@ -2,8 +2,9 @@
 
 Sparse VideoGen, arXiv 2502.01776. At every call a few queries are attended densely and with both
 patterns, and each head takes the pattern with the smaller squared error. "Spatial" keeps the
-nearest frames and the first; "temporal" the same places in all frames. The paper
-moves tokens by head so that both are bands; blocks of the space-filling order need no moving.
+nearest frames and, within half of the density, the first; "temporal" the same places in all frames.
+The paper moves tokens by head so that both are bands; blocks of the space-filling order need no
+moving.
 Costs `queries` / tokens of dense attention, and no synchronisation.
 """
 
@@ -24,10 +25,9 @@ TIE = 1e-3  # of a distance in the other direction, so that there is an order am
 
 
 def spatial_score(q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-    """Frames that are near; the first frame is as near as one's own."""
+    """Frames that are near."""
     apart = (q[:, None] - k[None]).abs()
-    frames = torch.where(k[None, :, 0] < 1, 0.0, apart[..., 0])  # parts of blocks span frames
-    return -(frames + TIE * apart[..., 1:].square().sum(-1).sqrt())
+    return -(apart[..., 0] + TIE * apart[..., 1:].square().sum(-1).sqrt())
 
 
 def temporal_score(q: Tensor, k: Tensor, grid: Grid) -> Tensor:
@@ -75,7 +75,7 @@ class HeadClasses(SparseAttention, Method):
 
     def keep(self, q: Tensor, k: Tensor, place: Place, live: LiveSparse) -> Tensor:
         keeps = [
-            pattern(score, self.density, self.ORDER, q, k, place)
+            pattern(score, self.density, self.ORDER, q, k, place, score is spatial_score)
             for score in (spatial_score, temporal_score)
         ]
         count = min(self.queries, q.shape[2])

@@ -3,15 +3,14 @@
 Radial Attention, arXiv 2506.19852. The paper allows, between frames at distance d, places whose
 distance is below a width that halves whenever d doubles, and keeps the first frame in view. Here
 the width is what makes the `density` hold, distances are measured in the picture, not along its
-rows, and blocks follow the space-filling order. Costs nothing at run time.
+rows, and blocks follow the space-filling order: the first frame reaches into many, which get up to
+half of the density. Costs nothing at run time.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from accel.method import Method
@@ -19,23 +18,17 @@ from sparse_attn.geometry import Score, StaticPattern
 from sparse_attn.token_order import Grid
 
 
-@functools.lru_cache(maxsize=2)
-def radial_score(sink: bool) -> Score:
+def radial_score(q: Tensor, k: Tensor, grid: Grid) -> Tensor:
     """Minus the distance in the picture, twice as much for every doubling of that in time."""
-
-    def score(q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        apart = (q[:, None] - k[None]).abs()  # (m, n, 3)
-        octaves = apart[..., 0].clamp(min=1).log2().ceil()
-        distance = -(apart[..., 1:].square().sum(-1).sqrt() + 1) * 2**octaves
-        # parts of blocks span frames: below 1 on average, one reaches into the first
-        return torch.where(sink & (k[None, :, 0] < 1), 0.0, distance)
-
-    return score
+    apart = (q[:, None] - k[None]).abs()  # (m, n, 3)
+    octaves = apart[..., 0].clamp(min=1).log2().ceil()
+    return -(apart[..., 1:].square().sum(-1).sqrt() + 1) * 2**octaves
 
 
 @dataclass(frozen=True)
 class Radial(StaticPattern, Method):
-    """Attend near, and less far the farther in time. sink: the first frame is seen by all."""
+    """Attend near, and less far the farther in time. sink: the first frame is seen by all; of one
+    that takes more than half of the density, what is nearest."""
 
     PAPER = "Radial Attention, arXiv 2506.19852"
 
@@ -45,4 +38,7 @@ class Radial(StaticPattern, Method):
         return replace(self, density=1.0)
 
     def score(self) -> Score:
-        return radial_score(self.sink)
+        return radial_score
+
+    def has_sink(self) -> bool:
+        return self.sink

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from accel.testing import checks, conform
 from sparse_attn.block_map import BlockMap, keep_share
-from sparse_attn.geometry import block_scores
+from sparse_attn.geometry import block_scores, in_first_frame
 from sparse_attn.head_classes import HeadClasses, spatial_score, squared_errors, temporal_score
 from sparse_attn.kernels import reference
 from sparse_attn.token_order import gilbert, places
@@ -49,6 +51,21 @@ def test_a_head_of_each_kind_is_told():
     ]
     errors = squared_errors(q, q, v, torch.arange(0, 512, 8), keeps, sizes)
     assert errors.argmin(0).tolist() == [[0, 1]]
+
+
+def test_heads_in_space_see_the_first_frame():
+    """Queries and keys that name their frame: every head attends in space."""
+    grid, sizes = (24, 8, 8), (32, 32)
+    order = gilbert(grid)
+    at = places(grid, order)
+    q = torch.nn.functional.one_hot(at[:, 0], 64).float()[None, None] * 12
+    v = torch.randn(1, 1, len(at), 64, generator=torch.Generator().manual_seed(0))
+    place = SimpleNamespace(order=order, grid=grid, blocks=sizes)
+    policy = HeadClasses(blocks=sizes, density=0.5)
+    keep = policy.keep(q, q, place, SimpleNamespace(values=v))[0, 0]
+    first = in_first_frame(grid, "gilbert", 32)
+    assert first.float().mean() < 0.25
+    assert keep[:, first].all()
 
 
 def test_bad_settings():
