@@ -58,7 +58,7 @@ BLOCKS = (64, 32)  # 20 x 40 blocks of 1,280 tokens
 DENSE = (0.2, 0.0)
 SEED, CALIBRATION_SEED, CALIBRATION_VIDEOS = 1000, 5000, 6
 # it has no density to ask for; what keeps about as much on this model's attention
-SPARGE_MASSES = {0.1: 0.3, 0.2: 0.47, 0.4: 0.76}
+SPARGE_MASSES = {0.1: 0.38, 0.2: 0.6, 0.4: 0.85}
 STATIC = ("SlidingTile", "Radial", "HeadClasses")
 
 
