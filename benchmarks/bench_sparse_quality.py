@@ -59,6 +59,7 @@ DENSE = (0.2, 0.0)
 SEED, CALIBRATION_SEED, CALIBRATION_VIDEOS = 1000, 5000, 6
 # it has no density to ask for; what keeps about as much on this model's attention
 SPARGE_MASSES = {0.1: 0.38, 0.2: 0.6, 0.4: 0.85}
+CALIBRATED = "calibrated"  # in the names of rows that need budgets
 STATIC = ("SlidingTile", "Radial", "HeadClasses")
 
 
@@ -89,8 +90,8 @@ def methods(density: float, budgets: Any, parts: bool = True) -> dict[str, Metho
     asked = {**shared, "density": density}
     found: dict[str, Method] = {
         "SubblockLSE": SubblockLSE(**asked, allocate="row"),
-        "SubblockLSE, calibrated": SubblockLSE(**asked, artifact=budgets),
-        "SubblockLSE, calibrated, by layer": SubblockLSE(
+        f"SubblockLSE, {CALIBRATED}": SubblockLSE(**asked, artifact=budgets),
+        f"SubblockLSE, {CALIBRATED}, by layer": SubblockLSE(
             **asked, allocate="layer", artifact=budgets
         ),
         "Adaptive": Adaptive(**shared, low=density, high=density),
@@ -191,8 +192,11 @@ def main() -> None:
     )  # fmt: skip
     protocol = protocol_of(study, plain, args).as_json()
     others = kept_figures(args, protocol) if args.only else {}
-    budgets = calibrated(pipe, args.out, key)
-    foretold = Budgets.load(budgets, pipe)
+    wanted = [name for name in methods(args.judged_density, None) if args.only in name]
+    budgets = foretold = None
+    if any(CALIBRATED in name for name in wanted):
+        budgets = calibrated(pipe, args.out, key)
+        foretold = Budgets.load(budgets, pipe)
     rows = {}
     for density in args.densities:
         parts = density == args.judged_density
@@ -200,7 +204,7 @@ def main() -> None:
             if args.only not in name:
                 continue
             found = row(videos, method, plain, args.videos)
-            if isinstance(method, SubblockLSE) and method.artifact is not None:
+            if foretold is not None and isinstance(method, SubblockLSE) and method.artifact:
                 found |= promised(method, foretold)
             rows[f"{name} @ {density:g}"] = found
             print(
@@ -277,7 +281,7 @@ def verdicts(
     density = args.judged_density
     mean = {n: rows[f"{n} @ {density:g}"]["psnr"]["estimate"] for n in STATIC}
     best = max(mean, key=lambda name: mean[name])
-    names = ("SubblockLSE", "SubblockLSE, calibrated", best, "control: random blocks")
+    names = ("SubblockLSE", f"SubblockLSE, {CALIBRATED}", best, "control: random blocks")
     names = tuple(name for name in names if args.only in name)
     calls = videos.calls[: args.judged]
     referee = digits_referee(calls)
