@@ -7,7 +7,6 @@ from typing import Any
 
 from benchmarks.results_file import read
 from benchmarks.spans import span
-from samplers.epsilon_scaling import EpsilonScaling
 from samplers.one_more_step import OneMoreStep
 from samplers.time_shift import TimeShift
 
@@ -18,9 +17,8 @@ SHIPPED = "mean, spread"
 
 def measured_by_distance(name: str) -> dict[str, Any] | None:
     """A method that is measured by distances to real samples: its best-known row."""
-    if name in (TimeShift.name(), EpsilonScaling.name()):
-        setting = "time-shift" if name == TimeShift.name() else "epsilon scaling"
-        return _of_time_shift(setting)
+    if name == TimeShift.name():
+        return _of_time_shift("time-shift")
     return _of_one_more_step() if name == OneMoreStep.name() else None
 
 

@@ -47,10 +47,25 @@ RESULTS_WITH_METHODS = (
     *("native", "caches", "caches_20", "caches_sd", "leap", "rlg", "temporal_cache", "quant"),
     "caches_wan",
     "attention_backend",
+    "peers",
 )
 PEERS = "benchmarks.peers:"
-# no better than their own controls: no row in README
-BELOW = ("caches.token_density:TokenDensity", "samplers.leap:Leap")
+# no better than something simpler, the second row beside their own in one study: no row in README
+BELOW = {
+    "caches.router:RouterCache": ("caches", "router: 42% reused", "FORA: 2"),
+    "caches.token_density:TokenDensity": (
+        "caches",
+        "token density, drawn: first 25% of the steps",
+        "control: tokens drawn anywhere, first 25% of the steps",
+    ),
+    "caches.token_merge:TokenMerge": (
+        "caches_wan",
+        "token merge: first 50% of the steps",
+        "control: 12 steps",
+    ),
+    "samplers.leap:Leap": ("leap", "Leap(0.20)", "control: 6 steps"),
+    "samplers.rlg:RLG": ("rlg", "RLG(1.6)", "control: the tuning's weights times 1.6"),
+}
 
 
 def read(name: str, device: str = "cpu") -> dict[str, Any] | None:
@@ -148,7 +163,7 @@ def _quality(row: dict[str, Any]) -> str:
     ]
     judged, distances = row.get("judged"), row.get("frechet")
     if judged is None:
-        change = f"{distances['before']:.2f} to {distances['after']:.2f}" if distances else "-"
+        change = f"{distances['before']:.2f} → {distances['after']:.2f}" if distances else "-"
         return " | ".join([*cells, "-", f"{change} |"])
     points = {k: 100 * v for k, v in judged["accuracy"]["difference"].items()}
     share = 100 * judged["accuracy"]["after"]["estimate"]
@@ -168,22 +183,29 @@ def _methods() -> str:
         what = f"`{row['name']}` | {', '.join(row['slots'])} | {row['paper']} | {setting}"
         lines.append(f"| {what} | {_quality(m)}")
     where = "; ".join(conditions([row["measured"] for row in rows]))
-    controlled = "".join(f" No better than its control: {_in_words(row)}." for row in below)
+    controlled = "; ".join(f"`{row['name']}`: {_beside(row['name'])}" for row in below)
+    controlled = f" No better than what is simpler: {controlled}."
     return "\n".join([*lines, "", f"{_CAPTION} Studies: {where}.{other_policies}{controlled}"])
 
 
-def _in_words(row: dict[str, Any]) -> str:
-    m = row["measured"]
-    speed, quality = m["speedup"]["estimate"], m["psnr"]["estimate"]
-    return f"`{row['name']}`, {speed:.2f}x at {quality:.1f} dB ({m['setting']}, {m['study']})"
+def _beside(name: str) -> str:
+    study, *labels = BELOW[name]
+    rows = [(read(study) or {})["rows"][label] for label in labels]
+    figures = [
+        f"{label} {row['speedup']['estimate']:.2f}x at {row['psnr']['estimate']:.1f} dB"
+        for label, row in zip(labels, rows, strict=True)
+    ]
+    return f"{' beside '.join(figures)} ({study})"
 
 
 _CAPTION = (
     "Speed-up: median of paired runs with a 95 % bootstrap interval. Work: floating-point "
     "operations relative to the unmodified pipeline. PSNR, SSIM: against the unmodified pipeline's "
-    "output for the same seeds, mean with interval; toy models, no claim about others. Judged "
+    "output for the same seeds, mean with interval, 100 dB where equal; toy models, no claim about "
+    "others. Judged "
     "right: share with what was asked, by the referee (paired interval of the change in points). "
-    "Frechet: to real samples at equal counts. Rows compare within one study (in brackets)."
+    "Frechet: to real samples at equal counts (→: from without to with). Rows compare within one "
+    "study (in brackets)."
 )
 
 
