@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 
 import pytest
 
 from accel.artifact import ArtifactRef
+from accel.method import Recipe, attached
 from accel.metrics.protocol import Protocol
+from accel.tiny import tiny
 from benchmarks import waterfall
 from benchmarks.digits_study import records
 from quant.tfmq import TFMQ
+from samplers.swap import SwapScheduler
 
 ENVIRONMENT = {"hardware": "h", "threads": 1, "versions": {}}
 FASTER = TFMQ(ArtifactRef("/a.safetensors", "0" * 64))
 
 
-def test_the_control_computes_as_much_and_repeats():
-    assert dataclasses.replace(waterfall.LITE, max_order=0) == waterfall.REPEATS
+def test_the_control_computes_as_many_steps():
+    """Blocks of the network that run in the bar of few steps, counted, and in the control."""
+    cache, computed = waterfall.REPEATS, []
+    for steps, methods in ((waterfall.FEW, (cache,)), (waterfall.COMPUTED, ())):
+        host, calls = tiny("dit"), []
+        pipe = host.pipe
+        pipe.transformer.transformer_blocks[0].attn1.to_q.register_forward_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
+        few = SwapScheduler(*waterfall.DPM, steps=steps)
+        with attached(Recipe((few, *methods)), pipe):
+            pipe(class_labels=[0], num_inference_steps=steps, output_type="np")
+        computed.append(len(calls))
+    assert computed[0] == computed[1] == waterfall.COMPUTED
 
 
 class _Study:
