@@ -44,7 +44,7 @@ def static_rows(density: float) -> dict[str, Tensor]:
     for name, score in STATIC.items():
         scores = block_scores(score, GRID, "gilbert", (0, 0), BLOCKS)
         if name in WITH_SINK:
-            scores = with_sink(scores, in_first_frame(GRID, "gilbert", BLOCKS[1]), density)
+            scores = with_sink(scores, in_first_frame(GRID, "gilbert", BLOCKS[1]), BLOCKS)
         found[name] = keep_share(scores[None, None], density)[0, 0, QUERY_BLOCK].float()
     return found
 

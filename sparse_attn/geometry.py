@@ -43,20 +43,16 @@ def block_scores(
     return out.float()
 
 
-def with_sink(scores: Tensor, sinks: Tensor, density: float) -> Tensor:
-    """Scores (nq, nk) in which blocks of keys that are `sinks` (nk,) are above all others.
-
-    At most half of what a row keeps at `density`: of more, its best by score. The first frame of a
-    video reaches into a fifth of the blocks of 81 frames, which would leave too little to be near.
-    """
-    nk = scores.shape[-1]
-    most = max(1, round(density * nk)) // 2
-    of_sinks = scores.masked_fill(~sinks, -float("inf"))
-    ranked = of_sinks.argsort(dim=-1, descending=True, stable=True)
-    place = torch.empty_like(ranked).scatter(-1, ranked, torch.arange(nk).expand_as(ranked))
-    lifted = sinks & (place < most)
+def with_sink(scores: Tensor, sinks: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """Scores (nq, nk) in which blocks of keys that are `sinks` (nk,) are above all others, but for
+    those that hold the queries' own tokens: the first frame of a video reaches into a fifth of the
+    blocks of 81 frames, and in fewer frames may leave nothing else."""
+    begins = [torch.arange(n) * size for n, size in zip(scores.shape, blocks, strict=True)]
+    ends = [begin + size for begin, size in zip(begins, blocks, strict=True)]
+    own = (begins[0][:, None] < ends[1]) & (begins[1] < ends[0][:, None])
     finite = scores[scores.isfinite()]
-    return scores + lifted * (1 + finite.amax() - finite.amin())
+    span = 1 + finite.amax() - finite.amin()
+    return scores + span * sinks + 2 * span * own
 
 
 def in_first_frame(grid: Grid, order: str, block: int) -> Tensor:
@@ -69,7 +65,7 @@ def pattern(
     score: Score, density: float, order: str, q: Tensor, k: Tensor, place: Place, sink: bool = False
 ) -> Tensor:
     """The `density` of blocks with the best scores, bool (1, 1, nq, nk); made once a grid. sink:
-    blocks that hold tokens of the first frame come first, see `with_sink`."""
+    blocks that hold tokens of the first frame come before others, see `with_sink`."""
     video = place.order.forward.shape[0]
     text = (q.shape[2] - video, k.shape[2] - video)
     return _pattern(score, density, sink, place.grid, order, text, place.blocks, q.device)
@@ -86,7 +82,7 @@ def _pattern(
         sinks = torch.zeros(scores.shape[1], dtype=torch.bool)
         first = in_first_frame(grid, order, blocks[1])
         sinks[: len(first)] = first
-        scores = with_sink(scores, sinks, density)
+        scores = with_sink(scores, sinks, blocks)
     return keep_share(scores[None, None], density).to(device)
 
 

@@ -2,7 +2,7 @@
 
 Sparse VideoGen, arXiv 2502.01776. At every call a few queries are attended densely and with both
 patterns, and each head takes the pattern with the smaller squared error. "Spatial" keeps the
-nearest frames and, within half of the density, the first; "temporal" the same places in all frames.
+nearest frames and, before them, the first; "temporal" the same places in all frames.
 The paper moves tokens by head so that both are bands; blocks of the space-filling order need no
 moving.
 Costs `queries` / tokens of dense attention, and no synchronisation.

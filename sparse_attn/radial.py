@@ -3,8 +3,8 @@
 Radial Attention, arXiv 2506.19852. The paper allows, between frames at distance d, places whose
 distance is below a width that halves whenever d doubles, and keeps the first frame in view. Here
 the width is what makes the `density` hold, distances are measured in the picture, not along its
-rows, and blocks follow the space-filling order: the first frame reaches into many, which get up to
-half of the density. Costs nothing at run time.
+rows, and blocks follow the space-filling order: the first frame reaches into many, which come right
+after a query's own blocks. Costs nothing at run time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def radial_score(q: Tensor, k: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Radial(StaticPattern, Method):
-    """Attend near, and less far the farther in time. sink: the first frame is seen by all; of one
-    that takes more than half of the density, what is nearest."""
+    """Attend near, and less far the farther in time. sink: the first frame is seen by all; where
+    the density does not hold it, what of it is nearest."""
 
     PAPER = "Radial Attention, arXiv 2506.19852"
 
