@@ -383,7 +383,7 @@ def test_a_search_without_pymoo_says_so_at_once(tmp_path, monkeypatch):
     pipe = tiny("dit").pipe
     monkeypatch.setitem(sys.modules, "pymoo", None)
     monkeypatch.setattr(type(pipe), "__call__", None)
-    with pytest.raises(ImportError, match=r"accel\[search\]"):
+    with pytest.raises(ImportError, match=r"\.\[search\]"):
         EvolutionSearch().run(pipe, [{"class_labels": [1]}], tmp_path)
 
 
