@@ -22,7 +22,7 @@ from torch import Tensor
 
 from accel.method import Method
 from sparse_attn._live import LiveSparse, Place, SparseAttention
-from sparse_attn.block_map import blocked
+from sparse_attn.block_map import blocked, leading
 from sparse_attn.kernels.reference import Pooled
 
 SAMPLES = 32  # of each block of 128, as released; a quarter of other sizes
@@ -64,9 +64,7 @@ def select(score: Tensor, mass: float, low: float, high: float) -> Tensor:
     ranked, order = score.sort(dim=-1, descending=True, stable=True)
     total = ranked.cumsum(-1)
     crossing = (total < mass * total[..., -1:]).sum(-1, keepdim=True)  # its index, from zero
-    count = crossing.clamp(max(1, int(low * nk)), max(1, int(high * nk)))
-    kept = torch.arange(nk, device=score.device) < count
-    return torch.zeros_like(kept).scatter(-1, order, kept)
+    return leading(order, crossing.clamp(max(1, int(low * nk)), max(1, int(high * nk))))
 
 
 def pooled_windows(x: Tensor, size: int) -> Tensor:

@@ -152,8 +152,12 @@ def keep_mass(scores: Tensor, mass: float, low: float = 0.0, high: float = 1.0) 
     ranked, order = scores.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked
     count = (before < mass * ranked.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    count = count.clamp(max(1, int(low * nk)), max(1, int(high * nk)))
-    kept = torch.arange(nk, device=scores.device) < count
+    return leading(order, count.clamp(max(1, int(low * nk)), max(1, int(high * nk))))
+
+
+def leading(order: Tensor, count: Tensor) -> Tensor:
+    """bool: the first `count` (..., 1) of each row of blocks in an order (..., nk)."""
+    kept = torch.arange(order.shape[-1], device=order.device) < count
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 

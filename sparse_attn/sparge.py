@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accel.method import Method
 from sparse_attn._live import LiveSparse, Place, SparseAttention
-from sparse_attn.block_map import block_means, blocked
+from sparse_attn.block_map import block_means, blocked, leading
 
 
 def likeness(x: Tensor, block: int) -> Tensor:
@@ -44,9 +44,7 @@ def keep_within(weights: Tensor, mass: float) -> Tensor:
     """The best blocks of each row whose sum does not exceed `mass` of the row's; at least one."""
     ranked, order = weights.sort(dim=-1, descending=True, stable=True)
     total = ranked.cumsum(-1)
-    count = (total <= mass * total[..., -1:]).sum(-1, keepdim=True).clamp(min=1)
-    kept = torch.arange(weights.shape[-1], device=weights.device) < count
-    return torch.zeros_like(kept).scatter(-1, order, kept)
+    return leading(order, (total <= mass * total[..., -1:]).sum(-1, keepdim=True).clamp(min=1))
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ class Part(NamedTuple):
     """What one call of torch's attention takes: n rows with keys of their own, or of one head."""
 
     rows: Tensor  # (n,)
-    places: Tensor  # (blocks,) of `Sources` that keys and values are, in order
+    heads: Tensor  # (n,) or (1,), whose keys these are, of b * g
+    lists: Tensor  # (n or 1, blocks) of those heads that keys and values are, in order
     q: Tensor  # (n, 1, query_block, d) or (1, 1, n * query_block, d)
     k: Tensor  # (n or 1, 1, keys, d); a ragged last block is cut off
     v: Tensor
@@ -182,7 +183,7 @@ class _Group:
             k, v = (x.x[batch, index, first:][None, None] for x in (sources.k, sources.v))
             q = queries.take(mine // sources.nq, mine[:, None] % sources.nq)
             q = q.view(1, 1, -1, q.shape[-1])
-            yield Part(mine, sources.places(own, every), q, k, v, None)
+            yield Part(mine, own, every, q, k, v, None)
 
     def chunks(self, queries: Blocks, sources: Sources, bias: Tensor | None) -> Iterator[Part]:
         rows, lists = self.rows, self.lists + sources.pooled
@@ -206,7 +207,7 @@ class _Group:
             k = sources.k.take(heads, wanted, buffers[1])[:, :, :used]
             v = sources.v.take(heads, wanted, buffers[2])[:, :, :used]
             mask = None if bias is None else _mask(bias[at : at + chunk], used, queries.block)
-            yield Part(mine, sources.places(heads, wanted), q, k, v, mask)
+            yield Part(mine, heads, wanted, q, k, v, mask)
 
 
 def _mask(bias: Tensor, keys: int, queries: int) -> Tensor:

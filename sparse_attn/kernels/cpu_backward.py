@@ -72,6 +72,7 @@ def _gradients(
             *of, sums[part.rows].view(shape[:3]), 0.0, False, attn_mask=part.mask, scale=scale
         )
         dq[part.rows] = found[0].view(-1, size, d)
+        places = sources.places(part.heads, part.lists)
         for total, one in zip((dk, dv), found[1:], strict=True):
-            total.index_add_(0, part.places, sources.filled(one).to(total.dtype))
+            total.index_add_(0, places, sources.filled(one).to(total.dtype))
     return dq.view(b, h, -1, d)[:, :, :s], dk, dv
