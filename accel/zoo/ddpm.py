@@ -24,6 +24,8 @@ MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-S
 SCALES = (2, 4)  # pixels
 CONSTANT = 8.0  # beside inputs of deviation 1
 PLAIN_SIZE = 24.5 / 32  # of the canvas; the plain world's digits
+SHAPED = (200, 650)  # timesteps in which the shape of a digit comes about
+ROUNDED = 0.0025  # variance of noise, from there on up much larger than the rounding of pictures
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,17 @@ def stratified_timesteps(batch: int, count: int, generator: torch.Generator) -> 
     return (part * count).long().clamp(max=count - 1)
 
 
+def shaping_timesteps(batch: int, count: int, generator: torch.Generator) -> Tensor:
+    """Timesteps (batch,) of 0..count - 1, half of them of `SHAPED`; both halves stratified.
+
+    There the samples that are no digits go wrong: continued from real pictures with the noise of
+    its first timestep, nearly all become digits; with that of its last, as few as from noise alone.
+    """
+    first, last = SHAPED
+    shaping = stratified_timesteps(batch // 2, last - first, generator)
+    return torch.cat([first + shaping, stratified_timesteps(batch - batch // 2, count, generator)])
+
+
 def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
     """x0, eps (n, c, h, w), cumulative alpha (n,) -> the noisy x_t; DDPM, Eq. 4."""
     a = alpha[:, None, None, None]
@@ -164,8 +177,11 @@ class PlainPictures:
         self.colours = torch.tensor(list(PALETTE.values()), device=device) / 255
         self.levels = torch.tensor(list(LEVELS.values()), device=device)
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Pictures (count, 3, canvas, canvas) in -1..1, with the rounding of 8 bits."""
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pictures (count, 3, canvas, canvas) in -1..1, with the rounding of 8 bits.
+
+        And how far the grey of each is from its level before it is clamped, (count,) of 0..1.
+        """
         u = torch.rand(5, count, generator=generator, device=generator.device)
         digit, colour, ground = (
             (row * number).long().clamp(max=number - 1)
@@ -176,13 +192,41 @@ class PlainPictures:
         grey = (self.levels[ground] + jitter).clamp(0, 1)[:, None, None, None]
         opacity = self.opacity[self.first[digit] + within]
         mixed = grey * (1 - opacity) + self.colours[colour][:, :, None, None] * opacity
-        return (255 * mixed).round() / 127.5 - 1
+        return (255 * mixed).round() / 127.5 - 1, jitter
+
+    def expected(self, xt: Tensor, alpha: Tensor, jitter: Tensor) -> Tensor:
+        """E[x0 | x_t, jitter] (n, 3, canvas, canvas): the mean of all pictures that x_t may be of.
+
+        xt (n, 3, canvas, canvas), cumulative alpha (n,), jitter (n,). Every scan in every colour on
+        every level, by its likelihood; not rounded. A picture is grey + (colour - grey) x opacity,
+        so products with a scan's opacity, and of it with itself, are all that is computed.
+        """
+        ink, pixels = self.opacity.flatten(1), self.opacity[0].numel()
+        x = xt.flatten(2)  # (n, 3, pixels)
+        grey = 2 * (self.levels + jitter[:, None]).clamp(0, 1) - 1  # (n, levels)
+        # (n, colours, levels, 3)
+        contrast = (2 * self.colours - 1)[:, None] - grey[:, None, :, None]
+        product = torch.einsum("ncs,nklc->nskl", x @ ink.T, contrast)
+        product += (grey * x.sum(dim=(1, 2))[:, None])[:, None, None]
+        square = ink.square().sum(1)[:, None, None] * contrast.square().sum(3)[:, None]
+        square += 2 * ink.sum(1)[:, None, None] * (grey[:, None] * contrast.sum(3))[:, None]
+        square += 3 * pixels * grey.square()[:, None, None]
+        a = alpha[:, None, None, None]
+        likely = (a.sqrt() * product - a / 2 * square) / (1 - a)  # (n, scans, colours, levels)
+        prior = -torch.repeat_interleave(self.counts.log(), self.counts)  # digits are equally many
+        share = (likely + prior[:, None, None]).flatten(1).softmax(1).view_as(likely)
+        strokes = torch.einsum("nskl,nklc->ncs", share, contrast) @ ink
+        ground = (share.sum(dim=(1, 2)) * grey).sum(1)[:, None, None]
+        return (strokes + ground).view_as(xt)
 
 
 class NoiseLoss:
     """`multiscale_error` of the predicted noise, on fresh pictures at every step.
 
-    All is drawn where the network is, from one generator.
+    What is to be predicted is not the noise that was drawn, but its mean over all pictures that
+    x_t may be of: the same optimum without the variance between them (Xu et al. 2023, "Stable
+    Target Field", here with all of the training set). Only the jitter of the grey is told. All is
+    drawn where the network is, from one generator.
     """
 
     def __init__(self, batch: int, seed: int, device: torch.device | str):
@@ -199,13 +243,25 @@ class NoiseLoss:
         """Of a step; of the one that was seeded last for None."""
         if step is not None:
             self.seed(step)
-        x0 = self.pictures.draw(self.batch, self.generator)
+        x0, jitter = self.pictures.draw(self.batch, self.generator)
         eps = torch.randn(x0.shape, generator=self.generator, device=x0.device)
-        t = stratified_timesteps(self.batch, len(self.alphas), self.generator)
+        t = shaping_timesteps(self.batch, len(self.alphas), self.generator)
         alpha = self.alphas[t]
-        xt = add_noise(x0, eps, alpha).contiguous(memory_format=torch.channels_last)
-        error = model(xt, timestep=t).sample.float() - eps
+        xt = add_noise(x0, eps, alpha)
+        wanted = self.expected_noise(xt, eps, alpha, jitter)
+        xt = xt.contiguous(memory_format=torch.channels_last)
+        error = model(xt, timestep=t).sample.float() - wanted
         return multiscale_error(error, alpha / (1 - alpha)).mean()
+
+    @torch.no_grad()
+    def expected_noise(self, xt: Tensor, eps: Tensor, alpha: Tensor, jitter: Tensor) -> Tensor:
+        """E[eps | x_t, jitter] (n, 3, h, w); `eps` itself where there is hardly any.
+
+        There the picture is in no doubt, and its rounding, which is not in `expected`, counts.
+        """
+        a = alpha[:, None, None, None]
+        mean = (xt - a.sqrt() * self.pictures.expected(xt, alpha, jitter)) / (1 - a).sqrt()
+        return torch.where(1 - a < ROUNDED, eps, mean)
 
 
 def train(run: Training) -> None:

@@ -34,25 +34,57 @@ def test_loss_is_a_function_of_the_step():
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_the_true_noise_has_no_loss():
+def test_the_expected_noise_has_no_loss():
     class Oracle(Recorder):
         def forward(self, x, timestep):
-            alpha = ddpm.build_scheduler().alphas_cumprod[timestep][:, None, None, None]
-            eps = (x - alpha.sqrt() * self.x0) / (1 - alpha).sqrt()
-            return type("Output", (), {"sample": eps})
+            alpha = ddpm.build_scheduler().alphas_cumprod[timestep]
+            return type("Output", (), {"sample": loss.expected_noise(x, x, alpha, self.jitter)})
 
     loss, oracle = ddpm.NoiseLoss(4, 0, "cpu"), Oracle()
     loss.seed(2)
-    oracle.x0 = loss.pictures.draw(4, loss.generator)
-    # Rounding of x (2^-24 of its size, about 1) is divided by (1 - alpha)^(1/2) >= 1e-2; the three
-    # scales have weights of at most 1, 4 and 16.
-    assert loss(oracle, 2).item() < (2**-23 / 1e-2) ** 2 * 21
-    assert loss(oracle, 3).item() > 0.1  # control: the pictures of another step
+    _, oracle.jitter = loss.pictures.draw(4, loss.generator)
+    # The same sums in another memory order, of float32 numbers of up to 1e6.
+    assert loss(oracle, 2).item() < 1e-4
+    assert loss(oracle, 3).item() > 100 * loss(oracle, 2).item()  # control: another step's jitter
+
+
+def test_the_expected_picture_is_the_mean_of_all_by_likelihood():
+    """Three scans of two digits, in all colours on all levels, drawn one by one."""
+    pictures = ddpm.PlainPictures("train", 32, "cpu")
+    pictures.opacity, pictures.counts = pictures.opacity[[0, 5, 400]], torch.tensor([2, 1])
+    jitter, generator = torch.tensor([0.03, -0.04]), torch.Generator().manual_seed(0)
+    xt, alpha = torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([0.01, 0.05])
+    for row in range(2):
+        pool, prior = [], []
+        for opacity, weight in zip(pictures.opacity, (0.25, 0.25, 0.5), strict=True):
+            for colour in pictures.colours:
+                for level in pictures.levels:
+                    grey = (level + jitter[row]).clamp(0, 1)
+                    pool.append(2 * torch.lerp(grey, colour[:, None, None], opacity) - 1)
+                    prior.append(weight)
+        pool = torch.stack(pool).double()
+        apart = (xt[row] - alpha[row].sqrt() * pool).square().sum(dim=(1, 2, 3))
+        likely = -apart / (2 * (1 - alpha[row])) + torch.tensor(prior).log()
+        mean = torch.einsum("p,pchw->chw", likely.softmax(0), pool)
+        assert likely.softmax(0).max() < 0.9  # several count
+        assert torch.allclose(pictures.expected(xt, alpha, jitter)[row].double(), mean, atol=1e-4)
+
+
+def test_noise_of_a_clear_picture_is_the_noise_that_was_drawn():
+    """At timestep 150 no two pictures are alike; at 5 the rounding shows, which `eps` knows."""
+    loss = ddpm.NoiseLoss(8, 0, "cpu")
+    loss.seed(0)
+    x0, jitter = loss.pictures.draw(8, loss.generator)
+    eps = torch.randn(x0.shape, generator=loss.generator)
+    for t, tolerance in ((150, 0.05), (5, 0)):
+        alpha = loss.alphas[t].expand(8)
+        found = loss.expected_noise(ddpm.add_noise(x0, eps, alpha), eps, alpha, jitter)
+        assert torch.allclose(found, eps, rtol=0, atol=tolerance)
 
 
 def test_pictures_are_those_of_the_plain_world():
     """Each is the world's picture of the same scan, up to its grey, which is read from a corner."""
-    own = ddpm.PlainPictures("train", 32, "cpu").draw(500, torch.Generator().manual_seed(0))
+    own, _ = ddpm.PlainPictures("train", 32, "cpu").draw(500, torch.Generator().manual_seed(0))
     own = ((own + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
     world = DigitWorld("train", 0, plain=True)
     pictures, _ = world.batch(np.arange(20_000))
@@ -94,6 +126,13 @@ def test_timesteps_cover_the_schedule():
     t = ddpm.stratified_timesteps(2000, 1000, torch.Generator().manual_seed(0))
     assert torch.equal(t // 2, torch.arange(2000) // 4)
     assert (t.min(), t.max()) == (0, 999)
+
+
+def test_half_of_the_timesteps_are_those_that_shape():
+    t = ddpm.shaping_timesteps(2000, 1000, torch.Generator().manual_seed(0))
+    first, last = ddpm.SHAPED
+    assert torch.equal(t[:1000], t[:1000].clamp(first, last - 1))
+    assert torch.equal(t[1000:], torch.arange(1000))
 
 
 def test_min_snr_counts_an_error_of_the_picture_up_to_gamma():
