@@ -145,16 +145,6 @@ def keep_share(scores: Tensor, share: float, scope: Scope = "row") -> Tensor:
     return most.view_as(scores) | _top(scores, 1)
 
 
-def keep_mass(scores: Tensor, mass: float, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """The best blocks of each row until their scores sum up to `mass` of the row's, the one that
-    crosses included; at least `low` and at most `high` of all blocks, and one."""
-    nk = scores.shape[-1]
-    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(-1) - ranked
-    count = (before < mass * ranked.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    return leading(order, count.clamp(max(1, int(low * nk)), max(1, int(high * nk))))
-
-
 def leading(order: Tensor, count: Tensor) -> Tensor:
     """bool: the first `count` (..., 1) of each row of blocks in an order (..., nk)."""
     kept = torch.arange(order.shape[-1], device=order.device) < count

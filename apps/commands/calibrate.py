@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +11,12 @@ import typer
 from apps.commands.calibrate_bits import bits
 from apps.commands.calibrate_depth import depth
 from apps.commands.calibrate_tfmq import tfmq
-from apps.commands.device import Device, Dtype, NumberType, plain_pipeline
+from apps.commands.calibration import model_and_inputs, saved
+from apps.commands.device import Device, Dtype, NumberType
 from apps.commands.drafts import draft
 from apps.commands.say import told
 
 if TYPE_CHECKING:
-    from accel.artifact import Artifact, ArtifactRef
     from sparse_attn.budgets import Allocation
     from sparse_attn.subblock_lse import SubblockLSE
 
@@ -77,7 +74,7 @@ def sparse(
         from sparse_attn.subblock_lse import SubblockLSE
 
         torch.set_num_threads(threads)
-        pipe, inputs, seeds = _pipeline(model, jobs, (device, dtype), count)
+        pipe, inputs, seeds = model_and_inputs(model, jobs, (device, dtype), count)
         calls = [
             {**x, "generator": torch.Generator("cpu").manual_seed(seed)}
             for x, seed in zip(inputs, seeds, strict=True)
@@ -86,7 +83,7 @@ def sparse(
         kept = out.with_suffix(".parts")
         typer.echo(f"{len(calls) - 1} inputs, each kept in {kept}", err=True)
         artifact = SubblockLSE.calibrate(pipe, calls[:-1], settings, str(kept))
-        with _saved(artifact, out) as ref:
+        with saved(artifact, out) as ref:
             budgets = Budgets.load(ref, pipe)
             chosen = budgets.at_quality(quality) if density is None else budgets.at_density(density)
             share = min(1.0, chosen.density)
@@ -120,29 +117,3 @@ def _expected(chosen: Allocation) -> str:
         return f"{chosen.quality:.1f} dB"
     low, high = chosen.extremes
     return f"{chosen.quality:.1f} dB ({low:.1f} to {high:.1f} between inputs)"
-
-
-@contextmanager
-def _saved(artifact: Artifact, out: Path) -> Iterator[ArtifactRef]:
-    """An artifact in a folder of its own beside ``out``, until the recipe there has its copy."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as folder:
-        yield artifact.save(Path(folder) / "artifact.safetensors")
-
-
-def _pipeline(
-    model: str, jobs: Path | None, where: tuple[str, Dtype], count: int
-) -> tuple[Any, list[dict[str, Any]], list[int]]:
-    """The plain model, `count` inputs and their seeds. `where`: device and number type."""
-    from apps.digits_referee import standard_inputs
-    from apps.render.jobs import read_jobs
-
-    listed = [job.job for job in read_jobs(jobs)] if jobs is not None else []
-    if jobs is None and not model.startswith("zoo:"):
-        raise ValueError(f"no inputs are known for {model}; give some with --jobs FILE")
-    pipe = plain_pipeline(model, *where)
-    inputs = [job.inputs for job in listed] if listed else standard_inputs(pipe)
-    seeds = [job.seed for job in listed] if listed else list(range(len(inputs)))
-    if len(inputs) < count:
-        raise ValueError(f"calibrate: {len(inputs)} inputs, {count} wanted; give more or --count")
-    return pipe, inputs[:count], seeds[:count]

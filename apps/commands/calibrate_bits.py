@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands.calibration import model_and_inputs
 from apps.commands.device import Device, Dtype, NumberType
 from apps.commands.say import told
 
@@ -67,12 +68,11 @@ def bits(
 
         import accel
         from accel.method import Recipe
-        from apps.commands.calibrate import _pipeline
         from quant.calibrate import TFMQCalibration
         from quant.mixed_precision import for_quality, measured, total, within, write_plan
 
         torch.set_num_threads(threads)
-        pipe, inputs, _ = _pipeline(model, jobs, (device, dtype), count)
+        pipe, inputs, _ = model_and_inputs(model, jobs, (device, dtype), count)
         others = accel.read_recipe(recipe).recipe if recipe is not None else Recipe(())
         how, kept = TFMQCalibration(rounding="nearest", calls=calls), out.with_suffix(".parts")
         layers = measured(pipe, inputs, how, str(kept), others, say=typer.echo)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.commands.calibration import model_and_inputs, saved
 from apps.commands.device import Device, Dtype, NumberType
 from apps.commands.say import told
 
@@ -54,11 +55,10 @@ def depth(
 
         from accel.method import Recipe
         from accel.recipe_file import write_recipe
-        from apps.commands.calibrate import _pipeline, _saved
         from caches.early_exit import EarlyExit, ExitTraining
 
         torch.set_num_threads(threads)
-        pipe, inputs, _ = _pipeline(model, jobs, (device, dtype), count)
+        pipe, inputs, _ = model_and_inputs(model, jobs, (device, dtype), count)
         instead: Any = rest.value
         if rest is Rest.heads:
             training = ExitTraining(updates=updates)
@@ -67,7 +67,7 @@ def depth(
         artifact = EarlyExit.calibrate(pipe, inputs, rest=instead, **asked)
         for line in said(artifact):
             typer.echo(line)
-        with _saved(artifact, out) as ref:
+        with saved(artifact, out) as ref:
             write_recipe(out, Recipe((EarlyExit(ref),)), name=out.stem)
         typer.echo(f"wrote {out}; measure it with: accel measure {out} --model {model}")
 

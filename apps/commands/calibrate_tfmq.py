@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from apps.commands.calibration import model_and_inputs, saved
 from apps.commands.device import Device, Dtype, NumberType
 from apps.commands.say import told
 
@@ -92,7 +93,6 @@ def tfmq(
         from accel.method import Recipe
         from accel.recipe_file import write_recipe
         from accel.settings import Settings
-        from apps.commands.calibrate import _pipeline, _saved
         from quant.calibrate import TFMQCalibration
         from quant.mixed_precision import read_plan
         from quant.temporal_cache import TemporalCache
@@ -110,14 +110,14 @@ def tfmq(
             only_faster=bits == 8 and plan is None if only_faster is None else only_faster,
             plan=None if plan is None else Settings(read_plan(plan)),
         )
-        pipe, inputs, _ = _pipeline(model, jobs, (device, dtype), count)
+        pipe, inputs, _ = model_and_inputs(model, jobs, (device, dtype), count)
         others = accel.read_recipe(recipe).recipe if recipe is not None else Recipe(())
         has_cache = any(isinstance(method, TemporalCache) for method in others.methods)
         wants_cache = temporal is Temporal.cache and not has_cache
         others_too = ((TemporalCache(),) if wants_cache else ()) + others.methods
         Recipe(others_too).claims(pipe)  # raises where they cannot be used together
         artifact = how.fit(pipe, inputs, str(out.with_suffix(".parts")), others, say=typer.echo)
-        with _saved(artifact, out) as ref:
+        with saved(artifact, out) as ref:
             write_recipe(out, Recipe((TFMQ(ref), *others_too)), name=out.stem)
         typer.echo(f"wrote {out}; measure it with: accel measure {out} --model {model}")
         if save_model is not None:

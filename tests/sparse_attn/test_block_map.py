@@ -11,7 +11,6 @@ from sparse_attn.block_map import (
     BlockMap,
     block_means,
     blocked,
-    keep_mass,
     keep_share,
 )
 
@@ -65,15 +64,6 @@ def test_the_best_are_kept():
     assert keep_share(scores, 1 / 3).tolist() == [[[[False, True, False], [True, False, False]]]]
     layer = keep_share(scores, 1 / 2, "layer")
     assert layer.tolist() == [[[[False, True, False], [True, True, False]]]]
-
-
-def test_mass_includes_the_block_that_crosses():
-    scores = torch.tensor([[[[0.5, 0.3, 0.15, 0.05]]]])
-    assert keep_mass(scores, 0.8).sum() == 2  # 0.5 + 0.3 reaches it
-    assert keep_mass(scores, 0.81).sum() == 3
-    assert keep_mass(scores, 0.81, high=0.5).sum() == 2
-    assert keep_mass(scores, 0.1, low=0.5).sum() == 2
-    assert keep_mass(scores, 1.0).sum() == 4
 
 
 def test_means_of_a_ragged_end_are_of_what_is_there():
