@@ -35,6 +35,7 @@ from benchmarks import (
     sparse_tables,
     zoo_card,
 )
+from benchmarks.digits_study import weights_sha256
 from benchmarks.results_file import DEVICES, path
 from benchmarks.results_file import read as read_file
 from benchmarks.sampler_tables import measured_by_distance
@@ -242,6 +243,8 @@ def conditions(rows: list[dict[str, Any]]) -> list[str]:
             )
         model, hardware, threads, _ = own
         text = f"{study} on {model}, {hardware}, {threads} thread(s)"
+        if earlier_weights((read(study) or {}).get("protocol") or {}):
+            text += ", with earlier weights"
         judged = row.get("judged")
         if judged:
             before = 100 * judged["accuracy"]["before"]["estimate"]
@@ -252,10 +255,25 @@ def conditions(rows: list[dict[str, Any]]) -> list[str]:
     return list(said.values())
 
 
+def earlier_weights(protocol: dict[str, Any]) -> str:
+    """The model of the zoo that has been trained on since this was measured; "" if it has not."""
+    model = protocol.get("model")
+    if not isinstance(model, dict) or "weights_sha256" not in model:
+        return ""
+    name = model["name"].removeprefix("zoo:")
+    there = name in zoo.names() and weights_sha256(zoo.path(name)) != model["weights_sha256"]
+    return model["name"] if there else ""
+
+
 def _every_device(name: str, table: Callable[[dict[str, Any]], str]) -> str:
     """``table`` of each device's result, the CPU's first."""
-    results = [read(name, device) for device in DEVICES]
-    return "\n\n".join(table(r) for r in results if r is not None) or "Not measured yet."
+    said = []
+    for result in (read(name, device) for device in DEVICES):
+        if result is not None:
+            said.append(table(result))
+            if before := earlier_weights(result.get("protocol") or {}):
+                said.append(f"Measured before {before} was trained further: with earlier weights.")
+    return "\n\n".join(said) or "Not measured yet."
 
 
 def _beside_on(result: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def test_wrong_input_is_told(tmp_path, capsys):
 
 def test_every_shipped_recipe_of_the_demo_s_model_is_in_the_demo(monkeypatch):
     names = [path.stem for path in demo.measured_on("zoo:digits-dit")]
-    assert names[-1] == "dpm-taylor", "the combination comes last"
+    assert names[-1] == "dpm-cache", "the combination comes last"
     assert {"dpm", "taylor", "digits-dit-4-steps", "digits-dit-1-step"} < set(names)
     assert not [name for name in names if name.startswith("digits-sd")]
 

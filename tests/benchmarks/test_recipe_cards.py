@@ -36,7 +36,7 @@ def test_a_card_has_the_notes_on_its_own_recipe_and_no_article_among_its_worst_w
     found = read("report_digits-dit")
     assert found is not None
     row = next(r for r in found["recipes"] if r["recipe"] == "dpm.yaml")
-    notes = ["dpm-taylor: another's.", "dpm: its own.", "No distance."]
+    notes = ["dpm-cache: another's.", "dpm: its own.", "No distance."]
     word = {"difference": -4.5, "strength": -3.0}
     words = [{"word": w, **word} for w in ("orange", "an")]
     card = recipe_cards._card(

@@ -136,6 +136,19 @@ def test_rows_that_do_not_compare_are_not_put_into_one_study():
             tables.conditions([row, {**row, key: value}])
 
 
+def test_results_of_earlier_weights_are_said_to_be(monkeypatch):
+    row = {"study": "s", "model": "m", "hardware": "h", "threads": 1, "protocol": "p"}
+    now = tables.weights_sha256(tables.zoo.path("digits-ddpm"))
+    models = [({"weights_sha256": now}, False), ({"weights_sha256": "0"}, True), ({}, False)]
+    for weights, said in models:
+        result = {"protocol": {"model": {"name": "zoo:digits-ddpm", **weights}}}
+        there = {"cpu": result, "cuda": None}
+        monkeypatch.setattr(tables, "read", lambda _, device="cpu", there=there: there[device])
+        text = tables._every_device("s", lambda _: "a table")
+        assert ("zoo:digits-ddpm was trained further" in text) == said
+        assert ("earlier weights" in tables.conditions([row])[0]) == said
+
+
 def test_a_method_without_a_measured_row_is_not_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "RESULTS", tmp_path)
     assert tables.index_rows("caches") == []
