@@ -176,6 +176,13 @@ class PlainPictures:
         self.first = (counts.cumsum(0) - counts).to(device)
         self.colours = torch.tensor(list(PALETTE.values()), device=device) / 255
         self.levels = torch.tensor(list(LEVELS.values()), device=device)
+        self.sum_up()
+
+    def sum_up(self) -> None:
+        """What `expected` needs of the table, once: a recorded step cannot wait for counts."""
+        scan = self.opacity.flatten(1)
+        self.sums, self.squares = scan.sum(1), scan.square().sum(1)
+        self.prior = -torch.repeat_interleave(self.counts.log(), self.counts)  # of equal digits
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Pictures (count, 3, canvas, canvas) in -1..1, with the rounding of 8 bits.
@@ -201,21 +208,20 @@ class PlainPictures:
         every level, by its likelihood; not rounded. A picture is grey + (colour - grey) x opacity,
         so products with a scan's opacity, and of it with itself, are all that is computed.
         """
-        ink, pixels = self.opacity.flatten(1), self.opacity[0].numel()
+        scan, pixels = self.opacity.flatten(1), self.opacity[0].numel()
         x = xt.flatten(2)  # (n, 3, pixels)
         grey = 2 * (self.levels + jitter[:, None]).clamp(0, 1) - 1  # (n, levels)
         # (n, colours, levels, 3)
         contrast = (2 * self.colours - 1)[:, None] - grey[:, None, :, None]
-        product = torch.einsum("ncs,nklc->nskl", x @ ink.T, contrast)
+        product = torch.einsum("ncs,nklc->nskl", x @ scan.T, contrast)
         product += (grey * x.sum(dim=(1, 2))[:, None])[:, None, None]
-        square = ink.square().sum(1)[:, None, None] * contrast.square().sum(3)[:, None]
-        square += 2 * ink.sum(1)[:, None, None] * (grey[:, None] * contrast.sum(3))[:, None]
+        square = self.squares[:, None, None] * contrast.square().sum(3)[:, None]
+        square += 2 * self.sums[:, None, None] * (grey[:, None] * contrast.sum(3))[:, None]
         square += 3 * pixels * grey.square()[:, None, None]
         a = alpha[:, None, None, None]
         likely = (a.sqrt() * product - a / 2 * square) / (1 - a)  # (n, scans, colours, levels)
-        prior = -torch.repeat_interleave(self.counts.log(), self.counts)  # digits are equally many
-        share = (likely + prior[:, None, None]).flatten(1).softmax(1).view_as(likely)
-        strokes = torch.einsum("nskl,nklc->ncs", share, contrast) @ ink
+        share = (likely + self.prior[:, None, None]).flatten(1).softmax(1).view_as(likely)
+        strokes = torch.einsum("nskl,nklc->ncs", share, contrast) @ scan
         ground = (share.sum(dim=(1, 2)) * grey).sum(1)[:, None, None]
         return (strokes + ground).view_as(xt)
 

@@ -52,6 +52,7 @@ def test_the_expected_picture_is_the_mean_of_all_by_likelihood():
     """Three scans of two digits, in all colours on all levels, drawn one by one."""
     pictures = ddpm.PlainPictures("train", 32, "cpu")
     pictures.opacity, pictures.counts = pictures.opacity[[0, 5, 400]], torch.tensor([2, 1])
+    pictures.sum_up()
     jitter, generator = torch.tensor([0.03, -0.04]), torch.Generator().manual_seed(0)
     xt, alpha = torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([0.01, 0.05])
     for row in range(2):
