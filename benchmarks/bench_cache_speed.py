@@ -59,6 +59,7 @@ IN_GRAPHS = (RouterCache, EvolutionCache, IntervalCache)
 Draw = Callable[[], None]
 Rows = dict[str, dict[str, Any]]
 LEARNED_SHARE = 0.375  # reused, HarmoniCa, DiT-XL/2 256, 20 steps
+RECOMPILE_LIMIT = 64  # patterns of letters times layouts of the input
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def main() -> None:
     parser.add_argument("--compile", default="DiT", help="models whose blocks are compiled, too")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    torch._dynamo.config.recompile_limit = 64  # patterns of letters times layouts of the input
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     load = load_average()
     warnings.simplefilter("ignore", NoEffectWarning)  # of the schedule that computes everything
     sizes = SIZES[given.device]

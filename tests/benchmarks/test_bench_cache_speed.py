@@ -68,7 +68,8 @@ def test_the_models_run(name, compiled):
     size = replace(bench_cache_speed.SIZES["cpu"][name], blocks=2)
     pipe, call = bench_cache_speed.MODELS[name](size, "cpu")
     timing = bench_cache_speed.Timing(name, rows, 1, lambda: kept.append(len(rows)))
-    with torch._dynamo.config.patch(recompile_limit=64):  # as the program has it
+    limit = bench_cache_speed.RECOMPILE_LIMIT
+    with torch._dynamo.config.patch(recompile_limit=limit):
         timing.measure(pipe, call, compiled)
     assert kept == list(range(1, len(rows) + 1))
     assert len(rows) == (7 + 5 if compiled else 8)
