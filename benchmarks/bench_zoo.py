@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ class Study:
         self.subject, self.count = subject, samples or subject.samples
         self.backwards = backwards
         self.keep = keep and keep / f"{subject.name}-{weights_sha256(zoo.path(subject.name))[:12]}"
+        self.also = {
+            name: Study(replace(subject, pipeline=name, also=()), samples, keep, backwards)
+            for name in subject.also
+        }
         self.pipe, self.referee = subject.load(), judge(REFEREE)
         self.real, self.what = subject.real(self.count, SEED)
         self._samples: dict[tuple[float, int], np.ndarray] = {}
@@ -82,7 +87,8 @@ class Study:
         return self._samples[key]
 
     def _part(self, rows: np.ndarray, guidance: float, steps: int) -> np.ndarray:
-        name = f"guidance {guidance:g} steps {steps} seed {SEED} rows {rows[0]} to {rows[-1]}.npy"
+        how = f"{type(self.pipe).__name__} guidance {guidance:g} steps {steps} seed {SEED}"
+        name = f"{how} rows {rows[0]} to {rows[-1]}.npy"
         file = self.keep / name if self.keep else None
         if file and file.is_file():
             return np.load(file)
@@ -108,6 +114,7 @@ class Study:
             size=self.real.shape[1:-1],
             resize=None,
             quantise="rounded to 8 bits",
+            more={"also": self.subject.also} if self.subject.also else {},
         ).as_json()
 
 
@@ -145,8 +152,10 @@ def _by(right: np.ndarray, index: np.ndarray, names: tuple[str, ...]) -> dict[st
 
 def measure_digit_like(study: Study) -> dict[str, Any]:
     """Share of samples that either judge takes for a digit with confidence above 0.9."""
-    sets = {"samples": study.samples(study.guidance, STEPS[0]), "real": study.real}
-    sets |= impostors(study.real, study.what)
+    sets = {"samples": study.samples(study.guidance, STEPS[0])}
+    for name, other in study.also.items():
+        sets[f"samples, {name}"] = other.samples(study.guidance, STEPS[0])
+    sets |= {"real": study.real, **impostors(study.real, study.what)}
     return {
         name: {k: share(judge(name).digit_like(v)).as_json() for k, v in sets.items()}
         for name in JUDGES
@@ -180,6 +189,9 @@ def measure_distances(study: Study) -> dict[str, Any]:
     sets = {"real, training scans": train, "real, held-out again": again}
     for steps in STEPS:
         sets[f"{steps} steps"] = study.referee.features_of(study.samples(study.guidance, steps))
+    for name, other in study.also.items():
+        samples = other.samples(study.guidance, STEPS[0])
+        sets[f"{STEPS[0]} steps, {name}"] = study.referee.features_of(samples)
     return {
         name: {"frechet": frechet(real, other), "kid": kid(real, other, subsets=None).mean}
         for name, other in sets.items()
@@ -423,6 +435,8 @@ def _draw(name: str, args: argparse.Namespace) -> None:
             study.samples(guidance, STEPS[0])
         for steps in STEPS[1:]:
             study.samples(study.guidance, steps)
+        for other in study.also.values():
+            other.samples(study.guidance, STEPS[0])
 
 
 def main() -> None:

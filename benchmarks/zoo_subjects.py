@@ -30,7 +30,8 @@ STRIDE = 617  # prime: visits every combination of attributes once before any of
 class Subject:
     """One pipeline: the attributes it is asked for, its guidances, and how many samples it draws.
 
-    The first guidance is the one that sheets and distances use.
+    The first guidance is the one that sheets and distances use. also: other pipelines that the
+    folder loads as, whose samples are judged beside those of `pipeline`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Subject:
     batch: int = 50
     frames: int = 1
     pipeline: str = "DiffusionPipeline"
+    also: tuple[str, ...] = ()
     about: str = ""
     example: str = ""
     note: str = ""
@@ -114,6 +116,7 @@ SUBJECTS = {
             "digits-ddpm",
             asked=(),
             pipeline="DDIMPipeline",
+            also=("DDPMPipeline",),
             about="An unconditional diffusion model in pixel space",
             note="Its world is the plain one: digits of one size, in the middle of a background "
             "without texture.",

@@ -126,6 +126,25 @@ def test_evaluation_repeats_the_denoisers_own_call():
     assert [x.shape for x in seen] == [(4, 4, 8, 8)]  # two rows and their unconditional twins
 
 
+def test_samples_of_another_pipeline_of_the_folder_are_judged_beside_its_own(monkeypatch):
+    grey = {"DDIMPipeline": 0, "DDPMPipeline": 100}
+
+    def load(subject):
+        level = grey[subject.pipeline] / 255
+        return lambda batch_size, **_: (np.full((batch_size, 32, 32, 3), level),)
+
+    monkeypatch.setattr(type(SUBJECTS["digits-ddpm"]), "load", load)
+    study = bench_zoo.Study(SUBJECTS["digits-ddpm"], 130)
+    assert study.samples(1.0, 50).max() == 0
+    assert study.also["DDPMPipeline"].samples(1.0, 50).min() == 100
+    like, distances = bench_zoo.measure_digit_like(study), bench_zoo.measure_distances(study)
+    assert {k: {"samples, DDPMPipeline", "samples"} <= set(v) for k, v in like.items()} == {
+        "digits-judge": True,
+        "digits-judge-b": True,
+    }
+    assert distances["50 steps, DDPMPipeline"] != distances["50 steps"]
+
+
 def test_what_was_drawn_is_kept_for_a_study_that_goes_on_or_shares_the_work(tmp_path, monkeypatch):
     drawn = []
 
