@@ -138,11 +138,11 @@ def _quality(r: Mapping[str, Any], subject: Subject) -> str:
             [what, *(interval(by_judge[j][what]) for j in by_judge)]
             for what in next(iter(by_judge.values()))
         ]
-        others = f", but for those of {' and '.join(subject.also)}" if subject.also else ""
+        others = f", except where {' or '.join(subject.also)} is named" if subject.also else ""
         return (
             f"## Are they digits?\n\nTaken for a digit with confidence above 0.9, in percent, with "
-            f"95 % interval; {n:,} each, {steps} steps. Samples are {subject.pipeline}'s, as in all "
-            f"other studies{others}.\n\n" + table(["what", *by_judge], rows)
+            f"95 % interval; {n:,} each, {steps} steps. Samples are {subject.pipeline}'s"
+            f"{others}.\n\n" + table(["what", *by_judge], rows)
         )
     accuracy = r["accuracy"]
     names = [*subject.asked, "all"]

@@ -119,7 +119,8 @@ SUBJECTS = {
             also=("DDPMPipeline",),
             about="An unconditional diffusion model in pixel space",
             note="Its world is the plain one: digits of one size, in the middle of a background "
-            "without texture.",
+            "without texture. The folder names DDPMPipeline, which draws new noise at every step; "
+            "DDIMPipeline draws none, so that samples with and without a method are pairs.",
             plain=True,
             example='pipe = diffusers.DDIMPipeline.from_pretrained(zoo.path("digits-ddpm"))\n'
             "images = pipe(batch_size=4, num_inference_steps=50).images",
