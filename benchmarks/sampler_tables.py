@@ -18,11 +18,12 @@ SHIPPED = "mean, spread"
 def measured_by_distance(name: str) -> dict[str, Any] | None:
     """A method that is measured by distances to real samples: its best-known row."""
     if name == TimeShift.name():
-        return _of_time_shift("time-shift")
+        return of_time_shift("time-shift")
     return _of_one_more_step() if name == OneMoreStep.name() else None
 
 
-def _of_time_shift(setting: str) -> dict[str, Any] | None:
+def of_time_shift(setting: str) -> dict[str, Any] | None:
+    """A setting of time-shift beside the plain sampler, as `SHOWN`; None: nothing is measured."""
     result = read("time_shift")
     if result is None:
         return None

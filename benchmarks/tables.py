@@ -38,7 +38,7 @@ from benchmarks import (
 from benchmarks.digits_study import weights_sha256
 from benchmarks.results_file import DEVICES, path
 from benchmarks.results_file import read as read_file
-from benchmarks.sampler_tables import measured_by_distance
+from benchmarks.sampler_tables import measured_by_distance, of_time_shift
 from benchmarks.spans import span
 from benchmarks.waterfall_picture import PICTURE, drawn_from
 
@@ -66,6 +66,7 @@ BELOW = {
     ),
     "samplers.leap:Leap": ("leap", "Leap(0.20)", "control: 6 steps"),
     "samplers.rlg:RLG": ("rlg", "RLG(1.6)", "control: the tuning's weights times 1.6"),
+    "samplers.time_shift:TimeShift": ("time_shift", "time-shift", "constant"),
 }
 
 
@@ -191,12 +192,21 @@ def _methods() -> str:
 
 def _beside(name: str) -> str:
     study, *labels = BELOW[name]
+    if study == "time_shift":
+        return f"{' beside '.join(map(_shifted, labels))} ({study})"
     rows = [(read(study) or {})["rows"][label] for label in labels]
     figures = [
         f"{label} {row['speedup']['estimate']:.2f}x at {row['psnr']['estimate']:.1f} dB"
         for label, row in zip(labels, rows, strict=True)
     ]
     return f"{' beside '.join(figures)} ({study})"
+
+
+def _shifted(setting: str) -> str:
+    row = of_time_shift(setting)
+    assert row is not None
+    distances = row["frechet"]
+    return f"{row['setting']} Frechet {distances['before']:.2f} → {distances['after']:.2f}"
 
 
 _CAPTION = (
