@@ -8,7 +8,7 @@ chosen on other seeds with the other judge, ``digits-judge``, then measured with
 set has its own seeds, and is compared with as many real pictures. Beside it stands the exposure
 bias itself, that of which time-shift is the cure: how samples on their way differ from noised real
 pictures of the same time. Rows are written as they are measured, and a run that was cut off goes
-on; all of them take an hour of one core or more.
+on; all of them take two hours of one core.
 """
 
 from __future__ import annotations
