@@ -86,6 +86,10 @@ class Study:
             print(f"{self.subject.name} {key}: {time.monotonic() - began:.0f} s", flush=True)
         return self._samples[key]
 
+    def others(self) -> dict[str, np.ndarray]:
+        """Samples of the subject's other pipelines, as ordinary as its own."""
+        return {name: s.samples(self.guidance, STEPS[0]) for name, s in self.also.items()}
+
     def _part(self, rows: np.ndarray, guidance: float, steps: int) -> np.ndarray:
         how = f"{type(self.pipe).__name__} guidance {guidance:g} steps {steps} seed {SEED}"
         name = f"{how} rows {rows[0]} to {rows[-1]}.npy"
@@ -153,8 +157,7 @@ def _by(right: np.ndarray, index: np.ndarray, names: tuple[str, ...]) -> dict[st
 def measure_digit_like(study: Study) -> dict[str, Any]:
     """Share of samples that either judge takes for a digit with confidence above 0.9."""
     sets = {"samples": study.samples(study.guidance, STEPS[0])}
-    for name, other in study.also.items():
-        sets[f"samples, {name}"] = other.samples(study.guidance, STEPS[0])
+    sets |= {f"samples, {name}": samples for name, samples in study.others().items()}
     sets |= {"real": study.real, **impostors(study.real, study.what)}
     return {
         name: {k: share(judge(name).digit_like(v)).as_json() for k, v in sets.items()}
@@ -189,8 +192,7 @@ def measure_distances(study: Study) -> dict[str, Any]:
     sets = {"real, training scans": train, "real, held-out again": again}
     for steps in STEPS:
         sets[f"{steps} steps"] = study.referee.features_of(study.samples(study.guidance, steps))
-    for name, other in study.also.items():
-        samples = other.samples(study.guidance, STEPS[0])
+    for name, samples in study.others().items():
         sets[f"{STEPS[0]} steps, {name}"] = study.referee.features_of(samples)
     return {
         name: {"frechet": frechet(real, other), "kid": kid(real, other, subsets=None).mean}
@@ -435,8 +437,7 @@ def _draw(name: str, args: argparse.Namespace) -> None:
             study.samples(guidance, STEPS[0])
         for steps in STEPS[1:]:
             study.samples(study.guidance, steps)
-        for other in study.also.values():
-            other.samples(study.guidance, STEPS[0])
+        study.others()
 
 
 def main() -> None:

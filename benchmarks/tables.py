@@ -165,13 +165,16 @@ def _quality(row: dict[str, Any]) -> str:
     ]
     judged, distances = row.get("judged"), row.get("frechet")
     if judged is None:
-        change = f"{distances['before']:.2f} → {distances['after']:.2f}" if distances else "-"
-        return " | ".join([*cells, "-", f"{change} |"])
+        return " | ".join([*cells, "-", f"{_moved(distances) if distances else '-'} |"])
     points = {k: 100 * v for k, v in judged["accuracy"]["difference"].items()}
     share = 100 * judged["accuracy"]["after"]["estimate"]
     right = f"{share:.1f} % ({points['low']:+.1f} to {points['high']:+.1f})"
     distance = f"{judged['frechet']['after']:.2f}" if judged["frechet"] else "-"
     return " | ".join([*cells, right, f"{distance} |"])
+
+
+def _moved(distances: dict[str, float]) -> str:
+    return f"{distances['before']:.2f} → {distances['after']:.2f}"
 
 
 def _methods() -> str:
@@ -205,8 +208,7 @@ def _beside(name: str) -> str:
 def _shifted(setting: str) -> str:
     row = of_time_shift(setting)
     assert row is not None
-    distances = row["frechet"]
-    return f"{row['setting']} Frechet {distances['before']:.2f} → {distances['after']:.2f}"
+    return f"{row['setting']} Frechet {_moved(row['frechet'])}"
 
 
 _CAPTION = (
